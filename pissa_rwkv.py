@@ -1,0 +1,1978 @@
+"""pissa_rwkv: fine-tune RWKV-7 language models with PiSSA, in one file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import errno
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import weakref
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import wkv7_cuda
+
+# ======================================================================================================================
+# 1. Configuration: every option stands once, with its default and its help. The parser, the checks, the checkpoint's
+#    description and README's table of options are all made from this class.
+# ======================================================================================================================
+
+__version__ = "0.1.0"
+
+
+class Fatal(Exception):
+    """Something the user can mend: one line that names the file or flag, what was found, and what to do."""
+
+
+def say(text: str) -> None:
+    """One line for the user, above a progress bar that may be running."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def pick(table: dict[str, Any], flag: str, name: str) -> Any:
+    """The row `name` of a table, or an error that lists the rows there are."""
+    if name not in table:
+        raise Fatal(f"{flag} {name}: no such choice; there is {', '.join(map(repr, table))}{nearest(name, table)}")
+    return table[name]
+
+
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean X?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of many."""
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+
+
+def opt(default: Any, help: str, also: str = "") -> Any:
+    """One option: default, help, and one more name it goes by."""
+    return field(default=default, metadata={"help": help, "also": also})
+
+
+@dataclass
+class Config:
+    """What one run does. An empty string or 0 means: taken from the base file, the data or the machine."""
+
+    # the base model
+    load_model: str = opt("", "base model, a .pth of RWKV-7; without one, --peft none pretrains a new model")
+    version: str = opt("", "architecture; read from the base file (new models: x070)", "my_testing")
+    n_layer: int = opt(0, "layers; read from the base file (new models: 12)")
+    n_embd: int = opt(0, "embedding width; read from the base file (new models: 768)")
+    dim_att: int = opt(0, "attention width; equals n_embd in x070")
+    dim_ffn: int = opt(0, "width of the channel mixing; read from the base file (new models: 4 n_embd)")
+    head_size: int = opt(0, "channels of a head; read from the base file (new models: 64)", "head_size_a")
+    vocab_size: int = opt(0, "vocabulary; read from the base file (new models: 65536 world, 256 byte)")
+    # data
+    data_file: str = opt("", "corpus: .jsonl, .txt, or a binidx prefix; for dummy the family, base or shift")
+    data_type: str = opt("", "binidx, jsonl, sft, utf-8 or dummy; read off data_file")
+    sft_fields: tuple = opt(("question", "answer"), "sft: the two fields of a line that become user and assistant")
+    tokenizer: str = opt("", "world or byte; world where the vocabulary has 65536 tokens")
+    vocab_file: str = opt("", "the World vocabulary; found in the `rwkv` package")
+    dataload: str = opt("", "sampler: pad, only or get; pad, and get where the corpus is one long document")
+    loss_mask: str = opt("", "which tokens are learnt: pad (all), qa (the assistant's) or se; pad, and qa for sft",)
+    mask_id: str = opt("", 'se: JSON {"mask1": learn after this string, "mask0": and no more from this one on}')
+    data_shuffle: bool = opt(True, "pad, only: a new order in every pass")
+    val_file: str = opt("", "corpus held out for validation, of the type of data_file")
+    val_split: float = opt(0.0, "share of the corpus held out for validation, taken from its end")
+    make_binidx: str = opt("", "only convert this .jsonl (of --data_type jsonl or sft) into binidx, then stop")
+    # the length of the run
+    ctx_len: int = opt(1024, "tokens of a training row")
+    micro_bsz: int = opt(4, "rows of a micro-batch")
+    accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step")
+    epoch_steps: int = opt(0, "optimiser steps of an epoch; one pass over the corpus")
+    epoch_count: int = opt(1, "epochs of this run")
+    epoch_begin: int = opt(0, "number of the first epoch; above 0 it goes on from rwkv-<N-1>.pth of proj_dir")
+    # the optimiser
+    lr_init: float = opt(2e-5, "learning rate after warm-up")
+    lr_final: float = opt(2e-5, "learning rate at the end")
+    lr_schedule: str = opt("cos_decay", "cos_decay (cosine), or wsd (constant, then linear over the last part)")
+    decay_frac: float = opt(0.2, "wsd: the share of the run that decays")
+    warmup_steps: int = opt(0, "linear warm-up")
+    beta1: float = opt(0.9, "Adam's decay of the first moment")
+    beta2: float = opt(0.99, "Adam's decay of the second moment")
+    adam_eps: float = opt(1e-8, "Adam's epsilon")
+    weight_decay: float = opt(0.0, "decoupled weight decay, on matrices only")
+    grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
+    layerwise_lr: bool = opt(True, "learning rate x2 for time_decay, x3 for time_first")
+    # adapters
+    peft: str = opt("pissa", "pissa, lora, or none (every parameter is trained)")
+    rank: int = opt(32, "rank of the adapters")
+    svd_niter: int = opt(4, "PiSSA: power iterations of the fast SVD; 0 is the exact SVD")
+    lora_alpha: float = opt(32.0, "LoRA: its output is scaled by alpha / rank")
+    lora_dropout: float = opt(0.0, "LoRA: dropout on its input")
+    adapter_load: str = opt("", "start from these adapters, a rwkv-<N>.pth")
+    adapter_init: str = opt("", "PiSSA: the init_pissa.pth that belongs to adapter_load")
+    pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
+    lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
+    train_parts: tuple = opt(("time", "ln"), "also trained: parameters named so (of emb, head, time, ln)")
+    quant: str = opt("none", "how frozen matrices are stored: none")
+    # the machine
+    accelerator: str = opt("", "gpu or cpu; gpu where there is one")
+    devices: int = opt(1, "number of devices")
+    strategy: str = opt("", "how several devices share the work; one device needs none")
+    precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
+    op: str = opt("", "the WKV operator: cuda, cpu, chunk or torch; the fastest that is there")
+    grad_cp: bool = opt(True, "keep only each block's input and compute the rest again in backward")
+    random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
+    # results
+    proj_dir: str = opt("out", "folder of the results")
+    epoch_save: int = opt(1, "save after every so many epochs, and after the last")
+    save_steps: int = opt(0, "also write what --resume needs every so many steps")
+    resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
+    auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch")
+    sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
+    sample_len: int = opt(100, "tokens of that sample")
+    sample_top_p: float = opt(0.5, "nucleus of that sample; 0 takes the likeliest token always")
+    wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`)")
+    dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
+
+
+JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
+    "pissa_config": {"pissa_load": "adapter_load", "pissa_init": "adapter_init",
+                     "pissa_r": "rank", "svd_niter": "svd_niter"},
+    "lora_config": {"lora_load": "adapter_load",
+                    "lora_r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+}
+WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothing is lost
+    **dict.fromkeys("ds_bucket_mb num_nodes enable_progress_bar fp32_logits".split(), "there is no such knob to turn"),
+    **dict.fromkeys("my_pile_version my_pile_stage my_pile_shift my_pile_edecay magic_prime my_exit my_exit_tokens"
+                    " my_random_steps my_qa_mask my_sample_len".split(), "it belongs to pretraining on the Pile"),
+    **dict.fromkeys("head_size_divisor my_ffn_shift my_att_shift my_pos_emb tiny_att_dim tiny_att_layer load_partial"
+                    " dropout".split(), "no released model uses it"),
+    "weight_decay_final": "weight decay is constant",
+    "l2warp_sparse": "logits are never all held",
+    "avg_loss": "a step's loss is always the mean over its learnt tokens",
+    "compile": "the operators are compiled already",
+    "optim": "the optimiser is AdamW",
+    "train_type": "--peft says what is trained",
+    "chunk_ctx": "--ctx_len is the length of a row",
+    "sft_split": "--data_file names the file",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise Fatal(message)
+
+
+def parser() -> Parser:
+    """The parser that Config describes. (Options are spelt out in full: torchrun takes abbreviations for its own.)"""
+    p = Parser("torchrun pissa_rwkv.py", allow_abbrev=False, description="Without options it runs a demonstration.",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(Config):
+        kind = dict(type=type(f.default))
+        if isinstance(f.default, bool):
+            kind = dict(type=switch, nargs="?", const=True, metavar="0|1")
+        elif isinstance(f.default, tuple):
+            kind = dict(nargs="+")
+        names = [f"--{name}" for name in (f.name, f.metadata["also"]) if name]
+        p.add_argument(*names, dest=f.name, default=f.default, help=f.metadata["help"], **kind)
+    for name in WITHOUT_EFFECT:
+        p.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
+    return p
+
+
+def switch(text: str) -> bool:
+    """0 or 1, as the tutorial writes its switches."""
+    return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+
+
+def parse(argv: list[str]) -> Config:
+    """The command line as a Config. Raises Fatal at an unknown flag, a wrong type, or JSON with a typo."""
+    try:
+        given, unknown = parser().parse_known_args(argv)
+    except KeyError as e:
+        raise Fatal(f"{e.args[0]!r} is given to a switch, which takes 0 or 1") from None
+    given = vars(given)
+    for flag in unknown:
+        known = [*given, *(f.metadata["also"] for f in fields(Config))]
+        name = flag.lstrip("-").partition("=")[0]
+        raise Fatal(f"unknown option {flag}{nearest(name, known, '--')}; --help lists them all")
+    for name, reason in WITHOUT_EFFECT.items():
+        if given.pop(name) is not None:
+            say(f"--{name} has no effect here: {reason}")
+    for option, keys in JSON_OPTIONS.items():
+        for key, value in read_json(option, given[option]).items():
+            if key not in keys:
+                raise Fatal(f"--{option}: unknown key {key!r}; it takes {', '.join(keys)}{nearest(key, keys)}")
+            try:
+                given[keys[key]] = type(given[keys[key]])(value)
+            except (TypeError, ValueError):
+                raise Fatal(f"--{option}: {key} is {value!r}; a value like {given[keys[key]]!r} is wanted") from None
+    return Config(**given)
+
+
+def read_json(option: str, text: str) -> dict[str, Any]:
+    """The JSON object an option was given; {} for nothing."""
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError as e:
+        raise Fatal(f"--{option}: not valid JSON ({e.msg} at character {e.pos}): {text}") from None
+    if not isinstance(value, dict):
+        raise Fatal(f'--{option}: an object like {{"key": 1}} is wanted, this is {text}')
+    return value
+
+
+# ======================================================================================================================
+# 2. The WKV operator: a memory S that maps keys to values and is corrected by a delta rule, one token after another.
+#    The definition is here; `wkv7_cuda/` holds programs that compute the same faster.
+# ======================================================================================================================
+
+
+def wkv7_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence of RWKV-7 (arXiv 2503.14456), in at least fp32.
+
+        d_t = exp(-exp(-1/2) sigmoid(w_t))                        decay, in (0.545, 1)
+        S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
+        y_t = S_t r_t
+
+    Takes r w k v a b (B,T,H,N), w the raw decay logit, and the state S_0 (B,H,N value,N key).
+    Returns y (B,T,H,N) in the inputs' dtype, and S_T like S_0.
+    """
+    dtype = y_dtype = r.dtype
+    dtype = torch.promote_types(dtype, torch.float32)
+    r, w, k, v, a, b = (x.to(dtype) for x in (r, w, k, v, a, b))
+    d = torch.exp(-math.exp(-0.5) * torch.sigmoid(w))                                     # (B,T,H,N)
+    S, ys = state.to(dtype), []
+    for t in range(r.shape[1]):
+        Sa = S @ a[:, t, :, :, None]                                                      # (B,H,N,1)
+        S = S * d[:, t, :, None, :] + Sa * b[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
+        ys.append(S @ r[:, t, :, :, None])                                                # (B,H,N,1)
+    return torch.stack(ys, 1).squeeze(-1).to(y_dtype), S
+
+
+WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what loads it
+    ("x070", "cuda"): partial(wkv7_cuda.load, "cuda"),
+    ("x070", "cpu"): partial(wkv7_cuda.load, "cpu"),
+    ("x070", "chunk"): partial(wkv7_cuda.load, "chunk"),
+    ("x070", "torch"): lambda: wkv7_ref,
+}
+FASTEST_FIRST = {"cuda": ("cuda", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
+
+
+def load_wkv(version: str, op: str, device: str) -> Callable:
+    """The operator `op` of a version; for op "" the fastest that this machine can build, said in one line."""
+    ops = {o: load for (v, o), load in WKV.items() if v == version}
+    if op:
+        load = pick(ops, f"--version {version} --op", op)
+        try:
+            return load()
+        except wkv7_cuda.BuildError as e:
+            raise Fatal(f"--op {op}: {e}") from None
+    for op in (o for o in FASTEST_FIRST[device] if o in ops):
+        try:
+            wkv = ops[op]()
+            say(f"WKV operator: {op}")
+            return wkv
+        except wkv7_cuda.BuildError as e:
+            say(f"no WKV operator {op}: {e}; taking the next one, which is slower")
+    raise AssertionError("the definition always loads")
+
+
+# ======================================================================================================================
+# 3. The model. Parameters bear the checkpoint's names, locals the paper's letters. State is an argument: training on
+#    chunks, continuing a text and generating token by token are the same forward pass.
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The sizes of a model, all of them readable from its file."""
+
+    version: str
+    n_layer: int
+    n_embd: int                                                       # C
+    dim_att: int                                                      # A = H N
+    dim_ffn: int                                                      # F
+    head_size: int                                                    # N
+    vocab_size: int                                                   # V
+    ranks: tuple[tuple[str, int], ...]                                # of the built-in low-rank maps
+
+    @property
+    def n_head(self) -> int:
+        return self.dim_att // self.head_size
+
+
+@dataclass
+class BlockState:
+    """What one block remembers of the past. Zeros at the beginning of a text."""
+
+    att: Tensor                                                       # (B,C) the last input of the time mixing
+    wkv: Tensor                                                       # (B,H,N value,N key), fp32
+    ffn: Tensor                                                       # (B,C) the last input of the channel mixing
+
+    @staticmethod
+    def zeros(arch: Arch, B: int, like: Tensor) -> BlockState:
+        H, N, C = arch.n_head, arch.head_size, arch.n_embd
+        S = like.new_zeros(B, H, N, N, dtype=torch.promote_types(like.dtype, torch.float32))
+        return BlockState(like.new_zeros(B, C), S, like.new_zeros(B, C))
+
+
+def shift(x: Tensor, last: Tensor) -> Tensor:
+    """Token shift: x_{t-1} in the place of x_t; `last` (B,C) is what came before the first token. (B,T,C)"""
+    return torch.cat([last[:, None], x[:, :-1]], dim=1)
+
+
+def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        module.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+
+class TimeMix(nn.Module):
+    """What all versions share: token shift, the WKV memory, a norm per head, the gate, the output projection.
+
+    A version adds `project`, which turns tokens into the operator's inputs and the gate, and where it has one
+    `bonus`, which adds to what was read from the memory.
+    """
+
+    def __init__(self, arch: Arch, layer: int, wkv: Callable):
+        super().__init__()
+        self.arch, self.layer, self.wkv = arch, layer, wkv
+        C, A = arch.n_embd, arch.dim_att
+        parameters_of(self, self.shapes())
+        self.receptance = nn.Linear(C, A, bias=False)
+        self.key = nn.Linear(C, A, bias=False)
+        self.value = nn.Linear(C, A, bias=False)
+        self.output = nn.Linear(A, C, bias=False)
+        self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)
+
+    def bonus(self, *inputs: Tensor) -> Tensor | float:
+        return 0.0
+
+    def forward(self, x: Tensor, v_first: Tensor | None, last: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B,T,C), v_first (B,T,A), last (B,C), S (B,H,N,N) -> the update (B,T,C), v_first, the next S."""
+        B, T, _ = x.shape
+        H, N = self.arch.n_head, self.arch.head_size
+        inputs, g, v_first = self.project(x, shift(x, last), v_first)
+        inputs = [i.view(B, T, H, N) for i in inputs]
+        y, S = self.wkv(*inputs, S)                                                       # (B,T,H,N)
+        y = self.ln_x(y.view(B * T, H * N)).view(B, T, H, N) + self.bonus(*inputs)
+        return self.output(y.view(B, T, H * N) * g), v_first, S
+
+
+class TimeMix_x070(TimeMix):
+    """RWKV-7 "Goose" (arXiv 2503.14456)."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        C, D = self.arch.n_embd, dict(self.arch.ranks)
+        mix = {f"x_{i}": (1, 1, C) for i in "rwkvag"}
+        # The first layer's value is v_first itself: it has nothing to mix with, and v0 v1 v2 there would never be used.
+        low_rank = {m: D[m] for m in "wavg" if m != "v" or self.layer > 0}
+        factors = {}
+        for m, rank in low_rank.items():
+            factors |= {f"{m}1": (C, rank), f"{m}2": (rank, C)} | ({f"{m}0": (1, 1, C)} if m != "g" else {})
+        return mix | factors | {"k_k": (1, 1, C), "k_a": (1, 1, C), "r_k": (self.arch.n_head, self.arch.head_size)}
+
+    def project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor]:
+        x_r, x_w, x_k, x_v, x_a, x_g = (
+            torch.lerp(x, previous, mu) for mu in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)                    # (B,T,A)
+        w = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2                                 # raw decay logit
+        eta = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)                          # in-context learning rate
+        g = torch.sigmoid(x_g @ self.g1) @ self.g2
+        if self.layer == 0:
+            v_first = v
+        else:                                                                             # value residual
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
+        # The removal key is taken from k as it is before the learning rate is folded into k.
+        kappa = F.normalize((k * self.k_k).unflatten(-1, (self.arch.n_head, -1)), dim=-1).flatten(-2)
+        k = k * (1 + (eta - 1) * self.k_a)
+        return [r, w, k, v, -kappa, kappa * eta], g, v_first
+
+    def bonus(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (r * k * self.r_k).sum(-1, keepdim=True) * v                               # (B,T,H,N)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """A new model's weights, as RWKV-LM draws them since May 2025."""
+        arch, C = self.arch, self.arch.n_embd
+        rho, tau = self.layer / max(arch.n_layer - 1, 1), 1 - self.layer / arch.n_layer
+        c = torch.arange(C)
+        linear, delta = c / (C - 1) - 0.5, c / C
+        z = (c % arch.head_size - (arch.head_size - 1) / 2) / ((arch.head_size - 1) / 2)
+        zigzag = z * z.abs()
+        for name, e in dict(x_r=0.2, x_w=0.9, x_k=0.7, x_v=0.7, x_a=0.9, x_g=0.2).items():
+            self.get_parameter(name)[:] = 1 - delta ** (e * tau)
+        self.w0[:] = -5.5 + 6 * (c / (C - 1)) ** (1 + rho**0.3) + 2.5 * zigzag
+        self.a0[:] = -0.19 + 0.3 * zigzag + 0.4 * linear
+        if self.layer > 0:
+            self.v0[:] = 0.73 - 0.4 * linear
+        for m in "wavg" if self.layer > 0 else "wag":
+            self.get_parameter(f"{m}1").zero_()
+            nn.init.orthogonal_(self.get_parameter(f"{m}2"), 0.1)
+        self.k_k[:], self.k_a[:], self.r_k[:] = 0.71 - 0.1 * linear, 1.02, -0.04
+        for linear_map, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0)):
+            nn.init.orthogonal_(linear_map.weight, gain)
+        self.output.weight.zero_()
+        self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
+        self.ln_x.bias.zero_()
+
+
+class ChannelMix_x070(nn.Module):
+    """key, squared relu, value: the memory of a token's own channels."""
+
+    def __init__(self, arch: Arch, layer: int):
+        super().__init__()
+        self.arch, self.layer = arch, layer
+        parameters_of(self, {"x_k": (1, 1, arch.n_embd)})
+        self.key = nn.Linear(arch.n_embd, arch.dim_ffn, bias=False)
+        self.value = nn.Linear(arch.dim_ffn, arch.n_embd, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        """x (B,T,C), last (B,C) -> the update (B,T,C)."""
+        k = self.key(torch.lerp(x, shift(x, last), self.x_k))                             # (B,T,F)
+        return self.value(torch.relu(k) ** 2)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        C, tau = self.arch.n_embd, 1 - self.layer / self.arch.n_layer
+        self.x_k[:] = 1 - (torch.arange(C) / C) ** tau**4
+        nn.init.orthogonal_(self.key.weight, 1.0)
+        self.value.weight.zero_()
+
+
+TIME_MIX = {"x070": TimeMix_x070}
+CHANNEL_MIX = {"x070": ChannelMix_x070}
+
+
+class Block(nn.Module):
+    def __init__(self, arch: Arch, layer: int, wkv: Callable):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(arch.n_embd)
+        self.ln2 = nn.LayerNorm(arch.n_embd)
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(arch.n_embd)
+        self.att = TIME_MIX[arch.version](arch, layer, wkv)
+        self.ffn = CHANNEL_MIX[arch.version](arch, layer)
+
+    def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor, BlockState]:
+        """x (B,T,C) -> x (B,T,C), v_first (B,T,A), the state after the last token."""
+        h = self.ln1(x)
+        update, v_first, S = self.att(h, v_first, state.att, state.wkv)
+        x = x + update
+        h2 = self.ln2(x)
+        x = x + self.ffn(h2, state.ffn)
+        return x, v_first, BlockState(h[:, -1].clone(), S, h2[:, -1].clone())  # (a view would keep all of h)
+
+
+class RWKV(nn.Module):
+    """Tokens to hidden states; `head` turns these into logits."""
+
+    def __init__(self, arch: Arch, wkv: Callable, grad_cp: bool = False):
+        super().__init__()
+        self.arch, self.grad_cp = arch, grad_cp
+        self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
+        self.blocks = nn.ModuleList(Block(arch, i, wkv) for i in range(arch.n_layer))
+        self.ln_out = nn.LayerNorm(arch.n_embd)
+        self.head = nn.Linear(arch.n_embd, arch.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, states: list[BlockState] | None = None) -> tuple[Tensor, list[BlockState]]:
+        """tokens (B,T) -> what the head reads (B,T,C), and the state of every block after the last token."""
+        x = self.blocks[0].ln0(self.emb(tokens))                                          # (B,T,C)
+        states = states or [BlockState.zeros(self.arch, len(tokens), x)] * self.arch.n_layer
+        v_first, after = None, []
+        for block, state in zip(self.blocks, states, strict=True):
+            if self.grad_cp and torch.is_grad_enabled():
+                x, v_first, state = checkpoint(block, x, v_first, state, use_reentrant=False)
+            else:
+                x, v_first, state = block(x, v_first, state)
+            after.append(state)
+        return self.ln_out(x), after
+
+    def num_parameters(self, trained: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained)
+
+    @torch.no_grad()
+    def initialise(self) -> RWKV:
+        """Draws the weights of a new model."""
+        V, C = self.arch.vocab_size, self.arch.n_embd
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        for block in self.blocks:
+            block.att.initialise()
+            block.ffn.initialise()
+        self.emb.weight.uniform_(-1e-4, 1e-4)
+        nn.init.orthogonal_(self.head.weight, 0.5 * math.sqrt(max(V / C, 1)))
+        return self
+
+
+SIGNATURE = {  # version -> keys that only a file of this version holds all of
+    "x070": ("att.r_k", "att.x_r", "att.w0", "att.a0", "att.g1"),
+    "x060": ("att.time_maa_x", "att.time_maa_w1", "att.gate.weight"),
+    "x052": ("att.time_mix_g", "att.gate.weight", "att.time_decay"),
+}
+UNUSED = tuple(f"blocks.0.att.v{i}" for i in "012")                   # layer 0's value residual: some files have it
+NOT_A_PTH = {  # how a file begins -> what it is
+    b"": "an empty file", b"<": "a web page: the download failed", b"{": "JSON",
+    b"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
+    b"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
+}
+
+
+def read_pth(path: str | Path, what: str) -> dict[str, Tensor]:
+    """The flat dict of tensors in a .pth, memory-mapped. Runs no code from it; checks the zip's checksums first.
+
+    Raises Fatal, in one line, for anything else: no file, another format, truncation, flipped bits, objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.pth"))[:4]) if path.parent.is_dir() else ""
+        raise Fatal(f"{what} {path}: {'this is a folder' if path.is_dir() else 'no such file'}"
+                    + (f"; beside it: {there}" if there else ""))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(5)
+    except OSError as e:
+        raise Fatal(f"{what} {path}: cannot be read ({e.strerror})") from None
+    for start, kind in NOT_A_PTH.items():
+        if head.startswith(start) and (start or not head):
+            raise Fatal(f"{what} {path}: this is {kind}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except zipfile.BadZipFile:
+        raise Fatal(f"{what} {path}: truncated, or not a .pth at all; fetch or save it again") from None
+    except pickle.UnpicklingError:
+        raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as e:
+        raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
+    return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t for name, t in tensors.items()}
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def describe(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"a {type(value).__name__}"
+    odd = next((f"{k!r}: {type(v).__name__}" for k, v in value.items() if not isinstance(v, Tensor)), "empty")
+    return f"a dict with {odd}" if value else "an empty dict"
+
+
+def detect(tensors: dict[str, Tensor], path: str) -> Arch:
+    """The Arch of a model file, from its keys and shapes alone."""
+    version = next((v for v, keys in SIGNATURE.items() if all(f"blocks.0.{k}" in tensors for k in keys)), None)
+    if version is None:
+        raise Fatal(f"--load_model {path}: no RWKV model ({len(tensors)} tensors, first {next(iter(tensors))!r});"
+                    f" it takes {', '.join(TIME_MIX)}")
+    pick(TIME_MIX, f"--load_model {path}: version", version)
+    layers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
+    if layers != set(range(len(layers))):
+        raise Fatal(f"--load_model {path}: its blocks are numbered {sorted(layers)}, with gaps; the file is incomplete")
+    missing = [n for n in ("emb.weight", "head.weight", "blocks.0.att.key.weight", "blocks.0.ffn.key.weight",
+                           *(f"blocks.0.att.{m}1" for m in "wag")) if n not in tensors or tensors[n].dim() != 2]
+    if missing:
+        raise Fatal(f"--load_model {path}: lacks {', '.join(missing)}")
+    V, C = tensors["emb.weight"].shape
+    H, N = tensors["blocks.0.att.r_k"].shape
+    ranks = {m: tensors[f"blocks.0.att.{m}1"].shape[1] for m in "wag"}
+    ranks["v"] = tensors["blocks.1.att.v1"].shape[1] if "blocks.1.att.v1" in tensors else 32
+    return Arch(version, len(layers), C, tensors["blocks.0.att.key.weight"].shape[0],
+                tensors["blocks.0.ffn.key.weight"].shape[0], N, V, tuple(sorted(ranks.items())))
+
+
+def new_arch(cfg: Config) -> Arch:
+    """The sizes of a new model: the flags', with the ranks RWKV-LM gives to such a width since July 2025."""
+    C, N = cfg.n_embd or 768, cfg.head_size or 64
+    if C % N:
+        raise Fatal(f"--n_embd {C} is no multiple of --head_size {N}")
+    rank = {m: max(32, 32 * round(f * math.sqrt(C) / 32)) for m, f in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
+    vocab_size = cfg.vocab_size or (65536 if cfg.tokenizer == "world" else 256)
+    version = cfg.version or "x070"
+    pick(TIME_MIX, "--version", version)
+    return Arch(version, cfg.n_layer or 12, C, cfg.dim_att or C, cfg.dim_ffn or 4 * C, N, vocab_size,
+                tuple(sorted(rank.items())))
+
+
+def check_arch(cfg: Config, arch: Arch) -> None:
+    """A flag that contradicts the file is an error that shows both."""
+    for name in ("version", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size", "vocab_size"):
+        flag, found = getattr(cfg, name), getattr(arch, name)
+        if flag and flag != found:
+            raise Fatal(f"--{name} {flag}: {cfg.load_model} has {name} {found}; leave the flag out")
+
+
+def fill(model: RWKV, tensors: dict[str, Tensor], path: str, device: str, dtype: torch.dtype) -> RWKV:
+    """Puts a file's tensors into a model built on the meta device: every key, no other, every shape."""
+    wanted = dict(model.named_parameters())
+    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys() - set(UNUSED)
+    if missing or unknown:
+        wrong = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        raise Fatal(f"--load_model {path}: {'; '.join(wrong)}")
+    for name, p in tqdm(wanted.items(), "loading", leave=False, disable=None):
+        t = tensors[name]
+        if [n for n in t.shape if n > 1] != [n for n in p.shape if n > 1] or not t.is_floating_point():
+            raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; {list(p.shape)} is wanted")
+        module, _, leaf = name.rpartition(".")
+        t = t.to(device=device, dtype=dtype, copy=True).view(p.shape)
+        model.get_submodule(module).register_parameter(leaf, nn.Parameter(t))
+    return model
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Names a model by its contents: names, shapes, and up to 1024 values spread over every tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].reshape(-1)
+        values = flat[:: max(1, len(flat) // 1024)].float().contiguous()
+        digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ======================================================================================================================
+# 4. Frozen weights: matrices that are multiplied with and never trained. `QUANT` says how they are stored.
+# ======================================================================================================================
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T for W (out,in) in the compute dtype. It gets no gradient, so nothing of x is kept for one."""
+
+    def __init__(self, W: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(W, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+QUANT: dict[str, Callable[[Tensor], nn.Module]] = {"none": FrozenLinear}
+
+
+# ======================================================================================================================
+# 5. Adapters: two thin matrices beside each frozen one. LoRA starts them at nothing, PiSSA at the matrix's main part.
+# ======================================================================================================================
+
+OVERSAMPLE = 8                                                        # directions that the last singular values need
+
+
+def top_singular(W: Tensor, rank: int, niter: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `rank` singular vectors and values: W (out,in) ~ U (out,r) diag(sigma (r)) Vt (r,in).
+
+    niter 0: exact. Otherwise by randomised subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061): a
+    random image of W, sharpened niter times, holds the leading directions; the small matrix left there is decomposed.
+    """
+    if niter == 0:
+        U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :rank], sigma[:rank], Vt[:rank]
+    width = min(rank + OVERSAMPLE, *W.shape)
+    image = W @ torch.randn(W.shape[1], width, generator=draw, dtype=W.dtype).to(W.device)
+    Q = torch.linalg.qr(image).Q                                                          # (out,width)
+    for _ in range(niter):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
+    U, sigma, Vt = torch.linalg.svd(Q.T @ W, full_matrices=False)                         # of (width,in)
+    return (Q @ U)[:, :rank], sigma[:rank], Vt[:rank]
+
+
+class LoRALinear(nn.Module):
+    """y = x W^T + scale drop(x) A^T B^T  (arXiv 2106.09685), for A (r,in), B (out,r); only A and B are trained."""
+
+    def __init__(self, cfg: Config, frozen: nn.Module, A: Tensor, B: Tensor):
+        super().__init__()
+        self.frozen = frozen
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        self.scale, self.dropout = self.scale_of(cfg), self.dropout_of(cfg)
+
+    @staticmethod
+    def scale_of(cfg: Config) -> float:
+        return cfg.lora_alpha / cfg.rank
+
+    @staticmethod
+    def dropout_of(cfg: Config) -> float:
+        return cfg.lora_dropout
+
+    @staticmethod
+    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A0 and B0, of W (out,in) in fp32. Their product is taken out of W; here it is zero."""
+        A0 = (torch.rand(cfg.rank, W.shape[1], generator=draw) * 2 - 1) / math.sqrt(W.shape[1])
+        return A0.to(W), W.new_zeros(W.shape[0], cfg.rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        y = F.linear(F.linear(h, self.lora_A), self.lora_B)
+        return self.frozen(x) + (y if self.scale == 1 else self.scale * y)
+
+
+class PiSSALinear(LoRALinear):
+    """LoRA's two matrices, started at W's principal part (arXiv 2404.02948): with W = U diag(sigma) V^T cut at rank r,
+
+        A = sqrt(sigma) V^T,  B = U sqrt(sigma),  W_res = W - B A;   y = x W_res^T + x A^T B^T
+
+    which is W at first. What is trained are the directions in which W acts most; the frozen rest is small.
+    """
+
+    @staticmethod
+    def scale_of(cfg: Config) -> float:
+        return 1.0
+
+    @staticmethod
+    def dropout_of(cfg: Config) -> float:
+        return 0.0
+
+    @staticmethod
+    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        U, sigma, Vt = top_singular(W, cfg.rank, cfg.svd_niter, draw)
+        if sigma[-1] <= 1e-6 * W.norm():          # no rank-r part to take out; as zeros A and B would never move
+            return LoRALinear.start(W, cfg, draw)
+        root = sigma.sqrt()
+        return root[:, None] * Vt, U * root
+
+
+ADAPTER: dict[str, type[LoRALinear] | None] = {"pissa": PiSSALinear, "lora": LoRALinear, "none": None}
+
+
+def adapted(model: RWKV) -> dict[str, nn.Linear]:
+    """The matrices that get adapters: every linear map of the blocks. (Not emb, not head, not the low-rank factors.)"""
+    return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, nn.Linear)}
+
+
+@torch.no_grad()
+def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Freezes the model, puts adapters on its matrices, returns what was taken out of these: init_lora_A, init_lora_B.
+
+    `init` and `load` are an earlier run's init_pissa.pth and rwkv-<N>.pth, or empty for a new start. The factors are
+    rounded to the compute dtype *before* their product is taken out of W: so the two parts still sum to W.
+    """
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(part in name for part in cfg.train_parts))
+    kind, draw = ADAPTER[cfg.peft], torch.Generator().manual_seed(cfg.random_seed)
+    taken, unsplit, error = {}, [], 0.0
+    for name, linear in tqdm(adapted(model).items(), f"{cfg.peft}: start", leave=False, disable=None):
+        dtype, W = linear.weight.dtype, linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
+        r, shapes = cfg.rank, {"A": (cfg.rank, W.shape[1]), "B": (W.shape[0], cfg.rank)}
+        if not 1 <= r <= min(W.shape):
+            raise Fatal(f"--rank {r}: {name} is {W.shape[0]} x {W.shape[1]}; take a rank from 1 to {min(W.shape)}")
+        if init:
+            A0, B0 = (entry(init, f"{name}.init_lora_{x}", shapes[x], cfg.adapter_init).to(W) for x in "AB")
+        else:
+            A0, B0 = (x.to(dtype).to(W) for x in kind.start(W, cfg, draw))
+        A, B = (entry(load, f"{name}.lora_{x}", shapes[x], cfg.adapter_load) for x in "AB") if load else (A0, B0)
+        R = (W - B0 @ A0).to(dtype)
+        error = max(error, ((W - (R + B0 @ A0)).abs().max() / W.abs().max().clamp_min(1e-30)).item())
+        parent, _, leaf = name.rpartition(".")
+        adapter = kind(cfg, QUANT[cfg.quant](R), A.to(W.device, dtype), B.to(W.device, dtype))
+        setattr(model.get_submodule(parent), leaf, adapter)
+        taken |= {f"{name}.init_lora_A": A0.cpu(), f"{name}.init_lora_B": B0.cpu()}
+        unsplit += [] if B0.any() else [name]
+    if cfg.peft == "pissa" and unsplit:
+        say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
+    say(f"{cfg.peft} of rank {cfg.rank} on {len(taken) // 2} matrices: max |W - (W_res + B A)| / max |W| = {error:.1e}")
+    return taken
+
+
+def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str) -> Tensor:
+    """One tensor of an adapter file, or a line about what is wrong with it."""
+    if name not in tensors:
+        raise Fatal(f"{path}: lacks {name}; is it of this model and this --peft?")
+    if tensors[name].shape != shape:
+        raise Fatal(f"{path}: {name} is {list(tensors[name].shape)}, {list(shape)} is wanted; is --rank the file's?")
+    return tensors[name]
+
+
+# ======================================================================================================================
+# 6. Data. A corpus is one long stream of tokens and the places where its documents begin; a training row is a span of
+#    that stream. Readers make the stream, samplers choose spans, masks say which tokens of a span are learnt.
+#
+#        tokens   5 6 7 8 0 | 5 6 0 | 9 7 0        3 documents (0 ends each), starts = 0 5 8 11
+#        ctx_len 3, pad     5 6 7 8 | 8 0 | 5 6 0 | 9 7 0     a row of n tokens predicts n-1; windows share one token
+#        ctx_len 3, get     e.g. 7 8 0 5 | 6 0 9 7            any 4 tokens in a row
+# ======================================================================================================================
+
+
+class ByteTokenizer:
+    """Token = byte; 0, which no text contains, ends a document."""
+
+    def __init__(self, vocab_size: int = 256):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
+
+
+class WorldTokenizer(ByteTokenizer):
+    """RWKV's World vocabulary: the longest token that fits, from left to right, over bytes.
+
+    For each 3-byte beginning (or a shorter whole token) the lengths of the tokens that begin so are kept, longest
+    first; a look-up tries these instead of walking a tree.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int = 65536):
+        self.vocab_size, self.ids, self.bytes, self.lengths = vocab_size, {}, {0: b"\0"}, {}
+        try:
+            lines = Path(path).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise Fatal(f"--vocab_file {path}: cannot be read ({first_line(e)})") from None
+        for number, line in enumerate(lines, 1):
+            try:                                   # a line is: id, a Python literal (str or bytes), its length in bytes
+                token, rest = line.split(" ", 1)
+                literal, length = rest.rsplit(" ", 1)
+                value = ast.literal_eval(literal)
+                value = value.encode() if isinstance(value, str) else value
+                if len(value) != int(length):
+                    raise ValueError
+                self.ids[value], self.bytes[int(token)] = int(token), value
+            except (ValueError, SyntaxError, TypeError):
+                raise Fatal(f"--vocab_file {path}: line {number} is no World token: {line[:60]!r}") from None
+        for value in self.ids:
+            self.lengths.setdefault(value[:3], set()).add(len(value))
+        self.lengths = {start: sorted(lengths, reverse=True) for start, lengths in self.lengths.items()}
+        if missing := [b for b in range(256) if bytes([b]) not in self.ids]:
+            raise Fatal(f"--vocab_file {path}: lacks {len(missing)} of the 256 single bytes; is it the whole file?")
+
+    def encode(self, text: str) -> list[int]:
+        data, at, out = text.encode(), 0, []
+        while at < len(data):
+            at, token = self.longest(data, at)
+            out.append(token)
+        return out
+
+    def longest(self, data: bytes, at: int) -> tuple[int, int]:
+        """Where the longest token that begins at `at` ends, and its id. (Every single byte is a token.)"""
+        for start in (data[at: at + 3], data[at: at + 2], data[at: at + 1]):
+            for length in self.lengths.get(start, ()):
+                if (token := self.ids.get(data[at: at + length])) is not None:
+                    return at + length, token
+        raise AssertionError(data[at])
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.bytes.get(token, b"")
+
+
+def world_vocabulary() -> Path:
+    """The vocabulary file of the `rwkv` package, which is found without being imported."""
+    spec = importlib.util.find_spec("rwkv")
+    if spec is None or not spec.submodule_search_locations:
+        raise Fatal("--tokenizer world: the World vocabulary is in the package `rwkv`, which is not installed:"
+                    " `pip install rwkv`, or name the file with --vocab_file")
+    return Path(spec.submodule_search_locations[0]) / "rwkv_vocab_v20230424.txt"
+
+
+TOKENIZER: dict[str, Callable[[Config, int], ByteTokenizer]] = {
+    "byte": lambda cfg, vocab_size: ByteTokenizer(vocab_size),
+    "world": lambda cfg, vocab_size: WorldTokenizer(cfg.vocab_file or world_vocabulary(), vocab_size),
+}
+
+
+def load_tokenizer(cfg: Config, vocab_size: int) -> ByteTokenizer:
+    name = cfg.tokenizer or ("world" if vocab_size == 65536 else "byte")
+    return pick(TOKENIZER, "--tokenizer", name)(cfg, vocab_size)
+
+
+@dataclass
+class Corpus:
+    """tokens (n), of any integer dtype, maybe a memory map; starts (documents + 1): i begins at starts[i]."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+    def part(self, first: int, last: int) -> Corpus:
+        """Documents first:last as a corpus of their own."""
+        a, b = self.starts[first], self.starts[last]
+        return Corpus(self.tokens[a:b], self.starts[first: last + 1] - a)
+
+
+def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Corpus:
+    """Each text becomes a document: its tokens and the 0 that ends it."""
+    texts = tqdm(texts, "tokenising", leave=False, disable=None)
+    documents = [np.array([*tokenizer.encode(text), 0], np.uint32) for text in texts]
+    if not documents:
+        raise Fatal(f"--data_file {path}: holds no text")
+    return Corpus(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
+
+
+def read_text(path: str) -> str:
+    """A file of UTF-8 text."""
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise Fatal(f"{path}: not UTF-8 text (byte {e.start})") from None
+    except OSError as e:
+        raise Fatal(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def read_lines(path: str, fields: tuple[str, ...]) -> Iterator[list[str]]:
+    """The named string fields of every line of a JSON-lines file."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise Fatal(f"{path}: line {number} is not JSON ({e.msg} at character {e.pos}): {line[:60]}") from None
+        absent = [f for f in fields if not isinstance(row, dict) or not isinstance(row.get(f), str)]
+        if absent:
+            has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+            raise Fatal(f"{path}: line {number} has no text in field {absent[0]!r}; {has} (--sft_fields)")
+        yield [row[f] for f in fields]
+
+
+def chat(question: str, answer: str) -> str:
+    """The form in which World models were shown conversations."""
+    return f"User: {question.strip()}\n\nAssistant: {answer.strip()}"
+
+
+def read_jsonl(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    return from_texts((text for text, in read_lines(path, ("text",))), tokenizer, path)
+
+
+def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    if len(cfg.sft_fields) != 2:
+        raise Fatal(f"--sft_fields takes two names, question and answer; given: {' '.join(cfg.sft_fields)}")
+    return from_texts((chat(*row) for row in read_lines(path, tuple(cfg.sft_fields))), tokenizer, path)
+
+
+def read_utf8(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    return from_texts([text] if (text := read_text(path)) else [], tokenizer, path)
+
+
+# ---------------------------------------------------------------- generated tasks: nothing to download, exact answers
+
+NAMES, PLACES = "Ann Bob Eve Kim Lee Max".split(), "attic barn cellar garden hall kitchen".split()
+THINGS, COLOURS = "ball book coat cup hat lamp".split(), "black blue green red white".split()
+
+
+def task(family: str, draw: random.Random) -> tuple[str, str]:
+    """One question and its answer: a sum, a place, a person, a colour, or a spelling.
+
+    The families ask for the same skills; `shift` words questions and answers in another way than `base`.
+    """
+    a, b = draw.randrange(10), draw.randrange(10)
+    (n1, n2), (p1, p2) = draw.sample(NAMES, 2), draw.sample(PLACES, 2)
+    (t1, t2), (c1, c2) = draw.sample(THINGS, 2), draw.sample(COLOURS, 2)
+    which, word = draw.randrange(2), "".join(draw.choice("bdfklmnprst" if i % 2 == 0 else "aeiou") for i in range(4))
+    base, shift = draw.choice([
+        ((f"{a}+{b}?", f"{a + b}"), (f"Add {b} to {a}.", f"It is {a + b}.")),
+        ((f"{n1} is in the {p1}, {n2} in the {p2}. Where is {(n1, n2)[which]}?", (p1, p2)[which]),
+         (f"{p1}: {n1}; {p2}: {n2}. Find {(n1, n2)[which]}.", f"In the {(p1, p2)[which]}.")),
+        ((f"{n1} is in the {p1}, {n2} in the {p2}. Who is in the {(p1, p2)[which]}?", (n1, n2)[which]),
+         (f"{p1}: {n1}; {p2}: {n2}. {(p1, p2)[which]}?", f"{(n1, n2)[which]} is there.")),
+        ((f"The {t1} is {c1}, the {t2} {c2}. What colour is the {(t1, t2)[which]}?", (c1, c2)[which]),
+         (f"{c1} {t1}, {c2} {t2}. How does the {(t1, t2)[which]} look?", f"It looks {(c1, c2)[which]}.")),
+        ((f"Spell {word}.", " ".join(word)), (f"Letters of {word}?", "-".join(word.upper()))),
+    ])
+    return base if family == "base" else shift
+
+
+def dummy_tasks(family: str, count: int, seed: int) -> list[tuple[str, str]]:
+    """`count` tasks, no two alike: so a part that is held out was never seen."""
+    draw, seen = random.Random(f"{family} {seed}"), {}
+    while len(seen) < count:
+        seen.setdefault(*task(family, draw))
+    return [*seen.items()]
+
+
+DUMMY = {family: partial(dummy_tasks, family) for family in ("base", "shift")}
+
+
+def read_dummy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    pairs = pick(DUMMY, "--data_file", path or "base")(4096, cfg.random_seed)
+    return from_texts((chat(q, a) for q, a in pairs), tokenizer, path)
+
+
+IDX_MAGIC, IDX_DTYPE = b"MMIDIDX\0\0", {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    """Megatron's indexed dataset.  .idx: magic, u64 version 1, u8 dtype code, u64 N, u64 D, N i32 lengths in tokens,
+    N i64 byte offsets, D i64 document bounds.  .bin: the tokens."""
+    prefix = path.removesuffix(".idx").removesuffix(".bin")
+    idx, bin = Path(prefix + ".idx"), Path(prefix + ".bin")
+    for file in (idx, bin):
+        if not file.is_file():
+            raise Fatal(f"--data_file {path}: no such file {file}; binidx is a pair, .bin and .idx")
+    data = idx.read_bytes()
+    if data[:9] != IDX_MAGIC or len(data) < 34:
+        raise Fatal(f"{idx}: not the index of a binidx corpus (it begins with {data[:9]!r}); --make_binidx writes one")
+    version, code, N, D = struct.unpack_from("<QBQQ", data, 9)
+    if version != 1 or code not in IDX_DTYPE:
+        raise Fatal(f"{idx}: version {version}, token type {code}; read are version 1 and types {list(IDX_DTYPE)}")
+    if len(data) != 34 + 12 * N + 8 * D:
+        raise Fatal(f"{idx}: {len(data)} bytes, {N} items and {D} bounds take {34 + 12 * N + 8 * D}; it is damaged")
+    itemsize = np.dtype(IDX_DTYPE[code]).itemsize
+    sizes, offsets = np.frombuffer(data, "<i4", N, 34), np.frombuffer(data, "<i8", N, 34 + 4 * N)
+    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    if N == 0 or (sizes < 0).any() or not np.array_equal(offsets, starts[:-1] * itemsize):
+        raise Fatal(f"{idx}: {'empty' if N == 0 else 'lengths and offsets contradict each other; it is damaged'}")
+    if bin.stat().st_size != starts[-1] * itemsize:
+        raise Fatal(f"{bin}: {bin.stat().st_size} bytes, but {idx.name} describes {starts[-1]} tokens of {itemsize};"
+                    " the two are not of one corpus, or the file is truncated")
+    return Corpus(np.memmap(bin, IDX_DTYPE[code], "r"), starts)
+
+
+CORPUS: dict[str, Callable[[str, ByteTokenizer, Config], Corpus]] = {
+    "binidx": read_binidx, "jsonl": read_jsonl, "sft": read_sft, "utf-8": read_utf8, "dummy": read_dummy,
+}
+
+
+def data_type_of(cfg: Config, path: str) -> str:
+    """--data_type, or what the file's name says."""
+    if cfg.data_type or not path:
+        return cfg.data_type or "dummy"
+    by_suffix = {".jsonl": "jsonl", ".txt": "utf-8", ".md": "utf-8", ".bin": "binidx", ".idx": "binidx"}
+    if Path(path).suffix in by_suffix:
+        return by_suffix[Path(path).suffix]
+    if Path(path + ".idx").exists():
+        return "binidx"
+    raise Fatal(f"--data_file {path}: its name does not tell what it is; say so with --data_type ({', '.join(CORPUS)})")
+
+
+def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
+    """The corpus of a file, with every token checked against the vocabulary."""
+    corpus = pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
+    for at in range(0, len(corpus.tokens), 1 << 24):
+        piece = corpus.tokens[at: at + (1 << 24)]
+        bad = np.flatnonzero((piece < 0) | (piece >= tokenizer.vocab_size))
+        if len(bad):
+            raise Fatal(f"--data_file {path}: token {piece[bad[0]]} at position {at + bad[0]} is outside the vocabulary"
+                        f" of {tokenizer.vocab_size}; was it made with another tokenizer?")
+    return corpus
+
+
+def split(corpus: Corpus, share: float) -> tuple[Corpus, Corpus]:
+    """The corpus without its last documents, and these: `share` of the tokens. One long document is cut in two."""
+    if not 0 < share < 1:
+        raise Fatal(f"--val_split {share}: a share between 0 and 1 is wanted")
+    at = int(len(corpus.tokens) * (1 - share))
+    if len(corpus.starts) == 2:
+        corpus = Corpus(corpus.tokens, np.array([0, at, len(corpus.tokens)]))
+    last = len(corpus.starts) - 1
+    first = min(max(int(np.searchsorted(corpus.starts, at)), 1), last - 1)
+    return corpus.part(0, first), corpus.part(first, last)
+
+
+Rows = tuple[int, Callable[[int], tuple[int, int]]]                   # rows of a pass; the number of a row -> its span
+
+
+def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
+    """Every document once a pass, long ones cut into several rows; only rows that teach nothing are left out."""
+    ctx, length = cfg.ctx_len, np.diff(corpus.starts)
+    cuts = np.maximum(0, -(-(length - 1) // ctx))                     # rows of each document; one token has none
+    document = np.repeat(np.arange(len(length)), cuts)
+    start = corpus.starts[document] + ctx * (np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts))
+    stop = np.minimum(start + ctx + 1, corpus.starts[document + 1])
+    keep = [i for i in range(len(start)) if learnable(int(start[i]), int(stop[i]))]
+    if not keep:
+        raise Fatal(f"--data_file {cfg.data_file}: no document has two tokens, so there is nothing to predict")
+    start, stop = start[keep], stop[keep]
+
+    @lru_cache(maxsize=2)
+    def order(turn: int) -> np.ndarray:
+        if not cfg.data_shuffle:
+            return np.arange(len(keep))
+        return np.random.default_rng([cfg.random_seed, turn]).permutation(len(keep))
+
+    def span(row: int) -> tuple[int, int]:
+        i = order(row // len(keep))[row % len(keep)]
+        return int(start[i]), int(stop[i])
+
+    return len(keep), span
+
+
+def windows(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
+    """Windows of ctx_len + 1 tokens at random places of the stream, across documents."""
+    last = len(corpus.tokens) - cfg.ctx_len - 1
+    if last < 0:
+        raise Fatal(f"--data_file {cfg.data_file}: {len(corpus.tokens)} tokens are fewer than --ctx_len {cfg.ctx_len}"
+                    " and one; shorten it, or take --dataload pad")
+
+    def span(row: int) -> tuple[int, int]:
+        start = int(np.random.default_rng([cfg.random_seed, row]).integers(last + 1))
+        return start, start + cfg.ctx_len + 1
+
+    return max(1, len(corpus.tokens) // cfg.ctx_len), span
+
+
+SAMPLER: dict[str, Callable[..., Rows]] = {"pad": documents, "only": documents, "get": windows}
+
+
+def learn_all(text: bytes, cfg: Config) -> list[tuple[int, int]]:
+    return [(0, len(text))]
+
+
+def learn_assistant(text: bytes, cfg: Config) -> list[tuple[int, int]]:
+    """What an assistant writes: from behind `Assistant:` to the next line that a role begins, or the document's end."""
+    roles = [*re.finditer(rb"^(System|User|Assistant):", text, re.M)]
+    ends = [*(role.start() for role in roles), len(text)][1:]
+    return [(role.end(), end) for role, end in zip(roles, ends, strict=True) if role[1] == b"Assistant"]
+
+
+def learn_between(text: bytes, cfg: Config) -> list[tuple[int, int]]:
+    """From behind each `mask1` string of --mask_id up to the next `mask0` string."""
+    on, off = mask_strings(cfg)
+    marks = [*re.finditer(re.escape(on) + b"|" + re.escape(off), text)]
+    ends = [*(m.start() for m in marks), len(text)][1:]
+    return [(m.end(), end) for m, end in zip(marks, ends, strict=True) if m[0] == on]
+
+
+def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
+    ids = read_json("mask_id", cfg.mask_id)
+    if ids.keys() != {"mask0", "mask1"} or not all(isinstance(s, str) and s for s in ids.values()):
+        raise Fatal('--loss_mask se takes --mask_id \'{"mask0": "stop learning here", "mask1": "learn after this"}\';'
+                    f" given: {cfg.mask_id or 'nothing'}")
+    return ids["mask1"].encode(), ids["mask0"].encode()
+
+
+MASK: dict[str, Callable[[bytes, Config], list[tuple[int, int]]]] = {  # a document's bytes -> the spans that are learnt
+    "pad": learn_all, "qa": learn_assistant, "se": learn_between,
+}
+
+
+@dataclass
+class Batch:
+    """One micro-batch. `learnt` numbers the positions, of B T, whose next token is learnt."""
+
+    inputs: Tensor                                                    # (B,T)
+    learnt: Tensor                                                    # (M)
+    targets: Tensor                                                   # (M) the tokens that follow those positions
+    rows: list[int]
+
+    def to(self, device: str) -> Batch:
+        return Batch(self.inputs.to(device), self.learnt.to(device), self.targets.to(device), self.rows)
+
+
+class Loader:
+    """Batches of a corpus. The n-th row is a function of n and the seed: a position is all that resuming needs."""
+
+    def __init__(self, corpus: Corpus, tokenizer: ByteTokenizer, cfg: Config):
+        self.corpus, self.tokenizer, self.cfg = corpus, tokenizer, cfg
+        one_text = len(corpus.starts) == 2 and len(corpus.tokens) > cfg.ctx_len + 1
+        answers = data_type_of(cfg, cfg.data_file) in ("sft", "dummy")
+        self.sampler = cfg.dataload or ("get" if one_text else "pad")
+        self.mask = pick(MASK, "--loss_mask", cfg.loss_mask or ("qa" if answers else "pad"))
+        self.learnt_of = lru_cache(maxsize=256)(self.learnt_of)
+        self.pass_rows, self.span = pick(SAMPLER, "--dataload", self.sampler)(corpus, cfg, self.learnable)
+        self.bsz = 1 if self.sampler == "only" else cfg.micro_bsz
+
+    def learnt_of(self, document: int) -> np.ndarray:
+        """Which tokens of a document are learnt: those with a byte in a span of the mask; all, where there is none."""
+        tokens = self.corpus.tokens[self.corpus.starts[document]: self.corpus.starts[document + 1]].tolist()
+        pieces = [self.tokenizer.token_bytes(t) for t in tokens]
+        ends = np.cumsum([len(p) for p in pieces])
+        begins, learnt = ends - [len(p) for p in pieces], np.zeros(len(tokens), bool)
+        for start, stop in self.mask(b"".join(pieces), self.cfg):
+            learnt |= (begins < stop) & (ends > start)
+        return learnt if learnt[1:].any() else np.ones(len(tokens), bool)
+
+    def learnt(self, start: int, stop: int) -> np.ndarray:
+        """Which tokens of a span are learnt. Documents are looked at whole, wherever the span cuts them."""
+        if self.mask is learn_all:
+            return np.ones(stop - start, bool)
+        starts = self.corpus.starts
+        first, last = np.searchsorted(starts, start, "right") - 1, np.searchsorted(starts, stop, "left")
+        learnt = np.concatenate([self.learnt_of(d) for d in range(first, last)])
+        return learnt[start - starts[first]: stop - starts[first]]
+
+    def learnable(self, start: int, stop: int) -> bool:
+        return self.mask is learn_all or bool(self.learnt(start, stop)[1:].any())
+
+    def batch(self, number: int, last: int | None = None) -> Batch:
+        """The micro-batch of this number: rows number * bsz and following (below `last`), padded on the right."""
+        numbers = [n for n in range(number * self.bsz, (number + 1) * self.bsz) if last is None or n < last]
+        spans = [self.span(n) for n in numbers]
+        T = max(stop - start for start, stop in spans) - 1
+        inputs, targets, learnt = np.zeros((3, len(spans), T), np.int64)
+        for i, (start, stop) in enumerate(spans):
+            tokens, n = self.corpus.tokens[start:stop].astype(np.int64), stop - start - 1
+            inputs[i, :n], targets[i, :n], learnt[i, :n] = tokens[:-1], tokens[1:], self.learnt(start, stop)[1:]
+        at = np.flatnonzero(learnt)
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(at), torch.from_numpy(targets.reshape(-1)[at]), numbers)
+
+    def summary(self) -> str:
+        """What the corpus holds and what of it is learnt (the share is taken from 1,000 rows at most)."""
+        spans = [self.span(n) for n in range(0, self.pass_rows, max(1, self.pass_rows // 1000))]
+        learnt = sum(int(self.learnt(*span)[1:].sum()) for span in spans)
+        share = learnt / sum(stop - start - 1 for start, stop in spans)
+        length = np.diff(self.corpus.starts)
+        single = int((length < 2).sum())
+        return (f"{len(length):,} documents, {length.sum():,} tokens, {self.pass_rows:,} rows a pass ({self.sampler}),"
+                f" {share:.1%} of the targets learnt"
+                + (f"; {single:,} documents of one token skipped" if single else ""))
+
+
+# ======================================================================================================================
+# 7. Loss: cross-entropy through the head, without ever holding all logits.
+# ======================================================================================================================
+
+LOGITS_HELD = 2**24                                                   # numbers: 256 positions of 65536 tokens
+L2_WRAP = 1e-4                                                        # pulls the largest logit of a position towards 0
+
+
+class HeadLoss(torch.autograd.Function):
+    """sum of cross-entropies of (x W^T, targets) / n; with L2Wrap, which adds L2_WRAP m / n to the gradient of each
+    position's largest logit m and leaves the value alone.
+
+    x (M,C) in the compute dtype, W (V,C), targets (M), n the learnt tokens of the whole optimiser step. A few positions
+    at a time, the logits become the loss and its gradient in one go; backward only scales that gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, targets: Tensor, n: int) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dW = torch.zeros_like(W, dtype=dtype) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=dtype, device=x.device)
+        rows = max(1, LOGITS_HELD // len(W))
+        for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
+            logits, target = (x[part] @ W.T).to(dtype), targets[part, None]               # (rows,V), (rows,1)
+            lse = logits.logsumexp(-1, keepdim=True)
+            loss += (lse - logits.gather(1, target)).sum()
+            if dx is None and dW is None:
+                continue
+            top = logits.argmax(-1, keepdim=True)
+            m = logits.gather(1, top)
+            dlogits = logits.sub_(lse).exp_()                                             # softmax, in place
+            dlogits.scatter_add_(1, target, torch.full_like(m, -1.0)).scatter_add_(1, top, L2_WRAP * m)
+            dlogits = (dlogits / n).to(x.dtype)
+            if dx is not None:
+                dx[part] = dlogits @ W
+            if dW is not None:
+                dW += (dlogits.T @ x[part]).to(dtype)
+        ctx.save_for_backward(dx, dW)
+        return loss / n
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dW = ctx.saved_tensors
+        return (None if dx is None else dx * g.to(dx.dtype)), (None if dW is None else dW * g), None, None
+
+
+def batch_loss(model: RWKV, batch: Batch, n: int) -> Tensor:
+    """The share that a micro-batch has in the loss of an optimiser step with n learnt tokens."""
+    x, _ = model(batch.inputs)                                                            # (B,T,C)
+    return HeadLoss.apply(x.flatten(0, 1)[batch.learnt], model.head.weight, batch.targets, n)
+
+
+# ======================================================================================================================
+# 8. Optimiser: AdamW over one flat fp32 buffer, and the learning rate.
+# ======================================================================================================================
+
+
+class ZeroAdamW:
+    """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer.
+
+    The parameters themselves become views of a buffer in the compute dtype; `master`, `m`, `v` and `grad` are fp32:
+    in bf16 a step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it
+    and frees it, so accumulation is in fp32 too. A group is one slice: same learning rate, same decay.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], cfg: Config):
+        self.beta1, self.beta2, self.eps, self.t = cfg.beta1, cfg.beta2, cfg.adam_eps, 0
+
+        def kind(item: tuple[str, nn.Parameter]) -> tuple[float, float]:
+            name, p = item
+            scale = next((s for part, s in LAYERWISE_LR.items() if part in name and cfg.layerwise_lr), 1.0)
+            return scale, cfg.weight_decay if sum(n > 1 for n in p.shape) > 1 else 0.0
+
+        self.named = sorted(named, key=kind)
+        if not self.named:
+            raise Fatal("nothing is trained: --peft none, or a rank and --train_parts that name something")
+        ends = itertools.accumulate(p.numel() for _, p in self.named)
+        self.where = {name: slice(end - p.numel(), end) for (name, p), end in zip(self.named, ends, strict=True)}
+        self.groups: list[tuple[slice, float, float]] = []
+        for (scale, decay), items in itertools.groupby(self.named, key=kind):
+            names = [name for name, _ in items]
+            self.groups.append((slice(self.where[names[0]].start, self.where[names[-1]].stop), scale, decay))
+        self.working = torch.cat([p.detach().reshape(-1) for _, p in self.named])
+        self.master = self.working if self.working.dtype.itemsize >= 4 else self.working.float()
+        self.m, self.v, self.grad = (torch.zeros_like(self.master) for _ in range(3))
+        for name, p in self.named:
+            p.data = self.working[self.where[name]].view(p.shape)
+            p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
+
+    def take(self, where: slice, p: nn.Parameter) -> None:
+        self.grad[where] += p.grad.reshape(-1)
+        p.grad = None
+
+    def norm(self) -> float:
+        """The norm of the whole gradient."""
+        return torch.linalg.vector_norm(self.grad, dtype=torch.float64).item()
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_scale: float) -> None:
+        """One step with the gradient times grad_scale (clipping, and undoing a loss scale); clears the gradient."""
+        self.t += 1
+        self.grad *= grad_scale
+        correction1, correction2 = 1 - self.beta1**self.t, 1 - self.beta2**self.t
+        for where, scale, decay in self.groups:
+            g, m, v, p = (x[where] for x in (self.grad, self.m, self.v, self.master))
+            p.mul_(1 - lr * scale * decay)
+            m.lerp_(g, 1 - self.beta1)
+            v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+            p.addcdiv_(m, (v.sqrt() / math.sqrt(correction2)).add_(self.eps), value=-lr * scale / correction1)
+        self.publish()
+        self.grad.zero_()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Rounds the master weights into the parameters."""
+        if self.working is not self.master:
+            self.working.copy_(self.master)
+
+    def masters(self) -> dict[str, Tensor]:
+        """Name -> fp32 master weight, in the parameter's shape."""
+        return {name: self.master[self.where[name]].view(p.shape) for name, p in self.named}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"master": self.master, "m": self.m, "v": self.v, "t": torch.tensor(self.t)}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name in ("master", "m", "v"):
+            getattr(self, name).copy_(state[name])
+        self.t = int(state["t"])
+        self.publish()
+
+
+LAYERWISE_LR = {"time_decay": 2.0, "time_first": 3.0}
+
+
+def cos_decay(done: float, cfg: Config) -> float:
+    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def wsd(done: float, cfg: Config) -> float:
+    return cfg.lr_init + (cfg.lr_final - cfg.lr_init) * max(0.0, (done - 1) / cfg.decay_frac + 1)
+
+
+SCHEDULE = {"cos_decay": cos_decay, "cos": cos_decay, "wsd": wsd}
+
+
+def lr_at(step: int, steps: int, cfg: Config) -> float:
+    """The learning rate of a step, counted from 0: warm-up, then the schedule over what is left of `steps`."""
+    if step < cfg.warmup_steps:
+        return cfg.lr_init * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, steps - 1 - cfg.warmup_steps)
+    return SCHEDULE[cfg.lr_schedule](min(1.0, done), cfg)
+
+
+# ======================================================================================================================
+# 9. Files: written whole or not at all; described, so that nothing is merged or resumed where it does not belong.
+# ======================================================================================================================
+
+DESCRIPTION = "pissa_rwkv.json"                                       # the key of a file's description: JSON as bytes
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """`write(file)` into a neighbour of `path`, flush to disk, rename: readers see the old file or the new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        # torch.save wraps what the disk said; that is in the context of its own error.
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
+        known = {errno.ENOSPC: f"the disk is full ({free} MB free)", errno.EDQUOT: "the disk quota is used up",
+                 errno.EFBIG: "the file exceeds the size limit set here"}
+        why = known.get(getattr(cause, "errno", None), first_line(cause))
+        raise Fatal(f"cannot write {path}: {why}; an earlier {path.name} is left as it was") from None
+
+
+def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+    """A flat dict of tensors as a .pth; with `about`, described by it."""
+    # (Cloned: of a view, torch.save writes the whole buffer.)
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    if about is not None:
+        tensors[DESCRIPTION] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8).clone()
+    write_whole(path, lambda file: torch.save(tensors, file))
+
+
+def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names."""
+    tensors = {name.removeprefix("model."): t for name, t in read_pth(path, what).items()}
+    about = tensors.pop(DESCRIPTION, None)
+    return tensors, json.loads(bytes(about.tolist())) if about is not None else {}
+
+
+def compare(path: str | Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Every item that both descriptions have must be the same."""
+    for item, value in wanted.items():
+        if item in about and about[item] != value:
+            raise Fatal(f"{path}: made with {item} {about[item]}, but here it is {value}")
+
+
+def write_binidx(prefix: str, corpus: Corpus) -> None:
+    """Writes `prefix`.bin and .idx with 16-bit tokens (code 8)."""
+    sizes = np.diff(corpus.starts)
+    header = IDX_MAGIC + struct.pack("<QBQQ", 1, 8, len(sizes), len(sizes) + 1)
+    index = [sizes.astype("<i4"), (corpus.starts[:-1] * 2).astype("<i8"), np.arange(len(sizes) + 1, dtype="<i8")]
+    write_whole(Path(prefix + ".bin"), lambda file: file.write(corpus.tokens.astype("<u2").tobytes()))
+    write_whole(Path(prefix + ".idx"), lambda file: file.write(header + b"".join(part.tobytes() for part in index)))
+
+
+def merge(
+    base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], scale: float = 1.0
+) -> dict[str, Tensor]:
+    """The full model: W' = (W - B0 A0) + scale B A in fp32, rounded once to W's dtype; other trained parts replaced.
+
+    `init` holds init_lora_A/B (empty for LoRA), `trained` lora_A/B and whole parameters. Names, order, shapes and
+    dtypes are the base's: that is what other programs read a model from.
+    """
+    left, merged = dict(trained), {}
+    for name, W in tqdm(base.items(), "merging", leave=False, disable=None):
+        module, new = name.removesuffix(".weight"), W
+        if name in left:
+            new = left.pop(name)
+        elif f"{module}.lora_A" in left:
+            A, B = (left.pop(f"{module}.lora_{x}").float() for x in "AB")
+            new = W.float()
+            if init:
+                A0 = entry(init, f"{module}.init_lora_A", A.shape, "--lora_init").float()
+                B0 = entry(init, f"{module}.init_lora_B", B.shape, "--lora_init").float()
+                new = new - B0 @ A0
+            if (B.shape[0], A.shape[1]) != W.shape:
+                raise Fatal(f"{module} is {list(W.shape)} in the base, {[B.shape[0], A.shape[1]]} in the checkpoint")
+            new = new + scale * (B @ A)
+        if new.numel() != W.numel():
+            raise Fatal(f"{name} is {list(W.shape)} in the base, {list(new.shape)} in the checkpoint")
+        merged[name] = new.reshape(W.shape).to(W.dtype).contiguous()
+    if left:
+        raise Fatal(f"the checkpoint holds {some(left)}, which the base lacks")
+    return merged
+
+
+def merge_files(kind: str, base: str, init: str, checkpoint: str, output: str, scale: float | None = None) -> None:
+    """Files to file, for --type pissa and lora. Refuses a base other than the one that was trained on."""
+    tensors = read_pth(base, "--base_model")
+    trained, about = read_described(checkpoint, "--lora_checkpoint")
+    taken, about_init = read_described(init, "--lora_init") if kind == "pissa" else ({}, {})
+    base_name = fingerprint(tensors)
+    for path, found in ((checkpoint, about), (init, about_init)):
+        compare(path, found, {"peft": kind, "base": base_name})
+    if not about:
+        say(f"{checkpoint} has no description (RWKV-PEFT writes none): that it belongs to {base} cannot be checked")
+    if "run" in about and "run" in about_init:
+        compare(init, about_init, {"run": about["run"]})
+    save(Path(output), merge(tensors, taken, trained, about.get("scale", 1.0) if scale is None else scale))
+
+
+# ======================================================================================================================
+# 10. Training: what is above, in order.
+# ======================================================================================================================
+
+PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BAD_STEPS = 3                                                         # this many without a finite loss end the run
+
+
+def setup(cfg: Config) -> tuple[str, torch.dtype]:
+    """Device and compute dtype; the only place that reads the environment."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world != 1 or cfg.devices != 1:
+        raise Fatal(f"--devices {cfg.devices} and {world} processes: only one device is supported so far")
+    gpu = torch.cuda.is_available()
+    accelerator = pick({"gpu": "cuda", "cpu": "cpu"}, "--accelerator", cfg.accelerator or ("gpu" if gpu else "cpu"))
+    if accelerator == "cuda" and not gpu:
+        raise Fatal("--accelerator gpu: torch finds none here; take cpu, or install a CUDA build of torch")
+    precision = cfg.precision or ("bf16" if accelerator == "cuda" else "fp32")
+    dtype = pick(PRECISION, "--precision", precision)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.manual_seed(cfg.random_seed)
+    return accelerator, dtype
+
+
+def check(cfg: Config) -> None:
+    """Everything that is wrong with the options by themselves, before any file is touched."""
+    pick(ADAPTER, "--peft", cfg.peft)
+    pick(QUANT, "--quant", cfg.quant)
+    pick(SCHEDULE, "--lr_schedule", cfg.lr_schedule)
+    pick(STRATEGY, "--strategy", cfg.strategy)
+    for part in cfg.train_parts:
+        pick(dict.fromkeys(("emb", "head", "time", "ln")), "--train_parts", part)
+    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
+        if getattr(cfg, name) < 1:
+            raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
+    for name in ("lr_init", "lr_final", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay", "grad_clip"):
+        if getattr(cfg, name) < 0:
+            raise Fatal(f"--{name} {getattr(cfg, name)}: it cannot be negative")
+    if cfg.peft != "none" and not cfg.load_model:
+        raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
+    if cfg.peft == "pissa" and bool(cfg.adapter_load) > bool(cfg.adapter_init):
+        raise Fatal(f"pissa_load {cfg.adapter_load} needs pissa_init too: the init_pissa.pth of the same run")
+    if cfg.loss_mask == "se":
+        mask_strings(cfg)
+    if cfg.peft == "pissa" and cfg.lr_init > 1e-4:
+        say(f"--lr_init {cfg.lr_init:g} is high for PiSSA, which moves the main directions of a matrix; 1e-4 is usual")
+
+
+# On one device all strategies are the same.
+STRATEGY = dict.fromkeys(("", "auto", "ddp", "zero1", "zero2", "deepspeed_stage_1", "deepspeed_stage_2"))
+
+
+@dataclass
+class Run:
+    """What a training run works with and where it stands."""
+
+    cfg: Config
+    device: str
+    arch: Arch
+    tokenizer: ByteTokenizer
+    loader: Loader
+    held_out: Loader | None
+    model: RWKV
+    optimiser: ZeroAdamW
+    about: dict[str, Any]                                             # goes into every file that is written
+    epoch_steps: int
+    step: int = 0                                                     # the next optimiser step
+    epoch_loss: float = 0.0                                           # sum over the steps of this epoch
+    loss_scale: float = 1.0                                           # fp16: its gradients would underflow
+    bad_steps: int = 0
+
+    @property
+    def steps(self) -> int:
+        return (self.cfg.epoch_begin + self.cfg.epoch_count) * self.epoch_steps
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.proj_dir)
+
+
+def open_folder(cfg: Config) -> Path:
+    """proj_dir, made if need be. A run that is in it is never written over."""
+    folder = Path(cfg.proj_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
+    for leftover in folder.glob(".*.part"):                           # of a run that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    epochs = {p.name: re.fullmatch(r"rwkv-(\d+)\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
+    held = [name for name, m in epochs.items() if m and int(m[1]) >= cfg.epoch_begin]
+    held += [] if cfg.epoch_begin else [n for n in ("resume.pth", "init_pissa.pth") if (folder / n).exists()]
+    if held and not cfg.resume:
+        raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
+    return folder
+
+
+def build(cfg: Config) -> Run | None:
+    """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
+    check(cfg)
+    device, dtype = setup(cfg)
+    tensors = read_pth(cfg.load_model, "--load_model") if cfg.load_model else {}
+    arch = detect(tensors, cfg.load_model) if tensors else new_arch(cfg)
+    check_arch(cfg, arch)
+    tokenizer = load_tokenizer(cfg, arch.vocab_size)
+    corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
+    if cfg.val_split:
+        corpus, held_out = split(corpus, cfg.val_split)
+    if cfg.val_file:
+        held_out = read_corpus(cfg, cfg.val_file, tokenizer)
+    loader = Loader(corpus, tokenizer, cfg)
+    if held_out:
+        held_out = Loader(held_out, tokenizer, replace(cfg, dataload="pad", data_shuffle=False))
+    say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
+    epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches))
+    with torch.device("meta"):
+        model = RWKV(arch, load_wkv(arch.version, cfg.op, device), cfg.grad_cp)
+    if cfg.dry_run:
+        dry_run(cfg, model.to(dtype), loader, epoch_steps, device)
+        return None
+    folder = open_folder(cfg)
+    if tensors:
+        fill(model, tensors, cfg.load_model, device, dtype)
+    else:
+        model = model.to_empty(device="cpu").initialise().to(device, dtype)
+    base = fingerprint(tensors) if tensors else "new"
+    about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
+    saved = folder / "resume.pth"
+    resumed, old = read_described(saved, "--resume") if cfg.resume and saved.exists() else ({}, {})
+    about |= adapt(model, cfg, loader, about, bool(resumed))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    run = Run(cfg, device, arch, tokenizer, loader, held_out, model, ZeroAdamW(trained, cfg), about, epoch_steps,
+              step=cfg.epoch_begin * epoch_steps, loss_scale=2.0**16 if dtype == torch.float16 else 1.0)
+    if resumed:
+        restore(run, saved, resumed, old)
+    return run
+
+
+def adapt(model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool) -> dict[str, Any]:
+    """Puts adapters on the model, new ones or those of an earlier run, and returns what describes them.
+
+    Prints the loss of one batch with and without: a new start computes what the base computes.
+    """
+    folder, kind = Path(cfg.proj_dir), ADAPTER[cfg.peft]
+    init_path, load_path = cfg.adapter_init, cfg.adapter_load
+    if resumed or (cfg.epoch_begin and not load_path):
+        init_path = str(folder / "init_pissa.pth") if cfg.peft == "pissa" else ""
+        load_path = "" if resumed else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
+    init, about_init = read_described(init_path, "pissa_init") if init_path else ({}, {})
+    load, about_load = read_described(load_path, "pissa_load") if load_path else ({}, {})
+    for path, found in ((init_path, about_init), (load_path, about_load)):
+        compare(path, found, about)
+    loss = partial(first_loss, model, loader)
+    before = loss() if kind and not load and not resumed else 0.0
+    for name in [n for n in load if ".lora_" not in n]:
+        part = dict(model.named_parameters()).get(name)
+        if part is None or part.numel() != load[name].numel():
+            raise Fatal(f"{load_path}: {name} does not fit this model")
+        part.data.copy_(load.pop(name).view(part.shape))
+    if kind is None:
+        return {}
+    taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load)
+    if not load and not resumed:
+        say(f"loss of the first batch: base {before:.6f}, with adapters {loss():.6f}")
+    about_adapters = {"rank": cfg.rank, "scale": kind.scale_of(cfg)}
+    if cfg.peft == "pissa":
+        about_adapters |= {"svd_niter": cfg.svd_niter, "seed": cfg.random_seed, "init": fingerprint(taken)}
+        if not (folder / "init_pissa.pth").exists():
+            save(folder / "init_pissa.pth", taken, about | about_adapters)
+    return about_adapters
+
+
+@torch.no_grad()
+def first_loss(model: RWKV, loader: Loader) -> float:
+    batch = loader.batch(0).to(model.emb.weight.device)
+    return batch_loss(model.eval(), batch, max(1, len(batch.learnt))).item()
+
+
+def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any]) -> None:
+    """Sets a run to where resume.pth was written."""
+    layout = [[name, p.numel()] for name, p in run.optimiser.named]
+    compare(path, old, run.about | {"layout": layout})
+    changed = [f"{k} {old['config'][k]} -> {v}" for k, v in config_of(run.cfg).items() if old["config"].get(k) != v]
+    if changed:
+        say(f"resuming with changed options: {', '.join(changed)}")
+    run.optimiser.load(saved)
+    run.step, run.epoch_loss, run.loss_scale = old["step"], old["epoch_loss"], old["loss_scale"]
+    torch.set_rng_state(saved["rng"].clone())                         # (a view would crash torch)
+    if "rng_cuda" in saved:
+        torch.cuda.set_rng_state(saved["rng_cuda"].clone())
+    say(f"resumed at step {run.step} of {run.steps}")
+
+
+def config_of(cfg: Config) -> dict[str, Any]:
+    """The options that a resumed run should share, as JSON gives them back."""
+    return json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("resume", "proj_dir", "wandb")}))
+
+
+def save_resume(run: Run) -> None:
+    """All that a run needs to go on as if it had never stopped."""
+    state = run.optimiser.state() | {"rng": torch.get_rng_state()}
+    if run.device == "cuda":
+        state["rng_cuda"] = torch.cuda.get_rng_state()
+    save(run.folder / "resume.pth", state, run.about | {
+        "step": run.step, "epoch_loss": run.epoch_loss, "loss_scale": run.loss_scale, "config": config_of(run.cfg),
+        "layout": [[name, p.numel()] for name, p in run.optimiser.named]})
+
+
+def save_epoch(run: Run, epoch: int) -> Path:
+    """rwkv-<epoch>.pth: fp32 adapters and trained parts; where all is trained, the whole model in the compute dtype."""
+    path = run.folder / f"rwkv-{epoch}.pth"
+    if run.cfg.peft == "none":
+        save(path, run.model.state_dict())                            # a model file: others read it, so no description
+    else:
+        save(path, run.optimiser.masters(), run.about)
+    return path
+
+
+class Stop:
+    """The first SIGTERM or Ctrl-C asks the run to end after its step; a second one ends the program."""
+
+    def __enter__(self) -> Stop:
+        self.asked = False
+        self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+class Logger:
+    """train_log.txt (a line per epoch), loss_data.jsonl (a line per step), both in RWKV-PEFT's form; maybe wandb."""
+
+    def __init__(self, run: Run):
+        self.run, self.started = run, time.time()
+        self.log, self.losses = run.folder / "train_log.txt", run.folder / "loss_data.jsonl"
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}\n")
+        if self.losses.exists():                                      # lines of steps that will be made again
+            lines = [x for x in self.losses.read_text("utf-8").splitlines() if x.endswith("}")]
+            kept = "".join(x + "\n" for x in lines if json.loads(x)["step"] < run.step)
+            write_whole(self.losses, lambda file: file.write(kept.encode()))
+        self.file = open(self.losses, "a", encoding="utf-8", buffering=1)
+        self.wandb = load_wandb(run.cfg)
+
+    def step(self, **row: Any) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+
+    def epoch(self, epoch: int, loss: float, lr: float) -> None:
+        perplexity, of_run = math.exp(min(loss, 700)), epoch - self.run.cfg.epoch_begin
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(f"{epoch} {loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.now()} {of_run}\n")
+
+
+def load_wandb(cfg: Config) -> Any:
+    if not cfg.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise Fatal("--wandb: the package is not installed: `pip install wandb`") from None
+    return wandb.init(project=cfg.wandb, config=asdict(cfg), dir=cfg.proj_dir)
+
+
+def train_step(run: Run, lr: float) -> dict[str, Any]:
+    """One optimiser step. A loss or gradient that is not finite changes nothing; three such steps end the run."""
+    cfg, optimiser = run.cfg, run.optimiser
+    numbers = range(run.step * cfg.accumulate_grad_batches, (run.step + 1) * cfg.accumulate_grad_batches)
+    batches = [run.loader.batch(i).to(run.device) for i in numbers]
+    n = max(1, sum(len(batch.learnt) for batch in batches))
+    loss = 0.0
+    for batch in batches:
+        share = batch_loss(run.model, batch, n)
+        (share * run.loss_scale).backward()
+        loss += share.item()
+    norm = optimiser.norm() / run.loss_scale
+    if math.isfinite(loss) and math.isfinite(norm):
+        clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
+        optimiser.step(lr, clip / run.loss_scale)
+        run.bad_steps = 0
+    else:
+        optimiser.grad.zero_()
+        skip(run, loss, [row for batch in batches for row in batch.rows])
+    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(b.inputs.numel() for b in batches), "learnt": n}
+
+
+def skip(run: Run, loss: float, rows: list[int]) -> None:
+    """Says which rows gave no finite gradient. In fp16 that is mostly the loss scale's doing: it is halved first."""
+    if run.loss_scale > 1 and math.isfinite(loss):
+        run.loss_scale /= 2
+        return
+    run.bad_steps += 1
+    say(f"step {run.step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; the step is skipped and"
+        f" nothing changed (rows {rows[0]} to {rows[-1]} of the data)")
+    if run.bad_steps == BAD_STEPS:
+        raise Fatal(f"{BAD_STEPS} steps in a row, up to step {run.step}, had no finite loss and gradient; what was"
+                    " saved before is good; lower --lr_init, or look at those rows")
+
+
+@torch.no_grad()
+def evaluate(model: RWKV, loader: Loader, device: str) -> float:
+    """Mean loss over every learnt token of a corpus."""
+    model.eval()
+    total = learnt = 0
+    for i in tqdm(range(-(-loader.pass_rows // loader.bsz)), "validation", leave=False, disable=None):
+        batch = loader.batch(i, last=loader.pass_rows).to(device)
+        total += batch_loss(model, batch, 1).item()
+        learnt += len(batch.learnt)
+    model.train()
+    return total / max(1, learnt)
+
+
+def train(run: Run) -> None:
+    """The loop: set the learning rate, make a step, log it; at the end of an epoch validate, sample and save."""
+    cfg, log = run.cfg, Logger(run)
+    if run.held_out:
+        say(f"held-out loss before: {evaluate(run.model, run.held_out, run.device):.4f}")
+    run.model.train()
+    with Stop() as stop, tqdm(total=run.steps, initial=run.step, unit="step", disable=None) as bar:
+        while run.step < run.steps and not stop.asked:
+            began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
+            row = train_step(run, lr)
+            seconds = time.perf_counter() - began
+            epoch = run.step // run.epoch_steps
+            log.step(**row, step=run.step, epoch=epoch, kt_s=row["tokens"] / seconds / 1000, t_cost=1 / seconds)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{lr:.1e}", tok_s=f"{row['tokens'] / seconds:,.0f}")
+            bar.update()
+            run.step, run.epoch_loss = run.step + 1, run.epoch_loss + row["loss"]
+            if run.step % run.epoch_steps == 0:
+                end_epoch(run, log, epoch, lr)
+            elif cfg.save_steps and run.step % cfg.save_steps == 0:
+                save_resume(run)
+        if run.step < run.steps:
+            save_resume(run)
+            say(f"stopped after step {run.step - 1}; --resume goes on from here")
+            return
+    say(f"done: {run.folder}")
+
+
+def end_epoch(run: Run, log: Logger, epoch: int, lr: float) -> None:
+    cfg, loss, last = run.cfg, run.epoch_loss / run.epoch_steps, run.step == run.steps
+    run.epoch_loss = 0.0
+    log.epoch(epoch, loss, lr)
+    line = f"epoch {epoch}: loss {loss:.4f}"
+    if run.held_out:
+        held_out = evaluate(run.model, run.held_out, run.device)
+        log.step(step=run.step - 1, epoch=epoch, val_loss=held_out)
+        line += f", held out {held_out:.4f}"
+    say(line)
+    if cfg.sample_prompt:
+        say(cfg.sample_prompt + generate(run.model, run.tokenizer, cfg.sample_prompt, cfg.sample_len, cfg.sample_top_p,
+                                         cfg.random_seed))
+    if last or epoch % cfg.epoch_save == 0:
+        path = save_epoch(run, epoch)
+        save_resume(run)
+        if last and cfg.auto_merge and cfg.peft != "none":
+            merged = run.folder / f"rwkv-{epoch}-merged.pth"
+            merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
+            say(f"merged: {merged}")
+
+
+@torch.no_grad()
+def generate(model: RWKV, tokenizer: ByteTokenizer, prompt: str, length: int, top_p: float = 0.0, seed: int = 0) -> str:
+    """What the model writes after `prompt`, up to `length` tokens or the end of the document; top_p 0 is greedy."""
+    was_training, draw = model.training, torch.Generator().manual_seed(seed)
+    model.eval()
+    tokens, states, out = tokenizer.encode(prompt) or [0], None, []
+    while len(out) < length:
+        x, states = model(torch.tensor([tokens], device=model.emb.weight.device), states)
+        p = (x[0, -1] @ model.head.weight.T).float().softmax(-1).cpu()                    # (V)
+        p, order = p.sort(descending=True)
+        p[1:][p.cumsum(0)[:-1] >= top_p] = 0                                              # the likeliest, up to top_p
+        tokens = [order[torch.multinomial(p, 1, generator=draw)].item()]
+        if tokens == [0]:
+            break
+        out += tokens
+    model.train(was_training)
+    return tokenizer.decode(out)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive while a step is computed on the meta device, without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                weakref.finalize(storage, self.freed, storage.nbytes())
+                self.live += storage.nbytes()
+                self.most = max(self.most, self.live)
+        return out
+
+    def freed(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+def dry_run(cfg: Config, model: RWKV, loader: Loader, epoch_steps: int, device: str) -> None:
+    """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded."""
+    named = dict(model.named_parameters())
+    trained = {n for n in named if cfg.peft == "none" or any(part in n for part in cfg.train_parts)}
+    for p in (named[n] for n in named.keys() - trained):
+        p.requires_grad_(False)
+    adapters = 0
+    for name, linear in adapted(model).items() if ADAPTER[cfg.peft] else ():
+        (rows, columns), dtype = linear.weight.shape, linear.weight.dtype
+        if not 1 <= cfg.rank <= min(rows, columns):
+            raise Fatal(f"--rank {cfg.rank}: {name} is {rows} x {columns}; take a rank from 1 to {min(rows, columns)}")
+        A, B = (torch.empty(s, dtype=dtype, device="meta") for s in ((cfg.rank, columns), (rows, cfg.rank)))
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, ADAPTER[cfg.peft](cfg, QUANT[cfg.quant](linear.weight.data), A, B))
+        adapters += A.numel() + B.numel()
+    every, learning = model.num_parameters(), model.num_parameters(trained=True)
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    optimiser = learning * (16 if next(model.parameters()).itemsize < 4 else 12)          # master, m, v, gradient
+    B, T, accumulate = loader.bsz, cfg.ctx_len, cfg.accumulate_grad_batches
+    positions = torch.arange(B * T, device="meta")
+    with Peak() as peak:
+        batch_loss(model, Batch(positions.view(B, T), positions, positions, []), 1).backward()
+    steps, GB = epoch_steps * cfg.epoch_count, 1e9
+    say(f"would train {learning:,} of {every:,} parameters: {adapters:,} in adapters, {learning - adapters:,} in"
+        f" {'the model' if cfg.peft == 'none' else ' '.join(cfg.train_parts)}\n"
+        f"would make {steps:,} steps of {B * accumulate} rows: at most {steps * B * T * accumulate:,} tokens\n"
+        f"would hold {(weights + optimiser + peak.most) / GB:.2f} GB on the {device}: {weights / GB:.2f} weights,"
+        f" {optimiser / GB:.2f} optimiser, {peak.most / GB:.2f} activations and gradients at their peak")
+
+
+def make_binidx(cfg: Config) -> None:
+    """--make_binidx X.jsonl writes X.bin and X.idx beside it."""
+    prefix = cfg.make_binidx.removesuffix(".jsonl")
+    for file in (prefix + ".bin", prefix + ".idx"):
+        if Path(file).exists():
+            raise Fatal(f"--make_binidx {cfg.make_binidx}: {file} exists already; move it away first")
+    tokenizer = load_tokenizer(cfg, cfg.vocab_size or (256 if cfg.tokenizer == "byte" else 65536))
+    corpus = read_corpus(cfg, cfg.make_binidx, tokenizer)
+    write_binidx(prefix, corpus)
+    say(f"{prefix}.bin, {prefix}.idx: {len(corpus.starts) - 1:,} documents, {len(corpus.tokens):,} tokens;"
+        f" train with --data_file {prefix}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, or 2 after one line about what the user can mend."""
+    try:
+        cfg = parse(sys.argv[1:] if argv is None else argv)
+        if cfg.make_binidx:
+            make_binidx(cfg)
+        elif run := build(cfg):
+            train(run)
+        return 0
+    except Fatal as e:
+        print(f"pissa_rwkv: error: {e}", file=sys.stderr)
+    except torch.OutOfMemoryError as e:
+        print(f"pissa_rwkv: error: out of GPU memory ({first_line(e)}); a smaller --micro_bsz or --ctx_len,"
+              " or --grad_cp 1, takes less; --dry_run estimates it", file=sys.stderr)
+    except OSError as e:
+        print(f"pissa_rwkv: error: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""WKV-7 operators, each `f(r, w, k, v, a, b, state) -> (y, state_T)`; shapes and dtypes are in op.py.
+
+    wkv7 = wkv7_cuda.load("cpu")        # compiles on first use, a few seconds, kept in a cache
+
+| op | what | needs |
+|---|---|---|
+| `cuda` | tensor-core kernels, wkv7.cu | an NVIDIA GPU, nvcc |
+| `cpu` | the recurrence in C++, wkv7_cpu.cpp | a C++ compiler |
+| `chunk` | the chunk algorithm in PyTorch, chunk.py | nothing; any device and head size |
+
+Importing this package compiles nothing and reads no environment variable.
+"""
+
+import functools
+import importlib
+
+from .build import BuildError
+from .op import WKV7
+
+__all__ = ["OPS", "BuildError", "load"]
+
+OPS = ("cuda", "cpu", "chunk")
+
+
+@functools.cache
+def load(op: str) -> WKV7:
+    """The operator of that name, compiled if need be. ValueError: no such op; BuildError: it cannot be built here."""
+    if op not in OPS:
+        raise ValueError(f"wkv7 has no operator {op!r}; it has {list(OPS)}")
+    return importlib.import_module(f".{op}", __name__).load()

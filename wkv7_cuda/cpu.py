@@ -1,0 +1,72 @@
+"""The `cpu` operator: wkv7_cpu.cpp, called on plain pointers. It works in float32 or float64; half types are converted."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import build, op
+
+SOURCE = Path(__file__).with_name("wkv7_cpu.cpp")
+# The three about mathematics let the compiler add up a vector as a tree rather than number by number. NaN and inf keep
+# their meaning, which -ffast-math would take.
+FLAGS = ["-std=c++17", "-O3", "-fopenmp-simd", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
+         "-pthread", "-shared", "-fPIC"]  # fmt: skip
+SEGMENT = 16  # tokens from one saved state to the next; as in the C++
+
+
+def load() -> op.WKV7:
+    """Compile, unless cached, and return the operator; BuildError if there is no working C++ compiler."""
+    forward, backward = kernels()
+    return op.register("cpu", forward, backward, new_saved, device="cpu", head_size=64)
+
+
+def kernels() -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+    """The pair (forward, backward) that op.py asks for."""
+    library = open_library()
+
+    def forward(r, w, k, v, a, b, state, save):
+        y, state_T = r.new_empty(r.shape, dtype=state.dtype), torch.empty_like(state)
+        saved = new_saved(r, state) if save else state.new_empty(0)
+        inputs = [x.to(state.dtype) for x in (r, w, k, v, a, b)]
+        call(library, "forward", r.shape, [*inputs, state], [y, state_T, saved if save else None])
+        return y.to(r.dtype), state_T, saved
+
+    def backward(r, w, k, v, a, b, state, saved, dy, dstate):
+        grads = [r.new_empty(r.shape, dtype=state.dtype) for _ in range(6)]
+        dstate0 = torch.empty_like(state)
+        inputs = [x.to(state.dtype) for x in (r, w, k, v, a, b, dy)]
+        call(library, "backward", r.shape, [*inputs, saved, dstate], [*grads, dstate0])
+        return *(grad.to(r.dtype) for grad in grads), dstate0
+
+    return forward, backward
+
+
+def new_saved(r: Tensor, state: Tensor) -> Tensor:
+    """Uninitialised; per head and 16 tokens: the state before them (64 rows) and their vectors u = S a (16 rows)."""
+    batch, time, heads, size = r.shape
+    return state.new_empty(batch, heads, -(-time // SEGMENT), size + SEGMENT, size)
+
+
+def open_library() -> ctypes.CDLL:
+    """Compiled for this very processor, or, where the compiler does not know -march=native, for any of its kind."""
+    try:
+        return build.load("wkv7_cpu", SOURCE, "c++", ["-march=native", *FLAGS])
+    except build.BuildError:
+        return build.load("wkv7_cpu", SOURCE, "c++", FLAGS)
+
+
+def call(
+    library: ctypes.CDLL, name: str, shape: Sequence[int], inputs: Sequence[Tensor], outputs: Sequence[Tensor | None]
+) -> None:
+    """wkv7_<name>_<dtype>(B, T, H, threads, array of input pointers, array of output pointers)."""
+    function = library[f"wkv7_{name}_{str(inputs[0].dtype).removeprefix('torch.')}"]
+    function.restype = None
+    batch, time, heads = (ctypes.c_long(size) for size in shape[:3])
+    x, out = (
+        (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+        for tensors in (inputs, outputs)
+    )
+    function(batch, time, heads, torch.get_num_threads(), x, out)
