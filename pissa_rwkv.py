@@ -1,4 +1,50 @@
-"""pissa_rwkv: fine-tune RWKV-7 language models with PiSSA, in one file.
+"""pissa_rwkv: fine-tune RWKV-7 language models with PiSSA. The whole of it, in one file to be read from top to bottom.
+
+A trained matrix W acts mostly along few directions. PiSSA takes these out, W = W_res + B A, trains A and B, and freezes
+the rest. The run starts exactly where the base model is; what is trained are one or two numbers in a hundred, those
+that matter most. In the end B A is added back, and the file is an ordinary model again.
+
+    torchrun pissa_rwkv.py                                                       # a demonstration, 3 minutes on a CPU
+    torchrun pissa_rwkv.py --load_model RWKV-x070.pth --data_file chats.jsonl    # your model, your data
+    python merge.py --type pissa --base_model RWKV-x070.pth --lora_init out/init_pissa.pth \\
+                    --lora_checkpoint out/rwkv-0.pth --output tuned.pth
+
+The file follows a run; a section uses only what stands above it:
+
+     1 configuration    the options, once: default, help                    Config, parse
+     2 the operator     the delta-rule memory as a recurrence               wkv7_ref, WKV
+     3 the model        time mixing, channel mixing, loading, detection     RWKV, TimeMix_x070, detect, fill
+     4 frozen weights   how untrained matrices are held                     FrozenLinear, QUANT
+     5 adapters         PiSSA, LoRA                                         PiSSALinear, top_singular, add_adapters
+     6 data             readers -> one stream; samplers; masks              Corpus, Loader
+     7 loss             cross-entropy without all the logits                HeadLoss
+     8 optimiser        AdamW on one flat buffer; schedules                 ZeroAdamW, lr_at
+     9 files            written whole or not at all; merging                save, merge
+    10 training         the loop, resuming, generating, the demonstration   build, train, generate, main
+
+Names. Parameters are called as in the files of the RWKV world; locals bear the letters of the papers.
+
+    code                    word                                shape           in the papers
+    B T C V L               batch, time, width, vocabulary, layers
+    H N A F                 heads, head size, A = H N, width of the channel mixing
+    S                       state of a head: its memory         (N value,N key) wkv / S
+    r w k v                 receptance, raw decay logit, key, value   (B,T,H,N)
+    d                       decay, exp(-exp(-1/2) sigmoid(w))   (B,T,H,N)       w
+    eta; a0 a1 a2           in-context learning rate            (B,T,A)         a
+    kappa; k_k              removal key, of length 1            (B,T,A)         kappa hat
+    a, b (operator)         -kappa and kappa * eta              (B,T,H,N)
+    g; g1 g2                output gate                         (B,T,A)         g
+    v_first; v0 v1 v2       layer 0's value, mixed into all others'             v_0
+    r_k                     bonus of the token itself           (H,N)           rho
+    x_r ... x_g             token-shift weights mu              (1,1,C)         mu
+    ln_x                    group norm, one group a head        (A)
+    lora_A, lora_B          an adapter's factors A, B           (r,in), (out,r) A, B
+    sigma                   singular values (S is taken)        (r)             S
+    row; micro-batch; step  what one sequence, one backward, one update take
+    n                       learnt tokens of an optimiser step
+
+References: RWKV-7 "Goose" arXiv 2503.14456 - RWKV-5/6 "Eagle and Finch" 2404.05892 - PiSSA 2404.02948 - LoRA 2106.09685
+- randomised SVD 0909.4061 - AdamW 1711.05101 - ZeRO 1910.02054.
 """
 
 from __future__ import annotations
@@ -139,7 +185,7 @@ class Config:
     adapter_init: str = opt("", "PiSSA: the init_pissa.pth that belongs to adapter_load")
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
-    train_parts: tuple = opt(("time", "ln"), "also trained: parameters named so (of emb, head, time, ln)")
+    train_parts: tuple = opt(("time", "ln"), "also trained: parameters named so (of emb, head, time, ln), or none")
     quant: str = opt("none", "how frozen matrices are stored: none")
     # the machine
     accelerator: str = opt("", "gpu or cpu; gpu where there is one")
@@ -282,12 +328,13 @@ WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what 
     ("x070", "chunk"): partial(wkv7_cuda.load, "chunk"),
     ("x070", "torch"): lambda: wkv7_ref,
 }
+FOR_HEADS_OF_64 = ("cuda", "cpu")                                     # what is compiled, is compiled for these
 FASTEST_FIRST = {"cuda": ("cuda", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
 
 
-def load_wkv(version: str, op: str, device: str) -> Callable:
+def load_wkv(version: str, head_size: int, op: str, device: str) -> Callable:
     """The operator `op` of a version; for op "" the fastest that this machine can build, said in one line."""
-    ops = {o: load for (v, o), load in WKV.items() if v == version}
+    ops = {o: load for (v, o), load in WKV.items() if v == version and (head_size == 64 or o not in FOR_HEADS_OF_64)}
     if op:
         load = pick(ops, f"--version {version} --op", op)
         try:
@@ -979,23 +1026,21 @@ THINGS, COLOURS = "ball book coat cup hat lamp".split(), "black blue green red w
 
 
 def task(family: str, draw: random.Random) -> tuple[str, str]:
-    """One question and its answer: a sum, a place, a person, a colour, or a spelling.
+    """One question and its answer: a sum, a spelling, or something about a sentence.
 
     The families ask for the same skills; `shift` words questions and answers in another way than `base`.
     """
     a, b = draw.randrange(10), draw.randrange(10)
-    (n1, n2), (p1, p2) = draw.sample(NAMES, 2), draw.sample(PLACES, 2)
-    (t1, t2), (c1, c2) = draw.sample(THINGS, 2), draw.sample(COLOURS, 2)
-    which, word = draw.randrange(2), "".join(draw.choice("bdfklmnprst" if i % 2 == 0 else "aeiou") for i in range(4))
+    word = "".join(draw.choice("bdfklmnprst" if i % 2 == 0 else "aeiou") for i in range(4))
+    name, place, thing, colour = map(draw.choice, (NAMES, PLACES, THINGS, COLOURS))
+    asked, named, fact = draw.choice([
+        ("Who has it?", "person", name), ("Where is it?", "place", place), ("What is it?", "thing", thing),
+        ("Which colour?", "colour", colour)])
     base, shift = draw.choice([
-        ((f"{a}+{b}?", f"{a + b}"), (f"Add {b} to {a}.", f"It is {a + b}.")),
-        ((f"{n1} is in the {p1}, {n2} in the {p2}. Where is {(n1, n2)[which]}?", (p1, p2)[which]),
-         (f"{p1}: {n1}; {p2}: {n2}. Find {(n1, n2)[which]}.", f"In the {(p1, p2)[which]}.")),
-        ((f"{n1} is in the {p1}, {n2} in the {p2}. Who is in the {(p1, p2)[which]}?", (n1, n2)[which]),
-         (f"{p1}: {n1}; {p2}: {n2}. {(p1, p2)[which]}?", f"{(n1, n2)[which]} is there.")),
-        ((f"The {t1} is {c1}, the {t2} {c2}. What colour is the {(t1, t2)[which]}?", (c1, c2)[which]),
-         (f"{c1} {t1}, {c2} {t2}. How does the {(t1, t2)[which]} look?", f"It looks {(c1, c2)[which]}.")),
-        ((f"Spell {word}.", " ".join(word)), (f"Letters of {word}?", "-".join(word.upper()))),
+        ((f"{a}+{b}?", f"{a + b}"), (f"Add {a} to {b}.", f"{a + b}.")),
+        ((f"Spell {word}.", " ".join(word)), (f"Letters of {word}?", "-".join(word) + ".")),
+        *[((f"{name} has a {colour} {thing} in the {place}. {asked}", fact),
+           (f"In the {place} a {colour} {thing} belongs to {name}. Name the {named}.", f"{fact}."))] * 3,
     ])
     return base if family == "base" else shift
 
@@ -1269,18 +1314,21 @@ class HeadLoss(torch.autograd.Function):
             m = logits.gather(1, top)
             dlogits = logits.sub_(lse).exp_()                                             # softmax, in place
             dlogits.scatter_add_(1, target, torch.full_like(m, -1.0)).scatter_add_(1, top, L2_WRAP * m)
-            dlogits = (dlogits / n).to(x.dtype)
+            dlogits = dlogits.to(x.dtype)
             if dx is not None:
                 dx[part] = dlogits @ W
             if dW is not None:
                 dW += (dlogits.T @ x[part]).to(dtype)
         ctx.save_for_backward(dx, dW)
+        ctx.n = n
         return loss / n
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         dx, dW = ctx.saved_tensors
-        return (None if dx is None else dx * g.to(dx.dtype)), (None if dW is None else dW * g), None, None
+        # Divided by n here, together with the incoming gradient: in fp16 dlogits / n alone would underflow.
+        dx = None if dx is None else (dx.to(g.dtype) * (g / ctx.n)).to(dx.dtype)
+        return dx, None if dW is None else dW * (g / ctx.n), None, None
 
 
 def batch_loss(model: RWKV, batch: Batch, n: int) -> Tensor:
@@ -1355,6 +1403,11 @@ class ZeroAdamW:
         if self.working is not self.master:
             self.working.copy_(self.master)
 
+    def layout(self) -> str:
+        """Tells two selections of parameters apart."""
+        names = hashlib.sha256(repr(sorted((name, where.start) for name, where in self.where.items())).encode())
+        return f"{len(self.named)} tensors of {len(self.master)} numbers ({names.hexdigest()[:8]})"
+
     def masters(self) -> dict[str, Tensor]:
         """Name -> fp32 master weight, in the parameter's shape."""
         return {name: self.master[self.where[name]].view(p.shape) for name, p in self.named}
@@ -1424,8 +1477,10 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
     """A flat dict of tensors as a .pth; with `about`, described by it."""
-    # (Cloned: of a view, torch.save writes the whole buffer.)
-    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    for name, t in tensors.items():
+        if t.untyped_storage().nbytes() > t.nbytes:                   # a view: torch.save would write all of its buffer
+            tensors[name] = t.clone()
     if about is not None:
         tensors[DESCRIPTION] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8).clone()
     write_whole(path, lambda file: torch.save(tensors, file))
@@ -1485,19 +1540,22 @@ def merge(
     return merged
 
 
-def merge_files(kind: str, base: str, init: str, checkpoint: str, output: str, scale: float | None = None) -> None:
-    """Files to file, for --type pissa and lora. Refuses a base other than the one that was trained on."""
+def merge_files(kind: str, base: str, init: str, checkpoint: str, output: str, alpha: float | None = None) -> None:
+    """`merge` from files to a file, for --type pissa and lora. Refuses a base that was not trained on."""
     tensors = read_pth(base, "--base_model")
     trained, about = read_described(checkpoint, "--lora_checkpoint")
     taken, about_init = read_described(init, "--lora_init") if kind == "pissa" else ({}, {})
-    base_name = fingerprint(tensors)
     for path, found in ((checkpoint, about), (init, about_init)):
-        compare(path, found, {"peft": kind, "base": base_name})
+        compare(path, found, {"peft": kind, "base": fingerprint(tensors)})
+    compare(init, about_init, {"init": about["init"]} if "init" in about else {})
     if not about:
         say(f"{checkpoint} has no description (RWKV-PEFT writes none): that it belongs to {base} cannot be checked")
-    if "run" in about and "run" in about_init:
-        compare(init, about_init, {"run": about["run"]})
-    save(Path(output), merge(tensors, taken, trained, about.get("scale", 1.0) if scale is None else scale))
+    scale = about.get("scale", 1.0 if kind == "pissa" else None)
+    if alpha is not None:
+        scale = alpha / next((len(t) for name, t in trained.items() if name.endswith(".lora_A")), 1)
+    if scale is None:
+        raise Fatal(f"{checkpoint} does not say by what LoRA was scaled; give --lora_alpha")
+    save(Path(output), merge(tensors, taken, trained, scale))
 
 
 # ======================================================================================================================
@@ -1508,9 +1566,10 @@ PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat1
 BAD_STEPS = 3                                                         # this many without a finite loss end the run
 
 
-def setup(cfg: Config) -> tuple[str, torch.dtype]:
-    """Device and compute dtype; the only place that reads the environment."""
+def setup(cfg: Config) -> tuple[Config, str, torch.dtype]:
+    """Device and compute dtype; the only place that reads the environment. A job that torchrun restarted resumes."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    cfg = replace(cfg, resume=cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     if world != 1 or cfg.devices != 1:
         raise Fatal(f"--devices {cfg.devices} and {world} processes: only one device is supported so far")
     gpu = torch.cuda.is_available()
@@ -1521,7 +1580,7 @@ def setup(cfg: Config) -> tuple[str, torch.dtype]:
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.manual_seed(cfg.random_seed)
-    return accelerator, dtype
+    return cfg, accelerator, dtype
 
 
 def check(cfg: Config) -> None:
@@ -1531,7 +1590,7 @@ def check(cfg: Config) -> None:
     pick(SCHEDULE, "--lr_schedule", cfg.lr_schedule)
     pick(STRATEGY, "--strategy", cfg.strategy)
     for part in cfg.train_parts:
-        pick(dict.fromkeys(("emb", "head", "time", "ln")), "--train_parts", part)
+        pick(dict.fromkeys(("emb", "head", "time", "ln", "none")), "--train_parts", part)
     for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
         if getattr(cfg, name) < 1:
             raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
@@ -1593,6 +1652,9 @@ def open_folder(cfg: Config) -> Path:
         leftover.unlink(missing_ok=True)
     epochs = {p.name: re.fullmatch(r"rwkv-(\d+)\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
     held = [name for name, m in epochs.items() if m and int(m[1]) >= cfg.epoch_begin]
+    if cfg.resume and held and not (folder / "resume.pth").exists():
+        raise Fatal(f"--resume: {folder} holds {some(held)} but no resume.pth;"
+                    " --epoch_begin goes on from rwkv-<N-1>.pth")
     held += [] if cfg.epoch_begin else [n for n in ("resume.pth", "init_pissa.pth") if (folder / n).exists()]
     if held and not cfg.resume:
         raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
@@ -1602,10 +1664,11 @@ def open_folder(cfg: Config) -> Path:
 def build(cfg: Config) -> Run | None:
     """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
     check(cfg)
-    device, dtype = setup(cfg)
+    cfg, device, dtype = setup(cfg)
     tensors = read_pth(cfg.load_model, "--load_model") if cfg.load_model else {}
     arch = detect(tensors, cfg.load_model) if tensors else new_arch(cfg)
     check_arch(cfg, arch)
+    folder = None if cfg.dry_run else open_folder(cfg)
     tokenizer = load_tokenizer(cfg, arch.vocab_size)
     corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
     if cfg.val_split:
@@ -1618,11 +1681,10 @@ def build(cfg: Config) -> Run | None:
     say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches))
     with torch.device("meta"):
-        model = RWKV(arch, load_wkv(arch.version, cfg.op, device), cfg.grad_cp)
-    if cfg.dry_run:
+        model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
+    if folder is None:
         dry_run(cfg, model.to(dtype), loader, epoch_steps, device)
         return None
-    folder = open_folder(cfg)
     if tensors:
         fill(model, tensors, cfg.load_model, device, dtype)
     else:
@@ -1669,7 +1731,7 @@ def adapt(model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resum
     about_adapters = {"rank": cfg.rank, "scale": kind.scale_of(cfg)}
     if cfg.peft == "pissa":
         about_adapters |= {"svd_niter": cfg.svd_niter, "seed": cfg.random_seed, "init": fingerprint(taken)}
-        if not (folder / "init_pissa.pth").exists():
+        if init_path != str(folder / "init_pissa.pth"):
             save(folder / "init_pissa.pth", taken, about | about_adapters)
     return about_adapters
 
@@ -1682,8 +1744,9 @@ def first_loss(model: RWKV, loader: Loader) -> float:
 
 def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any]) -> None:
     """Sets a run to where resume.pth was written."""
-    layout = [[name, p.numel()] for name, p in run.optimiser.named]
-    compare(path, old, run.about | {"layout": layout})
+    if "config" not in old:
+        raise Fatal(f"{path}: not what this program writes for --resume")
+    compare(path, old, run.about | {"trained": run.optimiser.layout()})
     changed = [f"{k} {old['config'][k]} -> {v}" for k, v in config_of(run.cfg).items() if old["config"].get(k) != v]
     if changed:
         say(f"resuming with changed options: {', '.join(changed)}")
@@ -1693,6 +1756,8 @@ def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any])
     if "rng_cuda" in saved:
         torch.cuda.set_rng_state(saved["rng_cuda"].clone())
     say(f"resumed at step {run.step} of {run.steps}")
+    if run.step % run.epoch_steps == 0:
+        finish_epoch(run, run.step // run.epoch_steps - 1)            # it may have been killed before that was done
 
 
 def config_of(cfg: Config) -> dict[str, Any]:
@@ -1707,17 +1772,7 @@ def save_resume(run: Run) -> None:
         state["rng_cuda"] = torch.cuda.get_rng_state()
     save(run.folder / "resume.pth", state, run.about | {
         "step": run.step, "epoch_loss": run.epoch_loss, "loss_scale": run.loss_scale, "config": config_of(run.cfg),
-        "layout": [[name, p.numel()] for name, p in run.optimiser.named]})
-
-
-def save_epoch(run: Run, epoch: int) -> Path:
-    """rwkv-<epoch>.pth: fp32 adapters and trained parts; where all is trained, the whole model in the compute dtype."""
-    path = run.folder / f"rwkv-{epoch}.pth"
-    if run.cfg.peft == "none":
-        save(path, run.model.state_dict())                            # a model file: others read it, so no description
-    else:
-        save(path, run.optimiser.masters(), run.about)
-    return path
+        "trained": run.optimiser.layout()})
 
 
 class Stop:
@@ -1850,7 +1905,8 @@ def train(run: Run) -> None:
 
 
 def end_epoch(run: Run, log: Logger, epoch: int, lr: float) -> None:
-    cfg, loss, last = run.cfg, run.epoch_loss / run.epoch_steps, run.step == run.steps
+    """Validates, samples, and writes: rwkv-<epoch>.pth holds fp32 adapters and trained parts, or the whole model."""
+    cfg, loss = run.cfg, run.epoch_loss / run.epoch_steps
     run.epoch_loss = 0.0
     log.epoch(epoch, loss, lr)
     line = f"epoch {epoch}: loss {loss:.4f}"
@@ -1862,13 +1918,23 @@ def end_epoch(run: Run, log: Logger, epoch: int, lr: float) -> None:
     if cfg.sample_prompt:
         say(cfg.sample_prompt + generate(run.model, run.tokenizer, cfg.sample_prompt, cfg.sample_len, cfg.sample_top_p,
                                          cfg.random_seed))
-    if last or epoch % cfg.epoch_save == 0:
-        path = save_epoch(run, epoch)
+    if run.step == run.steps or epoch % cfg.epoch_save == 0:
         save_resume(run)
-        if last and cfg.auto_merge and cfg.peft != "none":
-            merged = run.folder / f"rwkv-{epoch}-merged.pth"
-            merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
-            say(f"merged: {merged}")
+        finish_epoch(run, epoch)
+
+
+def finish_epoch(run: Run, epoch: int) -> None:
+    """The files of an epoch that are not there yet. All are made from what resume.pth holds, which is written first."""
+    cfg, last = run.cfg, run.step == run.steps
+    path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
+    if (last or epoch % cfg.epoch_save == 0) and not path.exists():
+        if cfg.peft == "none":
+            save(path, run.model.state_dict())                        # a model file: others read it, so no description
+        else:
+            save(path, run.optimiser.masters(), run.about)
+    if last and cfg.auto_merge and cfg.peft != "none" and not merged.exists():
+        merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
+        say(f"merged: {merged}")
 
 
 @torch.no_grad()
@@ -1955,12 +2021,78 @@ def make_binidx(cfg: Config) -> None:
         f" train with --data_file {prefix}")
 
 
+# ------------------------------------------------------------------ the demonstration: the whole job, in miniature
+
+
+@torch.no_grad()
+def exact_match(model: RWKV, loader: Loader, device: str) -> float:
+    """Share of a corpus's rows in which greedy decoding gives the learnt tokens, to the last one."""
+    model.eval()
+    right = 0
+    for i in range(-(-loader.pass_rows // loader.bsz)):
+        batch = loader.batch(i, last=loader.pass_rows).to(device)
+        x, _ = model(batch.inputs)                                                        # (B,T,C)
+        missed = (x.flatten(0, 1)[batch.learnt] @ model.head.weight.T).argmax(-1) != batch.targets
+        rows_missed = (batch.learnt[missed] // batch.inputs.shape[1]).unique()
+        right += len(batch.rows) - len(rows_missed)
+    model.train()
+    return right / loader.pass_rows
+
+
+def demo(cfg: Config) -> None:
+    """Pretrains a base on one family of questions, adapts it to another with PiSSA and with LoRA, merges, reopens."""
+    folder = Path(cfg.proj_dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise Fatal(f"--proj_dir {folder} is not empty; name another folder for the demonstration")
+    common = replace(cfg, data_type="dummy", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=32, val_split=0.1,
+                     grad_cp=False, rank=8, lora_alpha=8.0)
+    say("1. A base model of 0.7 M parameters learns to answer questions: sums, places, people, colours, spelling.")
+    base = replace(common, peft="none", n_layer=2, n_embd=128, data_file="base", epoch_steps=300, warmup_steps=20,
+                   lr_init=8e-3, lr_final=4e-4, proj_dir=str(folder / "base"))
+    run = build(base)
+    train(run)
+    say(f"   exact answers to held-out questions: {exact_match(run.model, run.held_out, run.device):.1%}")
+    file, results = str(folder / "base" / "rwkv-0.pth"), {}
+    for peft in ("pissa", "lora"):
+        say(f"{2 if peft == 'pissa' else 3}. {peft} of rank 8 adapts it to the same questions in other words.")
+        run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=100, warmup_steps=5,
+                            lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), auto_merge=True))
+        before = evaluate(run.model, run.held_out, run.device), exact_match(run.model, run.held_out, run.device)
+        train(run)
+        after = evaluate(run.model, run.held_out, run.device), exact_match(run.model, run.held_out, run.device)
+        results[peft] = before, after, run
+    before, _, run = results["pissa"]
+    say("   held out                  loss    exact answers\n"
+        f"   base                    {before[0]:6.3f}   {before[1]:6.1%}")
+    for peft, (_, after, _) in results.items():
+        say(f"   after 100 steps of {peft:<5}{after[0]:6.3f}   {after[1]:6.1%}")
+    run = results["pissa"][2]
+    merged = str(folder / "pissa" / "rwkv-0-merged.pth")
+    say(f"4. {merged} is an ordinary model file. Reopened:")
+    tensors = read_pth(merged, "--load_model")
+    with torch.device("meta"):
+        model = RWKV(run.arch, run.model.blocks[0].att.wkv)
+    fill(model, tensors, merged, run.device, next(run.model.parameters()).dtype).eval()
+    batch = run.held_out.batch(0).to(run.device)
+    with torch.no_grad():
+        logits, again = (m(batch.inputs)[0] @ m.head.weight.T for m in (run.model.eval(), model))
+    difference = ((logits - again).abs().max() / logits.std()).item()
+    say(f"   largest difference of a logit: {difference:.1e} of their standard deviation")
+    for question, answer in dummy_tasks("shift", 4096, cfg.random_seed)[-4:]:
+        said = generate(model, run.tokenizer, chat(question, ""), 24).strip()
+        say(f"   {question}  ->  {said}" + ("" if said == answer else f"  (right: {answer})"))
+    say("Next, your own model and data:\n"
+        "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, or 2 after one line about what the user can mend."""
     try:
         cfg = parse(sys.argv[1:] if argv is None else argv)
         if cfg.make_binidx:
             make_binidx(cfg)
+        elif not cfg.load_model and not cfg.data_file and cfg.peft != "none":
+            demo(cfg)
         elif run := build(cfg):
             train(run)
         return 0
@@ -1971,6 +2103,9 @@ def main(argv: list[str] | None = None) -> int:
               " or --grad_cp 1, takes less; --dry_run estimates it", file=sys.stderr)
     except OSError as e:
         print(f"pissa_rwkv: error: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("pissa_rwkv: stopped before training began", file=sys.stderr)
+        return 130
     return 2
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from test_cuda_on_cpu import CPU_FLAGS, HERE, SANITIZERS, SHADOW, compile_for_cpu, run_sanitized
 
-from wkv7_cuda import build, cuda
+import wkv7_cuda
+from wkv7_cuda import build, cuda, op
 
 N = 64
 REGIMES = ["random", "decay floor", "decay near 1", "equal keys", "zeros"]  # one head each
@@ -29,7 +30,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
 def problem(batch: int, time: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Inputs r, w, k, v, a, b (B,T,H,N) and state (B,H,N,N); gradients of y and of the final state. Head h is REGIMES[h]."""
+    """Inputs r, w, k, v, a, b (B,T,H,N) and state (B,H,N,N); gradients of y and state_T. Head h is in REGIMES[h]."""
     generator = torch.Generator().manual_seed(time)
 
     def normal(*shape):
@@ -39,11 +40,11 @@ def problem(batch: int, time: int, dtype: torch.dtype) -> tuple[list[torch.Tenso
     r, w, k, v = (normal(*shape) for _ in range(4))
     eta = torch.rand(shape, generator=generator)
     w[:, :, 1], w[:, :, 2] = 20, -20
-    # what breaks powers of the triangular matrix in chunked algorithms, and here feeds each key's error to all later ones
-    k[:, :, 3], eta[:, :, 3], w[:, :, 3] = normal(batch, 1, N) + 0.01 * k[:, :, 3], 0.98, -6
+    # breaks chunked algorithms that take powers of the triangular matrix; here, each key passes its error to the next
+    k[:, :, 3], eta[:, :, 3], w[:, :, 3] = normal(batch, 1, N) + 0.01 * k[:, :, 3], 0.98, w[:, :, 3] - 6
     kappa = torch.nn.functional.normalize(k, dim=-1)
     inputs = [r, w, kappa * (0.5 + 0.5 * eta), v, -kappa, kappa * eta]
-    for x in inputs:
+    for x in (inputs[0], *inputs[2:]):  # w stays: one constant decay would pile up one rounding error T times
         x[:, :, 4] = 0
     inputs = [x.to(dtype) for x in inputs] + [normal(batch, len(REGIMES), N, N)]
     return inputs, [normal(*shape).to(dtype), normal(batch, len(REGIMES), N, N)]
@@ -55,7 +56,7 @@ def loop(r, w, k, v, a, b, S):
     for t in range(r.shape[1]):
         d = torch.exp(-(torch.e**-0.5) * torch.sigmoid(w[:, t]))
         u = torch.einsum("bhij,bhj->bhi", S, a[:, t])
-        S = S * d[:, :, None, :] + torch.einsum("bhi,bhj->bhij", u, b[:, t]) + torch.einsum("bhi,bhj->bhij", v[:, t], k[:, t])
+        S = S * d[:, :, None, :] + u[..., None] * b[:, t, :, None] + v[:, t, ..., None] * k[:, t, :, None]
         ys.append(torch.einsum("bhij,bhj->bhi", S, r[:, t]))
     return torch.stack(ys, 1), S
 
@@ -100,10 +101,11 @@ def check(outputs, inputs, grads):
                 assert not o.any(), label
                 continue
             if out.dtype == torch.float32:
-                error, error_of_plain = (o - e).norm() / size, (p - e).norm() / size
-                # 2^-23, one unit in the last place: at T = 1 there are so few roundings that one more is twice as many
-                assert error < min(2e-5, 2 * error_of_plain + 2**-23), (label, error, error_of_plain)
-                worst[name] = max(worst.get(name, 0), error.item())
+                error, error_of_plain = ((o - e).norm() / size).item(), ((p - e).norm() / size).item()
+                # min: torch rounds 1 - sigma(20) to 0, so its dw there is all wrong. 2^-23, one unit in the last place:
+                # at T = 1 there are so few roundings that one more is twice as many.
+                assert error < 2 * min(error_of_plain, 1e-6) + 2**-23, (label, error, error_of_plain)
+                worst[name] = max(worst.get(name, 0), error)
             else:  # the nearest number of that type to something that is right to 2e-5
                 unit = torch.finfo(out.dtype).eps / 2
                 slack = torch.finfo(out.dtype).smallest_normal * unit + 2e-5 * e.pow(2).mean().sqrt()
@@ -200,8 +202,8 @@ def test_each_barrier_is_needed(tmp_path, monkeypatch):
         return torch.cat([x.flatten() for x in (y, state_T, *backward(*inputs, saved, *grads))])
 
     right = run(-1, 0)
-    assert len(pieces) - 1 == 6
-    for barrier in range(6):
+    assert len(pieces) - 1 == 4
+    for barrier in range(4):
         assert not all(run(barrier, order).equal(right) for order in (0, 1, 2)), f"barrier {barrier} can go unnoticed"
 
 
@@ -224,6 +226,19 @@ def test_sanitizers(tmp_path):
     assert run.stdout == "clean\n", run.stderr
 
 
+@needs_cpp
+def test_as_an_operator(on_cpu):
+    """The saved tensor has the shape that its fake has, gradients arrive, and torch.library is content."""
+    wkv7 = op.register("cuda_on_cpu", *on_cpu, cuda.new_saved, device="cpu", dtypes=cuda.DTYPES, head_size=N)
+    inputs, grads = problem(1, 18, torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
+    outputs = wkv7(*leaves)
+    outputs = [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
+    check([x.detach() for x in outputs], [x.detach() for x in inputs], grads)
+    torch.library.opcheck(torch.ops.pissa_rwkv.wkv7_cuda_on_cpu, (*leaves, True))
+
+
+@needs_cpp
 def test_a_failed_launch_is_one_line(on_cpu):
     forward, _ = on_cpu
     r, state = torch.zeros(1, 0, 0, N), torch.zeros(1, 0, N, N)  # no heads: a launch of no blocks
@@ -235,33 +250,28 @@ def test_a_failed_launch_is_one_line(on_cpu):
 
 
 @pytest.fixture(scope="module")
-def resources(tmp_path_factory):
-    """What ptxas reports per architecture and kernel: {(arch, name): (registers, bytes spilled)}. All archs at once."""
-    archs, folder = ["sm_80", "sm_90a", "sm_120"], tmp_path_factory.mktemp("cubin")
-    runs = {
-        arch: subprocess.Popen(
-            [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas", "-v", cuda.SOURCE, "-o", folder / arch],
-            stderr=subprocess.PIPE, text=True,
-        )
-        for arch in archs
-    }  # fmt: skip
-    found = {}
-    for arch, run in runs.items():
-        log = run.communicate(timeout=120)[1]
-        assert run.returncode == 0, log
-        for kernel in log.split("Compiling entry function '")[1:]:
-            name, io = re.match(r"\S*?(wkv7_\w+_kernel)I(f|6__half|13__nv_bfloat16)E", kernel).groups()
-            spills = sum(map(int, re.findall(r"(\d+) bytes spill", kernel)))
-            found[arch, name, io] = int(re.search(r"Used (\d+) registers", kernel)[1]), spills
-    return found
+def by_nvcc(tmp_path_factory):
+    """The shipped library for three architectures in one file, and what ptxas reported on the way."""
+    library = tmp_path_factory.mktemp("nvcc") / "wkv7.so"
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "120")]
+    run = subprocess.run(
+        [NVCC, *cuda.FLAGS, *archs, "--threads", "2", "-Xptxas", "-v", cuda.SOURCE, "-o", library],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return library, run.stdout + run.stderr
 
 
 @needs_nvcc
-def test_nvcc_compiles_and_nothing_spills(resources):
-    for (arch, name, io), (registers, spills) in sorted(resources.items()):
+def test_nvcc_compiles_and_nothing_spills(by_nvcc):
+    _, log = by_nvcc
+    kernels = log.split("Compiling entry function '")[1:]
+    assert len(kernels) == 3 * 3 * 3  # architectures, kernels, I/O types
+    for kernel in kernels:
+        name, io = re.match(r"\S*?(wkv7_(?:forward|backward_\w+)_kernel)I(f|6__half|13__nv_bfloat16)E", kernel).groups()
+        arch, registers = re.search(r"for '(sm_\w+)'", kernel)[1], re.search(r"Used (\d+) registers", kernel)[1]
         print(f"{arch:7} {name:29} {io.lstrip('0123456789'):13} {registers} registers")
-        assert spills == 0, (arch, name, io)
-    assert len(resources) == 3 * 3 * 3  # architectures, kernels, I/O types
+        assert set(re.findall(r"(\d+) bytes spill", kernel)) == {"0"}, (arch, name, io)
 
 
 @needs_nvcc
@@ -282,12 +292,14 @@ def test_loading_without_nvcc(monkeypatch):
 
 
 @needs_nvcc
-def test_the_shipped_library_opens_without_a_driver(tmp_path, monkeypatch):
-    """Built as on a GPU machine; here the launch fails, and says so in one line."""
+def test_the_shipped_library_opens_without_a_driver(by_nvcc, monkeypatch):
+    """On a machine without a GPU the launch fails, and says so in one line."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(build, "load", lambda *arguments: asked.extend(arguments) or build.ctypes.CDLL(str(by_nvcc[0])))
     library = cuda.open_library.__wrapped__((9, 0))
+    assert asked == ["wkv7_sm_90", cuda.SOURCE, NVCC, [*cuda.FLAGS, "-arch=sm_90"], cuda.HEADERS]
     forward, _ = cuda.kernels(lambda device: library)
     with pytest.raises(RuntimeError, match=r"^wkv7 cuda forward: .*driver.* \(CUDA error \d+\)$"):
         forward(*problem(1, 3, torch.float32)[0], False)
@@ -323,7 +335,7 @@ def test_gpu_gives_the_same_bits_twice(on_gpu):
 @pytest.mark.skipif("not torch.cuda.is_available()", reason="no GPU")
 def test_gpu_operator_on_another_stream():
     """Through autograd, on a stream of its own and with non-contiguous inputs."""
-    wkv7 = cuda.load()
+    wkv7 = wkv7_cuda.load("cuda")
     inputs, grads = problem(2, 40, torch.float32)
     with torch.cuda.stream(torch.cuda.Stream()):
         leaves = [x.cuda().requires_grad_() for x in inputs]

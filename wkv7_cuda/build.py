@@ -55,20 +55,29 @@ def load(
     if path is None:
         raise BuildError(f"{source.name} needs the compiler {compiler!r}, which is not on PATH: install it, {REMEDY}")
     command = [path, *flags, *dict.fromkeys(f"-I{header.parent}" for header in headers), str(source)]
-    folder = cache_root() / f"{name}-{_key([source, *headers], [path, *flags])}"
     try:
-        return _cached(folder, name, command)
+        key = _key([source, *headers], [path, *flags])
     except OSError as error:
-        print(f"wkv7_cuda: cache {folder} is unusable ({error}); building {name} in a temporary folder, or set "
-              "TORCH_EXTENSIONS_DIR", file=sys.stderr)  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="pissa_rwkv-") as temporary:  # an open library needs its file no more
-        return _cached(Path(temporary), name, command)
+        raise BuildError(f"{name} cannot be built, a source is missing ({error}): reinstall, {REMEDY}") from None
+    try:
+        return _cached(cache_root() / f"{name}-{key}", name, command)
+    except OSError as error:
+        unusable = f"its cache is unusable ({error}): set TORCH_EXTENSIONS_DIR to a folder that can be written"
+        print(f"{name} is built in a temporary folder, {unusable}", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory(prefix="pissa_rwkv-") as folder:  # once open, a library needs its file no more
+            return _cached(Path(folder), name, command)
+    except OSError as error:
+        raise BuildError(f"{name} cannot be built, {unusable}; nor can a temporary one ({error})") from None
 
 
 def cache_root() -> Path:
-    """Folder of all keys; the environment is read here, at the time of the call."""
+    """Folder of all keys; the environment is read here, at the time of the call. OSError: there is no home."""
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(extensions, "pissa_rwkv") if extensions else Path.home() / ".cache" / "pissa_rwkv"
+    try:
+        return Path(extensions, "pissa_rwkv") if extensions else Path.home() / ".cache" / "pissa_rwkv"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def find_ninja() -> str:

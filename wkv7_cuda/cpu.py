@@ -1,4 +1,4 @@
-"""The `cpu` operator: wkv7_cpu.cpp, called on plain pointers. It works in float32 or float64; half types are converted."""
+"""The `cpu` operator: wkv7_cpu.cpp, called on plain pointers. It knows float32 and float64; half types are cast."""
 
 import ctypes
 from collections.abc import Callable, Sequence

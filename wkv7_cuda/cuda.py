@@ -28,7 +28,8 @@ CHUNK = 16  # tokens from one saved state to the next, as in wkv7.cu
 def load() -> op.WKV7:
     """Compile, unless cached, and return the operator; BuildError without a GPU or a working nvcc."""
     if not torch.cuda.is_available():
-        raise build.BuildError(f"the cuda operator needs an NVIDIA GPU and torch sees none: check nvidia-smi, {build.REMEDY}")
+        problem = "the cuda operator needs an NVIDIA GPU and torch sees none"
+        raise build.BuildError(f"{problem}: check nvidia-smi and that torch has CUDA, {build.REMEDY}")
     open_library(torch.cuda.get_device_capability())  # now, so that what fails fails here
     forward, backward = kernels(lambda device: open_library(torch.cuda.get_device_capability(device)))
     return op.register("cuda", forward, backward, new_saved, device="cuda", dtypes=DTYPES, head_size=N)
@@ -67,7 +68,8 @@ def kernels(library_for: Callable[[torch.device], ctypes.CDLL]):
 
     def backward(r, w, k, v, a, b, state, saved, dy, dstate):
         inputs, dy, dstate = [aligned(x) for x in (r, w, k, v, a, b)], aligned(dy), aligned(dstate)
-        grads, dstate0, scratch = [torch.empty_like(r) for _ in range(6)], torch.empty_like(state), torch.empty_like(saved)
+        grads = [torch.empty_like(r) for _ in range(6)]
+        dstate0, scratch = torch.empty_like(state), torch.empty_like(saved)
         call(library_for(r.device), "backward", r, inputs, saved, dy, dstate, grads, dstate0, scratch)
         return (*grads, dstate0)
 

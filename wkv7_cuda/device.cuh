@@ -11,6 +11,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #ifndef CUDA_ON_CPU
 // The block's dynamic shared memory: as many bytes as launch() was told, aligned to 16, with arbitrary contents.
@@ -34,10 +36,23 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __fl
 template <>
 __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
 
-// Four neighbouring channels: the unit in which memory is read and written (8 or 16 bytes per thread).
+// Four neighbouring channels: the unit in which memory is read and written, 8 or 16 bytes per thread. They travel as
+// 32-bit words: as an array of four IO the compiler would take a load apart at once, and so wait for it.
 template <typename IO>
-struct alignas(4 * sizeof(IO)) Quad {
-    IO x[4];
+struct Quad {
+    std::conditional_t<sizeof(IO) == 2, uint2, uint4> words;
+
+    __device__ static Quad pack(float x, float y, float z, float w) {
+        const IO values[4] = {from_float<IO>(x), from_float<IO>(y), from_float<IO>(z), from_float<IO>(w)};
+        Quad quad;
+        memcpy(&quad.words, values, sizeof values);
+        return quad;
+    }
+    __device__ float4 unpack() const {
+        IO values[4];
+        memcpy(values, &words, sizeof values);
+        return {to_float(values[0]), to_float(values[1]), to_float(values[2]), to_float(values[3])};
+    }
 };
 
 // Sum over the 8 lanes whose numbers differ in the last three bits; each of them gets it. In fp32 addition commutes,

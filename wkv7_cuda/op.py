@@ -11,8 +11,8 @@ A kernel module (cpu.py, chunk.py, cuda.py) supplies two functions over ordinary
 | state, state_T, dstate, dstate0 | (B,H,N value,N key) | float32; float64 if the others are |
 | saved | the kernel's own affair | likewise; without `save` it is `state.new_empty(0)` |
 
-Both receive contiguous tensors, outside any autocast, and may rely on it; both return new ones that alias no argument. Nothing else is
-asked of a kernel: shapes and dtypes were checked, missing gradients were replaced by zeros.
+Both receive contiguous tensors and run outside any autocast; both return new tensors that alias no argument. Nothing
+else is asked of a kernel: shapes and dtypes were checked, missing gradients were replaced by zeros.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,5 +108,5 @@ def _check(
     for letter, x in zip(("r", "w", "k", "v", "a", "b", "state"), inputs, strict=True):
         if x.device != r.device or device not in (None, x.device.type):
             raise ValueError(
-                f"wkv7 {name}: {letter} is on {x.device}, not {device or r.device}; move it, or use --op chunk (any device)"
+                f"wkv7 {name}: {letter} is on {x.device}, not {device or r.device}: move it, or use --op chunk, for any"
             )

@@ -66,6 +66,8 @@ struct Sizes {
     __host__ __device__ int64_t heads() const { return B * H; }
     __host__ __device__ int64_t chunks() const { return (T + CHUNK - 1) / CHUNK; }
     __host__ __device__ int64_t states() const { return heads() * chunks() * N * N; }  // floats in all kept states
+    // Of the first token of a head (numbered b H + h) in [B,T,H,N].
+    __device__ int64_t offset(int64_t head) const { return (head / H * T * H + head % H) * N; }
 };
 
 template <typename IO>
@@ -123,22 +125,24 @@ struct Fetch {
     __device__ void read(const IO* x, int64_t stride, int64_t first, int64_t T, float fill = 0.0f) {
         for (int e = 0; e < EACH; e++) {
             const int i = e * THREADS + threadIdx.x, t = i / (WIDTH / 4), channel = i % (WIDTH / 4) * 4;
-            if (i < QUADS && first + t < T) {
-                quads[e] = *reinterpret_cast<const Quad<IO>*>(x + (first + t) * stride + channel);
-            } else {
-                for (IO& value : quads[e].x) value = from_float<IO>(fill);
-            }
+            quads[e] = i < QUADS && first + t < T
+                           ? *reinterpret_cast<const Quad<IO>*>(x + (first + t) * stride + channel)
+                           : Quad<IO>::pack(fill, fill, fill, fill);
         }
     }
     template <typename F>
-    __device__ void each(F&& f) const {  // f(token, channel, value)
+    __device__ void put(float (*tile)[WIDTH], F&& convert) const {
         for (int e = 0; e < EACH; e++) {
             const int i = e * THREADS + threadIdx.x, t = i / (WIDTH / 4), channel = i % (WIDTH / 4) * 4;
-            for (int m = 0; m < 4 && i < QUADS; m++) f(t, channel + m, to_float(quads[e].x[m]));
+            const float4 x = quads[e].unpack();
+            if (i < QUADS) {
+                const float4 y = {convert(x.x), convert(x.y), convert(x.z), convert(x.w)};
+                *reinterpret_cast<float4*>(&tile[t][channel]) = y;
+            }
         }
     }
     __device__ void put(float (*tile)[WIDTH]) const {
-        each([&](int t, int channel, float value) { tile[t][channel] = value; });
+        put(tile, [](float x) { return x; });
     }
 };
 
@@ -146,8 +150,8 @@ template <typename IO, int WIDTH, int THREADS>
 __device__ void write_tile(const float (*tile)[WIDTH], IO* x, int64_t stride, int64_t first, int64_t T) {
     for (int i = threadIdx.x; i < CHUNK * WIDTH / 4; i += THREADS) {
         const int t = i / (WIDTH / 4), channel = i % (WIDTH / 4) * 4;
-        Quad<IO> quad;
-        for (int m = 0; m < 4; m++) quad.x[m] = from_float<IO>(tile[t][channel + m]);
+        const float4 y = *reinterpret_cast<const float4*>(&tile[t][channel]);
+        const Quad<IO> quad = Quad<IO>::pack(y.x, y.y, y.z, y.w);
         if (first + t < T) *reinterpret_cast<Quad<IO>*>(x + (first + t) * stride + channel) = quad;
     }
 }
@@ -165,15 +169,14 @@ template <typename IO>
 struct RowWalk {
     const Sizes sizes;
     const Inputs<IO> inputs;
-    const int64_t head, stride, offset;  // offset of token 0 of this head
+    const int64_t head, stride, offset;  // the head's number; from a token to the next; to its first token
     const int first_row, pair, q;        // rows first_row + 2 pair, + 1; part q of the keys
     RowTiles& tiles;
     Fetch<IO, N, ROW_THREADS> r, w, k, a, b;
     Fetch<IO, ROWS, ROW_THREADS> in;
 
     __device__ RowWalk(Sizes sizes, Inputs<IO> inputs)
-        : sizes(sizes), inputs(inputs), head(blockIdx.x / (N / ROWS)), stride(sizes.H * N),
-          offset((head / sizes.H * sizes.T * sizes.H + head % sizes.H) * N),
+        : sizes(sizes), inputs(inputs), head(blockIdx.x / (N / ROWS)), stride(sizes.H * N), offset(sizes.offset(head)),
           first_row(blockIdx.x % (N / ROWS) * ROWS), pair(threadIdx.x / 8), q(threadIdx.x % 8),
           tiles(*reinterpret_cast<RowTiles*>(dyn_smem())) {}
 
@@ -186,18 +189,18 @@ struct RowWalk {
         b.read(inputs.b + offset, stride, first, T);
         in.read(x + offset + first_row, stride, first, T);
     }
-    __device__ void put() {
+    // Before a chunk: what was read goes to shared memory. The barrier also keeps the last results until all are out.
+    __device__ void begin() {
         r.put(tiles.r), k.put(tiles.k), a.put(tiles.a), b.put(tiles.b), in.put(tiles.in);
-        w.each([&](int t, int j, float value) { tiles.d[t][j] = decay(value).d; });
+        w.put(tiles.d, [](float logit) { return decay(logit).d; });
+        __syncthreads();
     }
-    // After a chunk: results out, the next chunk's inputs in. Outputs are [B,T,H,N]; `inner` may be null.
-    __device__ void turn(int64_t chunk, IO* out, float* inner) {
+    // After it: results go to memory, [B,T,H,N]; `inner` may be null.
+    __device__ void end(int64_t chunk, IO* out, float* inner) {
         __syncthreads();
         const int64_t at = offset + first_row;
         write_tile<IO, ROWS, ROW_THREADS>(tiles.out, out + at, stride, chunk * CHUNK, sizes.T);
         if (inner) write_tile<float, ROWS, ROW_THREADS>(tiles.inner, inner + at, stride, chunk * CHUNK, sizes.T);
-        put();
-        __syncthreads();
     }
     __device__ void load_state(Eight (&s)[2], const float* state) const {
         const float* row = state + (head * N + first_row + 2 * pair) * N;
@@ -226,11 +229,10 @@ wkv7_forward_kernel(Sizes sizes, Inputs<IO> inputs, const float* state, IO* y, f
     Eight S[2];
     walk.load_state(S, state);
     walk.read(0, inputs.v);
-    walk.put();
-    __syncthreads();
     for (int64_t chunk = 0; chunk < sizes.chunks(); chunk++) {
+        walk.begin();
+        walk.read(chunk + 1, inputs.v);  // past the end it only fills
         if (saved) walk.keep_state(S, saved, chunk);
-        walk.read(chunk + 1, inputs.v);
 #pragma unroll 2
         for (int t = 0; t < CHUNK; t++) {
             const Eight r = eight(tiles.r[t], q), d = eight(tiles.d[t], q), k = eight(tiles.k[t], q),
@@ -243,7 +245,7 @@ wkv7_forward_kernel(Sizes sizes, Inputs<IO> inputs, const float* state, IO* y, f
                 if (q == 0) tiles.out[t][row] = y_t, tiles.inner[t][row] = u_t;
             }
         }
-        walk.turn(chunk, y, u);
+        walk.end(chunk, y, u);
     }
     walk.store_state(S, state_T);
 }
@@ -259,11 +261,10 @@ wkv7_backward_rows_kernel(Sizes sizes, Inputs<IO> inputs, const IO* dy, const fl
     Eight G[2];
     walk.load_state(G, dstate_T);
     walk.read(sizes.chunks() - 1, dy);
-    walk.put();
-    __syncthreads();
     for (int64_t chunk = sizes.chunks() - 1; chunk >= 0; chunk--) {
-        walk.keep_state(G, scratch, chunk);
+        walk.begin();
         if (chunk > 0) walk.read(chunk - 1, dy);
+        walk.keep_state(G, scratch, chunk);
 #pragma unroll 2
         for (int t = CHUNK - 1; t >= 0; t--) {
             const Eight r = eight(tiles.r[t], q), d = eight(tiles.d[t], q), k = eight(tiles.k[t], q),
@@ -276,7 +277,7 @@ wkv7_backward_rows_kernel(Sizes sizes, Inputs<IO> inputs, const IO* dy, const fl
                 if (q == 0) tiles.out[t][row] = dv_t, tiles.inner[t][row] = z_t;
             }
         }
-        walk.turn(chunk, dv, z);
+        walk.end(chunk, dv, z);
     }
     walk.store_state(G, dstate);
 }
@@ -302,9 +303,10 @@ wkv7_backward_columns_kernel(Sizes sizes, Inputs<IO> inputs, const IO* dy, const
                              ColumnGrads<IO> grads) {
     constexpr int PARTS = N / COLUMNS;
     ColumnTiles& tiles = *reinterpret_cast<ColumnTiles*>(dyn_smem());
-    const int64_t cell = blockIdx.x / PARTS, head = cell / sizes.chunks(), chunk = cell % sizes.chunks();
+    const unsigned cell = blockIdx.x / PARTS, chunks = static_cast<unsigned>(sizes.chunks());  // fewer than blocks
+    const int64_t head = cell / chunks, chunk = cell % chunks;
     const int64_t T = sizes.T, first = chunk * CHUNK, stride = sizes.H * N;
-    const int64_t rows = (head / sizes.H * T * sizes.H + head % sizes.H) * N;  // offset of token 0 of this head
+    const int64_t rows = sizes.offset(head);
     const int first_column = blockIdx.x % PARTS * COLUMNS, j = threadIdx.x / 8, q = threadIdx.x % 8;
     const int64_t columns = rows + first_column;
 
@@ -323,11 +325,9 @@ wkv7_backward_columns_kernel(Sizes sizes, Inputs<IO> inputs, const IO* dy, const
     read_columns(inputs.r, tiles.r), read_columns(inputs.k, tiles.k);
     read_columns(inputs.a, tiles.a), read_columns(inputs.b, tiles.b);
     fetch.read(inputs.w + columns, stride, first, T, -INFINITY);
-    fetch.each([&](int t, int i, float w) {
-        const Decay decayed = decay(w);
-        tiles.d[t][i] = decayed.d, tiles.slope[t][i] = decayed.slope;
-    });
-    const int64_t column = (cell * N + first_column + j) * N;  // of the kept states
+    fetch.put(tiles.d, [](float logit) { return decay(logit).d; });
+    fetch.put(tiles.slope, [](float logit) { return decay(logit).slope; });
+    const int64_t column = (int64_t{cell} * N + first_column + j) * N;  // of the kept states
     Eight S[GROUP + 1], G = eight(scratch + column, q);
     S[0] = eight(saved + column, q);
     __syncthreads();

@@ -1,23 +1,23 @@
 // A cuda_runtime.h that runs kernels on a CPU: g++ -x c++ -DCUDA_ON_CPU -Itests/cuda_on_cpu kernel.cu
 //
 // What it is for: the file that ships is executed by tests on a machine without a GPU, and its mistakes are found by
-// means a GPU does not offer: poisoned memory, chosen schedules, sanitizers, an error text that names lines and threads.
+// means a GPU does not offer: poisoned memory, chosen schedules, sanitizers, an error that names lines and threads.
 //
-// HOW. One block runs at a time. Each of its threads is a fiber: a stack of its own and a saved stack pointer; a switch
-// costs a dozen instructions. A fiber runs until it has to wait for others, and waiting has one form, the *meeting*: all
-// members of a group (the block for __syncthreads, the lanes of a mask for warp functions) must arrive at the same call,
-// that is the same function on the same source line. Whoever comes early sleeps; the last to arrive computes the
-// results of all (they lie on the sleepers' stacks) and wakes them. When nobody can run and not all have returned, the
-// kernel is wrong: a barrier in divergent code, a return before a barrier, a shuffle by half a warp. The launch then
-// returns 719 and cuda_cpu_error() says who waits where. Nothing aborts; the next launch starts afresh.
+// HOW. One block runs at a time. Each of its threads is a fiber: a stack of its own and a saved stack pointer; a
+// switch costs a dozen instructions. A fiber runs until it has to wait for others, and waiting has one form, the
+// *meeting*: all members of a group (the block for __syncthreads, the lanes of a mask for warp functions) must arrive
+// at the same call, that is the same function on the same source line. Whoever comes early sleeps; the last to arrive
+// computes the results of all (they lie on the sleepers' stacks) and wakes them. When nobody can run and not all have
+// returned, the kernel is wrong: a barrier in divergent code, a return before a barrier, a shuffle by half a warp. The
+// launch then returns 719 and cuda_cpu_error() says who waits where. Nothing aborts; the next launch starts afresh.
 //
 //   shared memory   only dynamic, from dyn_smem(): a heap block of exactly the launched size, so ASan sees the first
 //                   byte too far; filled with 0xff before each block, which is NaN in fp32, bf16 and fp16.
 //                   `__shared__` is not defined: kernels here do not use static shared memory.
 //   schedules       environment variable CUDA_CPU_ORDER, read at each launch: among the threads that can run, take
 //                   0 (default) the one that has waited longest, 1 the last to become ready, N > 1 one at random with
-//                   seed N; blocks run upwards, downwards, shuffled. A race is a result that depends on it. One schedule
-//                   proves nothing: a missing barrier can be harmless in 0 and in 1.
+//                   seed N; blocks run upwards, downwards, shuffled. A race is a result that depends on it. One
+//                   schedule proves nothing: a missing barrier can be harmless in 0 and in 1.
 //   stricter        than a GPU: 48 KB of shared memory at most, and no meeting of __syncwarps on different lines.
 //   absent          all that no kernel uses yet; a new intrinsic is a compile error, never silently skipped. A warp
 //                   function is a struct of operands and results and a `meet` with what the last lane does: see
@@ -60,6 +60,12 @@ struct uint3 {
 };
 struct dim3 : uint3 {
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : uint3{x, y, z} {}
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
 };
 struct alignas(8) float2 {
     float x, y;

@@ -56,9 +56,9 @@ int half_warp_sums(int threads, const float* x, float* y, int bug) {
 const char* text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 // The I/O types, on n values: fp32 -> 16 bits, and 16 bits -> fp32.
-void to_bf16(const float* x, __nv_bfloat16* y, int n) { for (int i = 0; i < n; i++) y[i] = from_float<__nv_bfloat16>(x[i]); }
-void to_fp16(const float* x, __half* y, int n) { for (int i = 0; i < n; i++) y[i] = from_float<__half>(x[i]); }
-void of_bf16(const __nv_bfloat16* x, float* y, int n) { for (int i = 0; i < n; i++) y[i] = to_float(x[i]); }
-void of_fp16(const __half* x, float* y, int n) { for (int i = 0; i < n; i++) y[i] = to_float(x[i]); }
+void to_bf16(const float* x, __nv_bfloat16* y, int n) { std::transform(x, x + n, y, from_float<__nv_bfloat16>); }
+void to_fp16(const float* x, __half* y, int n) { std::transform(x, x + n, y, from_float<__half>); }
+void of_bf16(const __nv_bfloat16* x, float* y, int n) { while (n--) *y++ = to_float(*x++); }
+void of_fp16(const __half* x, float* y, int n) { while (n--) *y++ = to_float(*x++); }
 
 }  // extern "C"

@@ -1,0 +1,48 @@
+"""Merges adapters into their base model: a full .pth that every program of the RWKV world opens.
+
+    python merge.py --type pissa --base_model M.pth --lora_init out/init_pissa.pth --lora_checkpoint out/rwkv-0.pth \\
+                    --output merged.pth
+    python merge.py --type lora  --base_model M.pth --lora_checkpoint out/rwkv-0.pth --lora_alpha 32 --output merged.pth
+
+The formula is `pissa_rwkv.merge`; here is its command line.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pissa_rwkv import Fatal, Parser, merge_files
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser("merge.py", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--type", required=True, choices=["pissa", "lora"], help="what was trained")
+    p.add_argument("--base_model", required=True, help="the model that was adapted")
+    p.add_argument("--lora_init", "--pissa_init", default="", help="PiSSA: init_pissa.pth of the run")
+    p.add_argument("--lora_checkpoint", "--pissa_checkpoint", required=True, help="rwkv-<N>.pth of the run")
+    p.add_argument("--output", required=True, help="where the full model goes")
+    p.add_argument("--lora_alpha", type=float, help="LoRA: alpha; a checkpoint of pissa_rwkv knows its own")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after one line about what the user can mend."""
+    try:
+        args = parser().parse_args(argv)
+        if args.type == "pissa" and not args.lora_init:
+            raise Fatal("--lora_init is missing: PiSSA took a part out of the base, and init_pissa.pth says which")
+        if Path(args.output).exists():
+            raise Fatal(f"--output {args.output} exists already; name another file")
+        if not Path(args.output).resolve().parent.is_dir():
+            raise Fatal(f"--output {args.output}: there is no folder {Path(args.output).parent}")
+        merge_files(args.type, args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha)
+        print(f"merged: {args.output}")
+        return 0
+    except Fatal as e:
+        print(f"merge.py: error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Compiling on request: what goes wrong at users' machines. The compiler here is a script that counts its runs."""
+
+import ctypes
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import wkv7_cuda
+from wkv7_cuda import build, cpu
+from wkv7_cuda.build import BuildError
+
+FLAGS = ["-shared", "-fPIC", "-O0"]
+# In a process of its own, without importing torch: build.py stands alone.
+LOAD = f"""
+import sys, pathlib
+sys.path.insert(0, {str(Path(build.__file__).parent)!r})
+import build
+folder = pathlib.Path(sys.argv[1])
+print(build.load("answer", folder / "answer.cpp", str(folder / "compiler"), {FLAGS!r}).answer())
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder, its name with a space, for answer.cpp, `compiler` and the cache; a file `slow` delays compiling."""
+    folder = tmp_path / "a place"
+    folder.mkdir()
+    (folder / "answer.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    compiler = folder / "compiler"
+    compiler.write_text(f"""#!/bin/sh
+if [ "$1" != --version ]; then
+    echo run >> '{folder}/runs'
+    [ -e '{folder}/slow' ] && sleep 2
+fi
+exec c++ "$@"
+""")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "cache"))
+    return folder
+
+
+def start(place):
+    return subprocess.Popen([sys.executable, "-c", LOAD, str(place)], stdout=subprocess.PIPE, text=True)
+
+
+def answer(place, flags=FLAGS, headers=()):
+    return build.load("answer", place / "answer.cpp", str(place / "compiler"), flags, headers).answer()
+
+
+def runs(place):
+    return len((place / "runs").read_text().split())
+
+
+def library(place):
+    (path,) = (place / "cache").glob("pissa_rwkv/*/answer.so")
+    return path
+
+
+def one_line(caught):
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_built_once_and_then_cached(place):
+    assert [answer(place), answer(place)] == [42, 42]
+    assert runs(place) == 1
+    assert not list(library(place).parent.glob("build-*"))
+
+
+def test_key_covers_source_flags_and_headers(place):
+    header = place / "number.h"
+    header.write_text("#define NUMBER 1\n")
+    (place / "answer.cpp").write_text('#include <number.h>\nextern "C" int answer() { return NUMBER + ONE; }\n')
+    assert answer(place, [*FLAGS, "-DONE=1"], [header]) == 2
+    header.write_text("#define NUMBER 5\n")
+    assert answer(place, [*FLAGS, "-DONE=1"], [header]) == 6
+    assert answer(place, [*FLAGS, "-DONE=2"], [header]) == 7
+    assert runs(place) == 3
+
+
+def test_several_processes_build_once(place):
+    (place / "slow").touch()
+    processes = [start(place) for _ in range(3)]
+    assert [process.communicate(timeout=60)[0] for process in processes] == ["42\n"] * 3
+    assert runs(place) == 1
+
+
+def test_killed_build_harms_no_later_one(place):
+    """SIGKILL while the compiler runs, which survives its parent: no stale lock, no half-written library."""
+    (place / "slow").touch()
+    victim = start(place)
+    deadline = time.monotonic() + 30
+    while not (place / "runs").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    (place / "slow").unlink()
+    began = time.monotonic()
+    assert answer(place) == 42
+    assert time.monotonic() - began < 30 and runs(place) == 2
+    content = library(place).read_bytes()
+    time.sleep(2.5)  # the orphan wakes up, compiles and ends
+    assert library(place).read_bytes() == content
+    assert not list(library(place).parent.glob("build-*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, 0),
+        lambda path: os.truncate(path, path.stat().st_size // 2),  # to open this one would end in SIGBUS
+        lambda path: path.write_bytes(path.read_bytes()[:-100] + b"x" * 100),
+        lambda path: path.unlink(),
+        lambda path: path.with_suffix(".so.sha256").unlink(),
+    ],
+    ids=["empty", "truncated", "altered", "missing", "no checksum"],
+)
+def test_damaged_library_is_built_again(place, damage):
+    assert start(place).communicate(timeout=60)[0] == "42\n"
+    damage(library(place))
+    for _ in range(2):
+        assert start(place).communicate(timeout=60)[0] == "42\n"
+    assert runs(place) == 2
+
+
+def test_library_that_does_not_load_is_built_again(place):
+    """Whole by its checksum, refused by the loader: for example, made under another C library."""
+    assert start(place).communicate(timeout=60)[0] == "42\n"
+    path = library(place)
+    path.write_bytes(b"no library")
+    path.with_suffix(".so.sha256").write_bytes(build._checksum(path))
+    assert answer(place) == 42
+    assert runs(place) == 2
+
+
+def test_unusable_cache(place, monkeypatch, capfd):
+    (place / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place / "file"))
+    assert answer(place) == 42
+    said = capfd.readouterr().err
+    assert "TORCH_EXTENSIONS_DIR" in said and said.count("\n") == 1
+
+
+def test_no_compiler(place):
+    with pytest.raises(BuildError, match="'no-such-nvcc', .* not on PATH: install it, or .* --op chunk") as caught:
+        build.load("answer", place / "answer.cpp", "no-such-nvcc", FLAGS)
+    one_line(caught)
+
+
+def test_broken_compiler(place):
+    (place / "compiler").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(BuildError, match="does not run") as caught:
+        answer(place)
+    one_line(caught)
+
+
+def test_compile_error_is_the_first_one_in_one_line(place):
+    (place / "answer.cpp").write_text("int answer() {\n  return nothing;\n}\nint f() { return more; }\n")
+    with pytest.raises(BuildError, match=r"answer.cpp:2:\d+: error: .*nothing.*--op chunk") as caught:
+        answer(place)
+    assert "more" not in one_line(caught)
+    assert not list(place.glob("cache/pissa_rwkv/*/build-*"))
+
+
+def test_missing_source(place):
+    (place / "answer.cpp").unlink()
+    with pytest.raises(BuildError, match="answer.cpp") as caught:
+        answer(place)
+    one_line(caught)
+
+
+def test_ninja_beside_the_interpreter(tmp_path, monkeypatch):
+    """pip puts ninja beside python; PATH has it only if the environment was activated."""
+    ninja = tmp_path / "ninja"
+    shutil.copy(build.find_ninja(), ninja)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert build.find_ninja() == str(ninja)
+
+
+def test_no_ninja(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "ninja", None)  # makes its import fail
+    with pytest.raises(BuildError, match="pip install ninja") as caught:
+        build.find_ninja()
+    one_line(caught)
+
+
+def test_processor_refused_by_the_compiler(place, monkeypatch):
+    """A compiler that does not know -march=native gets the same command without it."""
+    (place / "compiler").write_text("""#!/bin/sh
+case "$*" in *-march=native*) echo "error: bad value 'native'"; exit 1; esac
+exec c++ "$@"
+""")
+    load, compiler = build.load, str(place / "compiler")
+    monkeypatch.setattr(build, "load", lambda name, source, _, flags: load(name, source, compiler, flags))
+    assert isinstance(cpu.open_library(), ctypes.CDLL)
+
+
+def test_import_and_chunk_need_no_compiler_and_no_environment():
+    """Nothing is run, printed or read by the import, nor by load("chunk")."""
+    root = Path(wkv7_cuda.__file__).parent.parent
+    code = (
+        "import subprocess, sysconfig, torch, os; subprocess.run = subprocess.Popen = None; environment = os.environ; "
+        "os.environ = None; import wkv7_cuda, wkv7_cuda.build, wkv7_cuda.cpu, wkv7_cuda.chunk; "
+        "os.environ = environment; wkv7_cuda.load('chunk')"  # for torch and Python's library read it
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
