@@ -2046,29 +2046,29 @@ def demo(cfg: Config) -> None:
         raise Fatal(f"--proj_dir {folder} is not empty; name another folder for the demonstration")
     common = replace(cfg, data_type="dummy", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=32, val_split=0.1,
                      grad_cp=False, rank=8, lora_alpha=8.0)
-    say("1. A base model of 0.7 M parameters learns to answer questions: sums, places, people, colours, spelling.")
+    say("\n1. A base model of half a million parameters learns to answer questions: sums, places, people, colours, spelling.")
     base = replace(common, peft="none", n_layer=2, n_embd=128, data_file="base", epoch_steps=300, warmup_steps=20,
-                   lr_init=8e-3, lr_final=4e-4, proj_dir=str(folder / "base"))
+                   lr_init=3e-3, lr_final=1.5e-4, proj_dir=str(folder / "base"))
     run = build(base)
     train(run)
     say(f"   exact answers to held-out questions: {exact_match(run.model, run.held_out, run.device):.1%}")
     file, results = str(folder / "base" / "rwkv-0.pth"), {}
     for peft in ("pissa", "lora"):
-        say(f"{2 if peft == 'pissa' else 3}. {peft} of rank 8 adapts it to the same questions in other words.")
-        run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=100, warmup_steps=5,
-                            lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), auto_merge=True))
+        say(f"\n{2 if peft == 'pissa' else 3}. {peft} of rank 8 adapts it to the same questions in other words.")
+        run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5,
+                            lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), auto_merge=peft == "pissa"))
         before = evaluate(run.model, run.held_out, run.device), exact_match(run.model, run.held_out, run.device)
         train(run)
         after = evaluate(run.model, run.held_out, run.device), exact_match(run.model, run.held_out, run.device)
         results[peft] = before, after, run
     before, _, run = results["pissa"]
-    say("   held out                  loss    exact answers\n"
+    say("\n   held out                  loss    exact answers\n"
         f"   base                    {before[0]:6.3f}   {before[1]:6.1%}")
     for peft, (_, after, _) in results.items():
-        say(f"   after 100 steps of {peft:<5}{after[0]:6.3f}   {after[1]:6.1%}")
+        say(f"   after 60 steps of {peft:<6}{after[0]:6.3f}   {after[1]:6.1%}")
     run = results["pissa"][2]
     merged = str(folder / "pissa" / "rwkv-0-merged.pth")
-    say(f"4. {merged} is an ordinary model file. Reopened:")
+    say(f"\n4. {merged} is an ordinary model file. Reopened:")
     tensors = read_pth(merged, "--load_model")
     with torch.device("meta"):
         model = RWKV(run.arch, run.model.blocks[0].att.wkv)
@@ -2081,7 +2081,7 @@ def demo(cfg: Config) -> None:
     for question, answer in dummy_tasks("shift", 4096, cfg.random_seed)[-4:]:
         said = generate(model, run.tokenizer, chat(question, ""), 24).strip()
         say(f"   {question}  ->  {said}" + ("" if said == answer else f"  (right: {answer})"))
-    say("Next, your own model and data:\n"
+    say("\nNext, your own model and data:\n"
         "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge")
 
 

@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -34,13 +35,14 @@ def work(argv: list[str], log: Path) -> None:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())                                  # its own one would outlive a killed process
     sys.exit(P.main(argv))
 
 
 def start(argv: list[str], log: Path) -> multiprocessing.Process:
     """Starts `pissa_rwkv.py argv` in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch._dynamo"])                 # what torch imports sooner or later, 4 seconds
     process = context.Process(target=work, args=(list(map(str, argv)), log))
     process.start()
     return process
@@ -72,9 +74,11 @@ def torture(argv: list[str], folder: Path, kills: int, seed: int = 0) -> dict[st
     def run(name: str) -> multiprocessing.Process:
         return start([*argv, "--proj_dir", folder / name, "--resume"], folder / f"{name}.log")
 
+    run("first").join()                                               # its time is mostly importing
     began = time.perf_counter()
     run("undisturbed").join()
     duration, wanted = time.perf_counter() - began, results(folder / "undisturbed")
+    count["diverged_runs"] += results(folder / "first") != wanted
     with tqdm(total=kills, desc="kills", disable=None) as bar:
         while not count["finished_runs"] + count["failed_resumes"] or count["kills"] < kills:
             name = f"run-{count['finished_runs'] + count['failed_resumes']}"

@@ -86,7 +86,7 @@ __device__ inline Decay decay(float w) {
     return {d, MINUS_RATE * large * small * d};
 }
 
-// Eight values along the long axis, those of lane q.
+// Eight values along the long axis (keys in a walk over rows, values in a chunk of columns), those of lane q.
 struct Eight {
     float x[8];
 };
@@ -164,6 +164,11 @@ struct RowTiles {
     float out[CHUNK][ROWS], inner[CHUNK][ROWS];  // y and u forward, dv and z backward
 };
 
+// The block of a walk is 64 threads: 8 pairs of rows times 8 parts of the keys. Per token a thread does 5 multiply-adds
+// per state element and 10 reads of 16 bytes. Only u (or z) makes a token wait for the one before it: a dot product,
+// three shuffles, one multiply-add. y (or dv) hangs off that chain and overlaps with the next token.
+// d is computed by each of the 4 blocks of a head anew, once per chunk: cheaper than a kernel and a tensor for it.
+//
 // What the two walks have in common: who a thread is, and the way of a chunk into and out of shared memory.
 template <typename IO>
 struct RowWalk {
@@ -219,6 +224,7 @@ struct RowWalk {
     }
 };
 
+// t = 1..T: y, the final state, and for the backward (if saved is not null) S before every chunk and u.
 template <typename IO>
 __global__ void __launch_bounds__(ROW_THREADS)
 wkv7_forward_kernel(Sizes sizes, Inputs<IO> inputs, const float* state, IO* y, float* state_T, float* saved) {
@@ -250,6 +256,8 @@ wkv7_forward_kernel(Sizes sizes, Inputs<IO> inputs, const float* state, IO* y, f
     walk.store_state(S, state_T);
 }
 
+// t = T..1: dv, the gradient of the initial state, and for the columns kernel G after every chunk and z. It needs no S:
+// G obeys a recurrence of its own, whose inputs are those of the operator and dy.
 template <typename IO>
 __global__ void __launch_bounds__(ROW_THREADS)
 wkv7_backward_rows_kernel(Sizes sizes, Inputs<IO> inputs, const IO* dy, const float* dstate_T, IO* dv, float* dstate,
@@ -297,6 +305,12 @@ struct ColumnGrads {
     IO *dr, *dw, *dk, *da, *db;
 };
 
+// One chunk of one head, 16 keys: dr dw dk da db of 16 tokens. 128 threads: 16 columns times 8 parts of the values.
+// At each token all five sums need S_(t-1) or S_t together with G_t, although S is computed forwards and G backwards.
+// Keeping S of all 16 tokens would take 64 KB of shared memory or 128 registers; so S goes over the chunk twice, first
+// leaving every 4th state behind, then, 4 tokens at a time, into S[0..4] (40 registers). That is 28 column steps in
+// place of 16, of 3 multiply-adds per element, beside 8 of them for G and the sums.
+// At least 4 blocks per SM, or else ptxas saves registers on sm_120 until it spills.
 template <typename IO>
 __global__ void __launch_bounds__(COLUMN_THREADS, 4)
 wkv7_backward_columns_kernel(Sizes sizes, Inputs<IO> inputs, const IO* dy, const float* saved, const float* scratch,
@@ -332,20 +346,23 @@ wkv7_backward_columns_kernel(Sizes sizes, Inputs<IO> inputs, const IO* dy, const
     S[0] = eight(saved + column, q);
     __syncthreads();
 
-    for (int t = 0; t < CHUNK; t++) {
+    for (int t = 0;; t++) {
         if (t % GROUP == 0) put_eight(tiles.S[t / GROUP][j], q, S[0]);
+        if (t == CHUNK - GROUP) break;
         const Eight u = eight(tiles.u[t], q), v = eight(tiles.v[t], q);
         step_column(S[0], tiles.d[t][j], u, tiles.b[t][j], v, tiles.k[t][j]);
     }
 #pragma unroll 1
     for (int start = CHUNK - GROUP; start >= 0; start -= GROUP) {
         S[0] = eight(tiles.S[start / GROUP][j], q);
+#pragma unroll  // here and below, so that S stays in registers
         for (int s = 0; s < GROUP; s++) {
             const int t = start + s;
             const Eight u = eight(tiles.u[t], q), v = eight(tiles.v[t], q);
             S[s + 1] = S[s];
             step_column(S[s + 1], tiles.d[t][j], u, tiles.b[t][j], v, tiles.k[t][j]);
         }
+#pragma unroll
         for (int s = GROUP - 1; s >= 0; s--) {  // S[s + 1] is S_t, S[s] is S_(t-1)
             const int t = start + s;
             const Eight u = eight(tiles.u[t], q), v = eight(tiles.v[t], q), dy_t = eight(tiles.dy[t], q),

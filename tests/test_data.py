@@ -1,0 +1,371 @@
+"""Text to batches. The oracles: bytes laid out by hand, the 11-token example of section 6, and the `rwkv` package."""
+
+import json
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+
+import pissa_rwkv as P
+
+#        5 6 7 8 0 | 5 6 0 | 9 7 0
+TOKENS, STARTS = [5, 6, 7, 8, 0, 5, 6, 0, 9, 7, 0], [0, 5, 8, 11]
+SE = '{"mask1": "\\u0006", "mask0": "\\u0008"}'  # learnt: what follows a 6, up to the next 8
+
+
+def corpus(tokens=TOKENS, starts=STARTS):
+    return P.Corpus(np.array(tokens), np.array(starts))
+
+
+def config(**options):
+    return P.Config(**{"data_file": "x.jsonl", "ctx_len": 3, "micro_bsz": 2, "data_shuffle": False, **options})
+
+
+def loader(texts=None, tokenizer=None, **options):
+    """A loader over the example, or over texts."""
+    tokenizer = tokenizer or P.ByteTokenizer(256)
+    return P.Loader(P.from_texts(texts, tokenizer, "x") if texts else corpus(), tokenizer, config(**options))
+
+
+def spans(loader):
+    return [loader.span(row) for row in range(loader.pass_rows)]
+
+
+def random_corpus(draw, documents):
+    lengths = [draw.randrange(1, 12) for _ in range(documents)]
+    return corpus([draw.randrange(1, 200) for _ in range(sum(lengths))], np.cumsum([0, *lengths]))
+
+
+# ------------------------------------------------------------------------------------------------------ samplers
+
+
+def test_pad_cuts_documents_into_rows_that_share_one_token():
+    pad = loader(dataload="pad")
+    assert [TOKENS[a:b] for a, b in spans(pad)] == [[5, 6, 7, 8], [8, 0], [5, 6, 0], [9, 7, 0]]
+    assert pad.bsz == 2
+
+
+def test_only_is_pad_with_one_row_a_batch_and_no_padding():
+    only = loader(dataload="only")
+    assert spans(only) == spans(loader(dataload="pad")) and only.bsz == 1
+    assert [only.batch(i).inputs.tolist() for i in range(4)] == [[[5, 6, 7]], [[8]], [[5, 6]], [[9, 7]]]
+
+
+@pytest.mark.parametrize("ctx_len", [1, 2, 3, 5, 11, 100])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_target_of_every_document_once_a_pass(ctx_len, shuffle):
+    text = random_corpus(random.Random(ctx_len), 40)
+    rows = P.Loader(text, P.ByteTokenizer(), config(dataload="pad", ctx_len=ctx_len, data_shuffle=shuffle))
+    wanted = sorted(set(range(len(text.tokens))) - set(text.starts.tolist()))  # all but a document's first
+    for turn in range(3):
+        taken = [rows.span(turn * rows.pass_rows + i) for i in range(rows.pass_rows)]
+        assert sorted(t for start, stop in taken for t in range(start + 1, stop)) == wanted
+        assert max(stop - start for start, stop in taken) <= ctx_len + 1
+
+
+def test_a_row_is_a_function_of_seed_and_number_alone():
+    text, numbers = random_corpus(random.Random(0), 40), list(range(200))
+    for dataload in ("pad", "get"):
+        def make(seed, dataload=dataload):
+            return P.Loader(text, P.ByteTokenizer(), config(dataload=dataload, data_shuffle=True, random_seed=seed))
+
+        in_order, backwards, other = make(7), make(7), make(8)
+        forward = [in_order.span(n) for n in numbers]
+        assert [backwards.span(n) for n in reversed(numbers)] == forward[::-1]
+        assert [other.span(n) for n in numbers] != forward
+        n = in_order.pass_rows
+        assert [in_order.span(i) for i in range(n)] != [in_order.span(n + i) for i in range(n)]  # each pass anew
+
+
+def test_get_takes_windows_anywhere_in_the_stream():
+    get = loader(dataload="get")
+    taken = [get.span(row) for row in range(300)]
+    assert {start for start, _ in taken} == set(range(8))  # 0 .. 11 - 4: the first and the last window too
+    assert all(stop - start == 4 for start, stop in taken)
+    assert get.pass_rows == 3  # 11 tokens by 3
+
+
+def test_the_default_sampler_is_get_only_for_one_long_document():
+    one = P.Loader(corpus(starts=[0, 11]), P.ByteTokenizer(), config())
+    short = P.Loader(corpus(starts=[0, 11]), P.ByteTokenizer(), config(ctx_len=10))
+    assert (one.sampler, short.sampler, loader().sampler) == ("get", "pad", "pad")
+
+
+# --------------------------------------------------------------------------------------------------------- masks
+
+
+def test_se_mask_on_the_example():
+    # Document 0: 7 follows 6, and 8 ends it. Document 1: 0 follows 6. Document 2 has no mark: all of it.
+    learnt = loader(dataload="pad", loss_mask="se", mask_id=SE).learnt(0, 11).astype(int).tolist()
+    assert learnt == [0, 0, 1, 0, 0] + [0, 0, 1] + [1, 1, 1]
+
+
+def test_rows_that_teach_nothing_are_left_out():
+    rows = loader(dataload="pad", loss_mask="se", mask_id=SE)
+    assert spans(rows) == [(0, 4), (5, 8), (8, 11)]  # not 8 0, whose only target is not learnt
+
+
+def test_batch_has_targets_shifted_by_one_and_learns_no_padding():
+    rows = loader(dataload="pad")
+    batch = rows.batch(0)
+    assert batch.inputs.tolist() == [[5, 6, 7], [8, 0, 0]] and batch.rows == [0, 1]
+    assert batch.learnt.tolist() == [0, 1, 2, 3] and batch.targets.tolist() == [6, 7, 8, 0]
+    masked = loader(dataload="pad", loss_mask="se", mask_id=SE).batch(0)
+    assert masked.inputs.tolist() == [[5, 6, 7], [5, 6, 0]]
+    assert masked.learnt.tolist() == [1, 4] and masked.targets.tolist() == [7, 0]
+    assert rows.batch(1, last=3).inputs.tolist() == [[5, 6]]
+
+
+@pytest.mark.parametrize("mask", ["pad", "se"])
+@pytest.mark.parametrize("sampler", ["pad", "only", "get"])
+def test_batch_equals_its_rows_one_by_one(sampler, mask):
+    rows = loader(dataload=sampler, loss_mask=mask, mask_id=SE, data_shuffle=True)
+    for number in range(6):
+        batch, found = rows.batch(number), {}
+        assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+        for position, target in zip(batch.learnt.tolist(), batch.targets.tolist(), strict=True):
+            found[divmod(position, batch.inputs.shape[1])] = target
+        wanted = {}
+        for i, row in enumerate(batch.rows):
+            start, stop = rows.span(row)
+            assert batch.inputs[i, : stop - start - 1].tolist() == TOKENS[start: stop - 1]
+            assert not batch.inputs[i, stop - start - 1:].any()
+            learnt = rows.learnt(start, stop)
+            wanted |= {(i, t - 1): TOKENS[start + t] for t in range(1, stop - start) if learnt[t]}
+        assert found == wanted
+
+
+def test_summary_numbers():
+    one_token = P.Corpus(np.array([*TOKENS, 0]), np.array([*STARTS, 12]))
+    text = P.Loader(one_token, P.ByteTokenizer(), config(dataload="pad")).summary()
+    assert text == ("4 documents, 12 tokens, 4 rows a pass (pad), 100.0% of the targets learnt;"
+                    " 1 documents of one token skipped")
+    # The rows 5 6 7 8, 5 6 0 and 9 7 0 have 7 targets; learnt are 7, 0, and 7 0.
+    assert "3 rows a pass (pad), 57.1% of" in loader(dataload="pad", loss_mask="se", mask_id=SE).summary()
+
+
+# ------------------------------------------------------------------------------------------ qa, found in bytes
+
+
+@pytest.fixture(scope="module")
+def official():
+    return TRIE_TOKENIZER(str(P.world_vocabulary()))
+
+
+@pytest.fixture(scope="module")
+def world():
+    return P.WorldTokenizer(P.world_vocabulary())
+
+
+# Each conversation in pieces: what an assistant writes stands in the odd places.
+CONVERSATIONS = {
+    "one turn": ["User: Hi\n\nAssistant:", " Hello there."],
+    "no space, quotes": ['User:"Hi"\n\nAssistant:', '"Hello."'],
+    "turns": ["User: 1+1?\n\nAssistant:", " 2\n\n", "User: 2+2?\n\nAssistant:", " 4"],
+    "system": ["System: Be brief.\n\nUser: Why?\n\nAssistant:", " Because."],
+    "chinese": ["User: 你好。\n\nAssistant:", " 你好！很高兴。\n\n", "User:再见。\n\nAssistant:", "再见。"],
+    "blank lines in the answer": ["User: List.\n\nAssistant:", " a\n\nb\n\n\nc\n\n", "User: More.\n\nAssistant:", " d"],
+    "CRLF": ["User: Hi\r\n\r\nAssistant:", " a\r\n\r\nb\r\n\r\n", "User: Bye\r\n\r\nAssistant:", " c"],
+    "ends with the user": ["User: Hi\n\nAssistant:", " Yes\n\n", "User: Bye"],
+    "roles named inside lines": ["User: say Assistant: x\n\nAssistant:", " the User: of a System: is\nmy User:\n"],
+    "empty answer": ["User: Hi\n\nAssistant:", ""],
+    "starts with the assistant": ["Assistant:", " Hello\n\n", "User: Hi\n\nAssistant:", " Bye"],
+    "emoji": ["User:😀\n\nAssistant:", "😀👩‍👩‍👧\n\n", "User:🙃\n\nAssistant:", "🙃"],
+}
+
+
+def learnt_by_hand(pieces, tokens, lengths):
+    """Which tokens hold a byte of an assistant's piece; the 0 at the end belongs to the last piece."""
+    flags = [i % 2 == 1 for i, piece in enumerate(pieces) for _ in piece.encode()] + [len(pieces) % 2 == 0]
+    ends = np.cumsum(lengths)
+    assert ends[-1] == len(flags)
+    return [any(flags[end - n: end]) for end, n in zip(ends, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_qa_mask(name, world, official):
+    pieces = CONVERSATIONS[name]
+    for tokenizer in (world, P.ByteTokenizer()):
+        rows = loader(["".join(pieces)], tokenizer, loss_mask="qa", dataload="pad")
+        tokens = rows.corpus.tokens.tolist()
+        lengths = [1] * len(tokens)
+        if tokenizer is world:
+            lengths = [*(len(official.idx2token[t]) for t in tokens[:-1]), 1]
+        assert rows.learnt(0, len(tokens)).tolist() == learnt_by_hand(pieces, tokens, lengths)
+
+
+def test_tokens_do_fuse_across_the_boundary(world):
+    # 24281 is `User`, 59 the colon; here the colon is one token with the quotation mark.
+    assert world.encode('User:"') == [24281, 720] and world.encode("User: ")[:2] == [24281, 59]
+    assert any("。\n" in world.token_bytes(t).decode(errors="replace") for t in world.encode("好。\n\nUser:"))
+
+
+def test_qa_mask_learns_all_where_there_is_no_role(world):
+    rows = loader(["a plain text", "User: Hi\n\nAssistant: Yes"], world, loss_mask="qa", dataload="pad", ctx_len=99)
+    first, second = np.split(rows.learnt(0, len(rows.corpus.tokens)), [rows.corpus.starts[1]])
+    assert first.all() and not second[:5].any() and second[-1]
+
+
+def test_a_document_is_masked_whole_wherever_a_row_cuts_it(world):
+    texts = ["".join(pieces) for pieces in CONVERSATIONS.values()]
+    rows = loader(texts, world, loss_mask="qa", dataload="pad", ctx_len=4)
+    whole = np.concatenate([rows.learnt_of(d) for d in range(len(texts))])
+    for start, stop in [*spans(rows), (0, len(whole)), (3, len(whole) - 2)]:
+        assert (rows.learnt(start, stop) == whole[start:stop]).all()
+
+
+def test_sft_and_dummy_learn_the_answers_without_being_told():
+    assert loader(data_type="sft").mask is loader(data_type="dummy").mask is P.learn_assistant
+    assert loader(data_type="jsonl").mask is P.learn_all
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizers
+
+
+def random_texts():
+    draw = random.Random(0)
+    for size in (1, 2, 3, 10, 100, 1000):
+        for _ in range(10):
+            yield draw.randbytes(size).decode(errors="replace")
+            yield draw.randbytes(size).decode("latin-1")
+            yield "".join(chr(draw.choice([*range(0xD800), *range(0xE000, 0x30000)])) for _ in range(size))
+
+
+TRICKY = ["", " ", "\n", "\r\n\r\n", "\0", "a\0b", "Hello, world!", "User: 你好。\n\nAssistant: 您好！", "こんにちは", "한국어",
+          "👩‍👩‍👧‍👦🇩🇪", "e\u0301 é", "\u2028\u2029\x85\x0b\x0c", "def f(x):\n\treturn x**2  # ²\n", "0.1+0.2==0.30000000000000004",
+          " " * 300, "ab" * 300, "\ufeffBOM", "\U0010ffff", "<|endoftext|>", "\\u0041", "'\"\\'\\\""]
+
+
+def test_world_tokenizer_equals_the_official_one(world, official):
+    for text in (*TRICKY, *random_texts(), Path(P.__file__).read_text("utf-8")):
+        tokens = world.encode(text)
+        assert tokens == official.encode(text)
+        assert world.decode(tokens) == text
+        assert 0 not in tokens
+
+
+def test_world_tokens_are_the_official_ones(world, official):
+    assert world.bytes.keys() - {0} == official.idx2token.keys() == set(range(1, 65530))
+    assert all(world.token_bytes(t) == official.idx2token[t] for t in range(1, 65530))
+    assert world.token_bytes(0) == b"\0" and world.token_bytes(65535) == b""
+
+
+def test_byte_tokenizer():
+    byte = P.ByteTokenizer()
+    assert byte.encode("aé") == [97, 0xC3, 0xA9] and byte.decode([97, 0xC3, 0xA9]) == "aé"
+    assert all(byte.decode(byte.encode(text)) == text for text in TRICKY)
+
+
+# ------------------------------------------------------------------------------------------------------- readers
+
+
+def read(path, data_type="", **options):
+    found = P.read_corpus(config(data_type=data_type, **options), str(path), P.ByteTokenizer())
+    return [bytes(found.tokens[a:b].tolist()) for a, b in zip(found.starts, found.starts[1:], strict=False)]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_jsonl(tmp_path, newline):
+    lines = ['{"text": "ab"}', "", '{"id": 7, "text": "c\\nd"}', '{"text": "\\u00e9"}', '{"text": ""}', "  "]
+    (tmp_path / "x.jsonl").write_bytes(newline.join(lines).encode())
+    assert read(tmp_path / "x.jsonl") == [b"ab\0", b"c\nd\0", "é\0".encode(), b"\0"]
+
+
+def test_sft(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"question": " Why? ", "answer": "So.\\n", "id": 1}\n{"question": "Q", "answer": "A"}')
+    wanted = [b"User: Why?\n\nAssistant: So.\0", b"User: Q\n\nAssistant: A\0"]
+    assert read(path, "sft") == wanted
+    path.write_text('{"out": "So.", "in": "Why?"}\n{"in": "Q", "out": "A"}\n')
+    assert read(path, "sft", sft_fields=["in", "out"]) == wanted
+
+
+def test_utf8_is_one_document(tmp_path):
+    (tmp_path / "x.txt").write_text("a\n\nb é\n", "utf-8")
+    assert read(tmp_path / "x.txt") == ["a\n\nb é\n\0".encode()]
+
+
+def test_dummy_tasks_are_all_different_and_a_function_of_the_seed():
+    for family in P.DUMMY:
+        tasks = P.dummy_tasks(family, 500, 3)
+        assert len({q for q, _ in tasks}) == 500 and tasks == P.dummy_tasks(family, 500, 3)
+        assert tasks != P.dummy_tasks(family, 500, 4)
+        sums = [(q, a) for q, a in tasks if "+" in q or q.startswith("Add")]
+        assert sums and all(int(a.strip(".")) == sum(map(int, "".join(c if c.isdigit() else " " for c in q).split()))
+                            for q, a in sums)
+    assert not {q for q, _ in P.dummy_tasks("base", 500, 3)} & {q for q, _ in P.dummy_tasks("shift", 500, 3)}
+
+
+def index(code, itemsize, starts):
+    """The bytes of an .idx, field by field."""
+    sizes = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    data = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
+    data += struct.pack("<Q", len(sizes)) + struct.pack("<Q", len(sizes) + 1)
+    data += b"".join(struct.pack("<i", n) for n in sizes)
+    data += b"".join(struct.pack("<q", a * itemsize) for a in starts[:-1])
+    return data + b"".join(struct.pack("<q", i) for i in range(len(sizes) + 1))
+
+
+@pytest.mark.parametrize(("name", "code", "letter"), [("X_text_document", 4, "i"), ("X", 8, "H"), ("X.1", 5, "q")])
+def test_binidx_of_both_writers(tmp_path, name, code, letter):
+    tokens = [5, 6, 65529, 8, 0, 5, 6, 0, 9, 7, 0]
+    (tmp_path / f"{name}.bin").write_bytes(struct.pack(f"<11{letter}", *tokens))
+    (tmp_path / f"{name}.idx").write_bytes(index(code, struct.calcsize(letter), STARTS))
+    for suffix in ("", ".bin", ".idx"):
+        found = P.read_corpus(config(), str(tmp_path / name) + suffix, P.ByteTokenizer(65536))
+        assert found.tokens.tolist() == tokens and found.starts.tolist() == STARTS
+        batch = P.Loader(found, P.ByteTokenizer(65536), config(dataload="pad")).batch(0)
+        assert batch.inputs.tolist() == [[5, 6, 65529], [8, 0, 0]]
+
+
+def test_write_binidx_byte_for_byte(tmp_path):
+    tokens = [5, 6, 65529, 8, 0, 5, 6, 0, 9, 7, 0]
+    P.write_binidx(str(tmp_path / "x"), corpus(tokens))
+    assert (tmp_path / "x.bin").read_bytes() == struct.pack("<11H", *tokens)
+    assert (tmp_path / "x.idx").read_bytes() == index(8, 2, STARTS)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_make_binidx_is_the_same_corpus_as_its_jsonl(tmp_path, capsys):
+    path = tmp_path / "my.data.jsonl"
+    texts = ["Hello world", "你好。\n\n😀", "third"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert P.main(["--make_binidx", str(path)]) == 0
+    assert "3 documents" in capsys.readouterr().out
+    world = P.WorldTokenizer(P.world_vocabulary())
+    wanted = P.read_corpus(config(), str(path), world)
+    for found in (P.read_corpus(config(), str(path.with_suffix("")), world),):
+        assert found.tokens.tolist() == wanted.tokens.tolist() and found.starts.tolist() == wanted.starts.tolist()
+    documents = np.split(wanted.tokens, wanted.starts[1:-1])
+    assert [world.decode(d[:-1].tolist()) for d in documents] == texts and all(d[-1] == 0 for d in documents)
+
+
+def test_what_a_file_is_is_read_off_its_name(tmp_path):
+    (tmp_path / "X_text_document.idx").touch()
+    names = {"a.jsonl": "jsonl", "a.txt": "utf-8", "a.md": "utf-8", "a.bin": "binidx", "a.idx": "binidx", "": "dummy",
+             str(tmp_path / "X_text_document"): "binidx"}
+    assert {name: P.data_type_of(P.Config(), name) for name in names} == names
+    assert P.data_type_of(P.Config(data_type="sft"), "a.jsonl") == "sft"
+
+
+# --------------------------------------------------------------------------------------------------------- split
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.99])
+def test_split_is_disjoint_and_complete(share):
+    text = random_corpus(random.Random(1), 50)
+    train, held_out = P.split(text, share)
+    assert [*train.tokens, *held_out.tokens] == text.tokens.tolist()
+    assert [*train.starts, *(held_out.starts[1:] + train.starts[-1])] == text.starts.tolist()
+    assert len(train.starts) > 1 and len(held_out.starts) > 1
+    assert abs(len(held_out.tokens) / len(text.tokens) - share) < 12 / len(text.tokens) + 0.02
+
+
+def test_split_cuts_one_document_in_two():
+    train, held_out = P.split(corpus(starts=[0, 11]), 0.3)
+    assert (train.tokens.tolist(), held_out.tokens.tolist()) == (TOKENS[:7], TOKENS[7:])
+    assert (train.starts.tolist(), held_out.starts.tolist()) == ([0, 7], [0, 4])

@@ -1,0 +1,19 @@
+"""The demonstration, in full: README's first command does what README says one should see."""
+
+import re
+
+import pissa_rwkv as P
+
+
+def test_demonstration(tmp_path, capfd):
+    assert P.main(["--proj_dir", str(tmp_path / "out"), "--accelerator", "cpu"]) == 0
+    text = capfd.readouterr().out
+    exact = {name: float(share) for name, share in re.findall(r"(base|pissa|lora) +\d\.\d+ +(\d+\.\d)%", text)}
+    loss = {name: float(value) for name, value in re.findall(r"(base|pissa|lora) +(\d\.\d+) ", text)}
+    assert exact["pissa"] > exact["lora"] + 10 > exact["base"] + 20, text
+    assert loss["pissa"] < loss["lora"] < loss["base"], text
+    assert float(re.search(r"held-out questions: (\d+\.\d)%", text)[1]) > 90, text
+    assert float(re.search(r"largest difference of a logit: (\S+)", text)[1]) < 1e-4, text
+    names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.pth")}
+    assert {"base/rwkv-0.pth", "pissa/rwkv-0.pth", "pissa/init_pissa.pth", "pissa/rwkv-0-merged.pth"} <= names
+    assert "torchrun pissa_rwkv.py --load_model" in text

@@ -1,0 +1,283 @@
+"""Merged files in the official `rwkv` package against the model with its adapters; and what merge.py refuses."""
+
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import load_model, logits_of, random_tensors
+
+import merge as command
+from pissa_rwkv import DESCRIPTION, Config, Fatal, build, merge_files, train
+
+TOKENS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 26, 43, 0, 83, 27]
+MATRICES = [f"blocks.{i}.{m}" for i in range(2) for m in (
+    "att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")]
+
+
+def finished(folder, base, **options):
+    """A run of two steps, in which every trained weight moves by about 0.02, and the files it leaves."""
+    (text := folder.with_suffix(".txt")).write_text("What a run learns does not matter here. " * 3)
+    run = build(Config(**dict(load_model=str(base), data_file=str(text), proj_dir=str(folder), rank=4, ctx_len=16,
+                              micro_bsz=1, epoch_steps=2, lr_init=1e-2, lr_final=1e-2, accelerator="cpu", op="torch",
+                              precision="fp32") | options))
+    train(run)
+    return SimpleNamespace(model=run.model.eval(), masters=run.optimiser.masters(), kind=run.cfg.peft, base=base,
+                           init=folder / "init_pissa.pth", checkpoint=folder / "rwkv-0.pth",
+                           output=folder / "merged.pth")
+
+
+def merged(run, **changed):
+    """The tensors of the merged file."""
+    run = SimpleNamespace(**vars(run) | changed)
+    merge_files(run.kind, str(run.base), str(run.init), str(run.checkpoint), str(run.output))
+    return torch.load(run.output, weights_only=True)
+
+
+def exact(run, name, scale):
+    """W - B0 A0 + scale B A in float64, from the files."""
+    init = torch.load(run.init, weights_only=True) if run.kind == "pissa" else {}
+    trained, W = torch.load(run.checkpoint, weights_only=True), torch.load(run.base)[f"{name}.weight"].double()
+    A, B = (trained[f"{name}.lora_{x}"].double() for x in "AB")
+    taken = init[f"{name}.init_lora_B"].double() @ init[f"{name}.init_lora_A"].double() if init else 0.0
+    return W - taken + scale * B @ A
+
+
+# ------------------------------------------------------------------------------------------------------ what is merged
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(svd_niter=0, rank=16), dict(peft="lora", lora_alpha=6.0), dict(train_parts=("emb", "head", "ln")),
+], ids=str)
+def test_the_merged_file_in_the_official_package_is_the_model_with_adapters(options, model_file, tmp_path, official):
+    run = finished(tmp_path / "run", model_file(n_layer=2, n_embd=128), **options)
+    merged(run)
+    wanted, _ = logits_of(run.model, TOKENS)
+    found, _ = official(run.output, TOKENS)
+    base, _ = official(run.base, TOKENS)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max() < 1e-3 * (found - base).abs().max()
+
+
+@pytest.mark.parametrize("dtype, half_spacing", [(torch.float32, 2**-24), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("options, scale", [(dict(), 1.0), (dict(peft="lora", lora_alpha=6.0), 1.5)], ids=str)
+def test_every_merged_matrix_is_the_formula_rounded_once(dtype, half_spacing, options, scale, model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file(dtype=dtype), precision="bf16" if dtype == torch.bfloat16 else "fp32",
+                   **options)
+    found = merged(run)
+    for name in MATRICES:
+        wanted, W = exact(run, name, scale), found[f"{name}.weight"]
+        assert W.dtype == dtype
+        # one rounding to the file's dtype, and what ten roundings in fp32 of numbers up to the largest may do
+        bound = half_spacing * wanted.abs() + 10 * 2**-24 * wanted.abs().max()
+        assert ((W.double() - wanted).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("peft", ["pissa", "lora"])
+def test_trained_parts_replace_the_bases_and_all_else_is_copied(peft, model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file(), peft=peft)
+    base, found = torch.load(run.base), merged(run)
+    replaced = {name for name in base if "ln" in name}
+    for name, W in base.items():
+        if name in replaced:
+            assert torch.equal(found[name], run.masters[name]) and not torch.equal(found[name], W), name
+        elif name.removesuffix(".weight") not in MATRICES:
+            assert torch.equal(found[name], W), name
+
+
+def test_keys_order_shapes_and_dtypes_are_the_bases_whatever_these_are(tmp_path):
+    """A base with layer 0's unused v0 v1 v2, vectors as [C], dtypes mixed, keys in another order."""
+    tensors = random_tensors(n_layer=2, layer0_v=True)
+    dtypes = [torch.bfloat16, torch.float32, torch.float16]
+    odd = {name: t.squeeze().to(dtypes[i % 3]) for i, (name, t) in enumerate(reversed(tensors.items()))}
+    torch.save(odd, tmp_path / "odd.pth")
+    found = merged(finished(tmp_path / "run", tmp_path / "odd.pth"))
+    assert type(found) in (dict, OrderedDict)
+    assert [(n, t.shape, t.dtype) for n, t in found.items()] == [(n, t.shape, t.dtype) for n, t in odd.items()]
+    assert all(t.is_contiguous() for t in found.values())
+    assert all(found[f"blocks.0.att.v{i}"].isnan().all() for i in "012")
+
+
+def test_merging_what_was_not_trained_gives_the_base_again(model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file(dtype=torch.bfloat16), precision="bf16")
+    trained = torch.load(run.checkpoint, weights_only=True)
+    for name, t in torch.load(run.init, weights_only=True).items():
+        if name != DESCRIPTION:
+            trained[name.replace("init_", "")] = t
+    trained = {name: t for name, t in trained.items() if "ln" not in name}
+    torch.save(trained, run.checkpoint)
+    base, found = torch.load(run.base), merged(run)
+    for name, W in base.items():  # (W - P) + P errs by 2^-24 of P at most twice: seen only in numbers much below P
+        assert (found[name].float() - W.float()).abs().max() <= 2**-22 * W.abs().max(), name
+
+
+# ---------------------------------------------------------------------------------------------------- RWKV-PEFT's files
+
+
+def as_rwkv_peft(path, prefix, dtype):
+    """Rewrites a file of ours as RWKV-PEFT writes it: no description, keys with or without `model.`."""
+    tensors = torch.load(path, weights_only=True)
+    torch.save({prefix + n: t.to(dtype) for n, t in tensors.items() if n != DESCRIPTION}, path)
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_files_of_rwkv_peft_are_merged_alike(prefix, dtype, model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file())
+    as_rwkv_peft(run.checkpoint, "", dtype)
+    as_rwkv_peft(run.init, prefix, torch.float32)
+    found = merged(run)
+    assert "no description" in capsys.readouterr().out
+    as_rwkv_peft(run.init, "", torch.float32)
+    for init in [run.init]:
+        bare = torch.load(init, weights_only=True)
+        torch.save({n.removeprefix("model."): t for n, t in bare.items()}, init)
+    for name in MATRICES:
+        torch.testing.assert_close(found[f"{name}.weight"].double(), exact(run, name, 1.0), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found["ln_out.weight"], run.masters["ln_out.weight"].to(dtype).float())
+
+
+def test_lora_of_rwkv_peft_needs_its_alpha(model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file(), peft="lora", lora_alpha=6.0)
+    as_rwkv_peft(run.checkpoint, "", torch.float32)
+    line = ["--type", "lora", "--base_model", str(run.base), "--lora_checkpoint", str(run.checkpoint),
+            "--output", str(run.output)]
+    assert command.main(line) == 2 and "--lora_alpha" in capsys.readouterr().err
+    assert command.main([*line, "--lora_alpha", "6"]) == 0
+    found = torch.load(run.output)
+    for name in MATRICES:
+        torch.testing.assert_close(found[f"{name}.weight"].double(), exact(run, name, 1.5), rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def spoilt(path, change):
+    tensors = change(torch.load(path, weights_only=True))
+    torch.save(tensors, path)
+
+
+def without_description(path):
+    spoilt(path, lambda t: {n: x for n, x in t.items() if n != DESCRIPTION})
+
+
+def test_another_base_is_refused(model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file())
+    with pytest.raises(Fatal, match=r"rwkv-0\.pth: made with base \w+, but here it is \w+"):
+        merged(run, base=model_file(name="other.pth", seed=1))
+    tensors = torch.load(run.base)
+    tensors["blocks.1.att.w0"][0, 0, 5] += 0.5  # one weight
+    torch.save(tensors, tmp_path / "almost.pth")
+    with pytest.raises(Fatal, match="made with base"):
+        merged(run, base=tmp_path / "almost.pth")
+    assert not run.output.exists()
+
+
+def test_the_init_file_of_another_run_is_refused(model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file())
+    other = finished(tmp_path / "other", run.base, random_seed=1)
+    with pytest.raises(Fatal, match=r"other/init_pissa\.pth: made with init \w+, but here it is \w+"):
+        merged(run, init=other.init)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "lora"])
+def test_adapters_of_another_kind_are_refused(kind, model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file(), peft=kind)
+    pissa = finished(tmp_path / "pissa", run.base)
+    other = {"pissa": "lora", "lora": "pissa"}[kind]
+    with pytest.raises(Fatal, match=f"made with peft {kind}, but here it is {other}"):
+        merged(run, kind=other, init=pissa.init)
+
+
+BAD_CHECKPOINTS = {  # of RWKV-PEFT, which describes nothing: what is wrong -> (change, what the error names)
+    "a factor is missing": (lambda t: {n: x for n, x in t.items() if n != "blocks.1.att.key.lora_B"},
+                            r"blocks\.1\.att\.key\.lora_B"),
+    "the other factor is missing": (lambda t: {n: x for n, x in t.items() if n != "blocks.1.att.key.lora_A"},
+                                    r"blocks\.1\.att\.key\.lora_B"),
+    "more layers": (lambda t: t | {"blocks.7.ln1.bias": torch.zeros(64)}, r"holds blocks\.7\.ln1\.bias"),
+    "another rank": (lambda t: {n: x[:2] if n.endswith("lora_A") else x[:, :2] if n.endswith("lora_B") else x
+                                for n, x in t.items()}, r"init_lora_A is \[4, 64\], \[2, 64\] is wanted"),
+    "a part of another size": (lambda t: t | {"ln_out.bias": torch.zeros(65)}, r"ln_out\.bias is \[64\].*\[65\]"),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_CHECKPOINTS)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(wrong, model_file, tmp_path):
+    change, message = BAD_CHECKPOINTS[wrong]
+    run = finished(tmp_path / "run", model_file())
+    without_description(run.checkpoint)
+    spoilt(run.checkpoint, change)
+    with pytest.raises(Fatal, match=message):
+        merged(run)
+    assert not run.output.exists()
+
+
+@pytest.mark.parametrize("n_embd", [64, 192])
+def test_a_base_of_another_width_is_refused_with_both_widths(n_embd, model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file(n_embd=128))
+    without_description(run.checkpoint)
+    without_description(run.init)
+    with pytest.raises(Fatal, match=rf"\[{n_embd}.*\[(128|512)"):
+        merged(run, base=model_file(name="other.pth", n_embd=n_embd))
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def arguments(run, init="--lora_init", checkpoint="--lora_checkpoint"):
+    return ["--type", run.kind, "--base_model", str(run.base), init, str(run.init), checkpoint, str(run.checkpoint),
+            "--output", str(run.output)]
+
+
+def test_the_command_merges_under_both_spellings_of_its_flags(model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file())
+    done = subprocess.run([sys.executable, "merge.py", *arguments(run)], capture_output=True, text=True,
+                          cwd=Path(command.__file__).parent, timeout=120)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"merged: {run.output}"), done.stderr
+    first = torch.load(run.output)
+    run.output = tmp_path / "again.pth"
+    assert command.main(arguments(run, "--pissa_init", "--pissa_checkpoint")) == 0
+    again = torch.load(run.output)
+    assert list(first) == list(again) and all(torch.equal(t, again[name]) for name, t in first.items())
+    wanted, _ = logits_of(run.model, TOKENS)
+    assert (logits_of(load_model(run.output), TOKENS)[0] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def refused(capsys, argv):
+    """The one line on stderr of a command that exits 2."""
+    assert command.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("merge.py: error: ") and error.count("\n") == 1
+    return error
+
+
+def test_the_command_refuses_in_one_line(model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file())
+    line = arguments(run)
+    run.output.write_bytes(b"precious")
+    assert f"--output {run.output} exists already" in refused(capsys, line)
+    assert run.output.read_bytes() == b"precious"
+    run.output.unlink()
+    assert "there is no folder" in refused(capsys, [*line[:-1], str(tmp_path / "nowhere" / "merged.pth")])
+    assert "--lora_init is missing" in refused(capsys, [a for a in line if a not in ("--lora_init", str(run.init))])
+    assert "--base_model" in refused(capsys, line[:2] + line[4:])
+    assert "bone" in refused(capsys, ["--type", "bone", *line[2:]])
+    assert "no such file" in refused(capsys, [*line[:3], str(tmp_path / "none.pth"), *line[4:]])
+    assert "--output_dir" in refused(capsys, [*line, "--output_dir", "x"])
+    assert not run.output.exists()
+
+
+@pytest.mark.parametrize("peft", ["pissa", "lora"])
+def test_an_alpha_that_contradicts_the_run_never_changes_the_result(peft, model_file, tmp_path, capsys):
+    """PiSSA has no alpha; a LoRA of ours knows its own. Another one is refused, or has no effect."""
+    run = finished(tmp_path / "run", model_file(), peft=peft, lora_alpha=6.0)
+    line = [a for a in arguments(run) if peft == "pissa" or a not in ("--lora_init", str(run.init))]
+    if command.main([*line, "--lora_alpha", "20"]) == 0:
+        found = torch.load(run.output)
+        for name in MATRICES:
+            wanted = exact(run, name, dict(pissa=1.0, lora=1.5)[peft])
+            torch.testing.assert_close(found[f"{name}.weight"].double(), wanted, rtol=1e-6, atol=1e-6)
+    else:
+        assert "--lora_alpha 20" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""ZeroAdamW against torch.optim.AdamW, one tensor at a time; the learning rate against values worked out by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from pissa_rwkv import Config, Fatal, ZeroAdamW, check, lr_at
+
+SHAPES = {"a.lora_A": (3, 5), "ln.weight": (5,), "time_decay": (4, 2), "x_r": (1, 1, 6), "time_first": (7,)}
+DECAYED = ("a.lora_A", "time_decay")  # the matrices
+
+
+def parameters(dtype=torch.float32):
+    draw = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(s, generator=draw).to(dtype)) for name, s in SHAPES.items()}
+
+
+def gradients(steps, dtype=torch.float32):
+    """What each parameter's gradient is at each step: their sizes vary, so that clipping sometimes acts."""
+    draw = torch.Generator().manual_seed(1)
+    return [{name: (torch.randn(s, generator=draw) * 0.3 * (1 + t % 3)).to(dtype) for name, s in SHAPES.items()}
+            for t in range(steps)]
+
+
+def backward(parameters, wanted):
+    """Gives the parameters these gradients, by autograd."""
+    sum((p * wanted[name]).sum() for name, p in parameters.items()).backward()
+
+
+def peer(parameters, cfg, scales=None):
+    """torch's AdamW, each parameter a group of its own."""
+    scales = scales or {}
+    groups = [dict(params=[p], scale=scales.get(name, 1.0), weight_decay=cfg.weight_decay if name in DECAYED else 0.0)
+              for name, p in parameters.items()]
+    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, foreach=False, fused=False)
+
+
+def peer_step(optimiser, lr):
+    for group in optimiser.param_groups:
+        group["lr"] = lr * group["scale"]
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_twenty_steps_are_torchs_to_the_bit(weight_decay):
+    cfg = Config(weight_decay=weight_decay, layerwise_lr=False)
+    mine, theirs = parameters(), parameters()
+    optimiser, oracle = ZeroAdamW(mine.items(), cfg), peer(theirs, cfg)
+    for step, wanted in enumerate(gradients(20)):
+        backward(mine, wanted)
+        backward(theirs, wanted)
+        optimiser.step(1e-2 / (1 + step), 1.0)
+        peer_step(oracle, 1e-2 / (1 + step))
+        assert all(torch.equal(p, theirs[name]) for name, p in mine.items()), step
+
+
+def test_clipping_is_torchs():
+    """The two clip factors differ by roundings of float32 (torch takes a norm of norms): so may the result."""
+    cfg, clipped = Config(weight_decay=0.1, layerwise_lr=False, grad_clip=1.0), 0
+    mine, theirs = parameters(), parameters()
+    optimiser, oracle = ZeroAdamW(mine.items(), cfg), peer(theirs, cfg)
+    for wanted in gradients(20):
+        wanted = {name: g * 0.3 for name, g in wanted.items()}
+        backward(mine, wanted)
+        backward(theirs, wanted)
+        norm = nn.utils.clip_grad_norm_(theirs.values(), cfg.grad_clip, foreach=False)
+        assert optimiser.norm() == pytest.approx(norm.item(), rel=1e-6)
+        clipped += norm.item() > cfg.grad_clip
+        optimiser.step(1e-2, min(1.0, cfg.grad_clip / (optimiser.norm() + 1e-6)))
+        peer_step(oracle, 1e-2)
+        for name, p in mine.items():
+            torch.testing.assert_close(p, theirs[name], rtol=2**-22, atol=2**-22)
+    assert 0 < clipped < 20
+
+
+@pytest.mark.parametrize("layerwise_lr", [True, False])
+def test_layerwise_learning_rates_and_decay_are_by_name_and_shape(layerwise_lr):
+    cfg = Config(weight_decay=0.1, layerwise_lr=layerwise_lr)
+    mine, theirs = parameters(), parameters()
+    scales = {"time_decay": 2.0, "time_first": 3.0} if layerwise_lr else {}
+    optimiser, oracle = ZeroAdamW(mine.items(), cfg), peer(theirs, cfg, scales)
+    for wanted in gradients(5):
+        backward(mine, wanted)
+        backward(theirs, wanted)
+        optimiser.step(1e-2, 1.0)
+        peer_step(oracle, 1e-2)
+    assert all(torch.equal(p, theirs[name]) for name, p in mine.items())
+
+
+def test_bf16_parameters_are_roundings_of_fp32_masters_that_move_at_a_small_learning_rate():
+    cfg = Config(weight_decay=0.1, layerwise_lr=False)
+    mine = parameters(torch.bfloat16)
+    start = {name: p.detach().clone() for name, p in mine.items()}
+    theirs = {name: nn.Parameter(p.detach().float()) for name, p in mine.items()}
+    optimiser, oracle = ZeroAdamW(mine.items(), cfg), peer(theirs, cfg)
+    for wanted in gradients(20, torch.bfloat16):
+        backward(mine, wanted)
+        backward(theirs, {name: g.float() for name, g in wanted.items()})
+        optimiser.step(2e-5, 1.0)
+        peer_step(oracle, 2e-5)
+    for name, master in optimiser.masters().items():
+        assert master.dtype == torch.float32 and mine[name].dtype == torch.bfloat16
+        assert torch.equal(master, theirs[name]) and torch.equal(mine[name], master.bfloat16())
+        assert (master != start[name].float()).all()
+    # Rounded after every step, most would not have moved: 20 steps of 2e-5 are less than half of bf16's spacing at 1.
+    stuck = sum((mine[name] == p).sum().item() for name, p in start.items())
+    assert stuck > sum(p.numel() for p in start.values()) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_accumulated_in_fp32_and_freed(dtype):
+    p = nn.Parameter(torch.ones(2, 2, dtype=dtype))
+    optimiser = ZeroAdamW([("p", p)], Config())
+    for gradient in (1.0, 2.0**-12, 2.0**-12):  # bf16 has no 1 + 2^-12
+        (p * gradient).sum().backward()
+        assert p.grad is None
+    assert torch.equal(optimiser.grad, torch.full((4,), 1 + 2.0**-11))
+    optimiser.step(1e-3, 1.0)
+    assert not optimiser.grad.any()
+
+
+def test_micro_batches_are_one_step_with_the_summed_gradient():
+    mine, theirs, cfg = parameters(), parameters(), Config()
+    optimiser, whole = ZeroAdamW(mine.items(), cfg), ZeroAdamW(theirs.items(), cfg)
+    first, second = gradients(2)
+    backward(mine, first)
+    backward(mine, second)
+    backward(theirs, {name: first[name] + second[name] for name in first})
+    optimiser.step(1e-2, 0.5)
+    whole.step(1e-2, 0.5)
+    assert all(torch.equal(p, theirs[name]) for name, p in mine.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loaded_state_goes_on_to_the_bit(dtype):
+    steps, cfg = gradients(6, dtype), Config(weight_decay=0.1)
+    whole = parameters(dtype)
+    optimiser = ZeroAdamW(whole.items(), cfg)
+    for step, wanted in enumerate(steps):
+        if step == 3:
+            state = {name: t.clone() for name, t in optimiser.state().items()}
+        backward(whole, wanted)
+        optimiser.step(1e-3, 1.0)
+    resumed = {name: nn.Parameter(torch.zeros_like(p)) for name, p in whole.items()}
+    again = ZeroAdamW(resumed.items(), cfg)
+    again.load(state)
+    for wanted in steps[3:]:
+        backward(resumed, wanted)
+        again.step(1e-3, 1.0)
+    assert torch.equal(again.master, optimiser.master)
+    assert all(torch.equal(p, whole[name]) for name, p in resumed.items())
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(Fatal, match="nothing is trained"):
+        ZeroAdamW([], Config())
+
+
+# ---------------------------------------------------------------------------------------------------- the learning rate
+
+
+def rates(steps, **options):
+    return [lr_at(step, steps, Config(**options)) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", ["cos_decay", "cos", "wsd"])
+@pytest.mark.parametrize("lr_final", [1e-5, 4e-4])  # the second: as lr_init
+def test_warm_up_is_linear_whatever_the_schedule(schedule, lr_final):
+    found = rates(20, lr_schedule=schedule, lr_init=4e-4, lr_final=lr_final, warmup_steps=4)
+    assert found[:5] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4], rel=1e-12)
+    assert found[-1] == pytest.approx(lr_final, rel=1e-12)
+    if lr_final == 4e-4:
+        assert found[4:] == pytest.approx([4e-4] * 16, rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 5])
+def test_cosine_is_torchs_from_the_first_to_the_last_step(warmup_steps):
+    found = rates(36, lr_init=3e-4, lr_final=1e-5, warmup_steps=warmup_steps)[warmup_steps:]
+    oracle = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(oracle, T_max=35 - warmup_steps, eta_min=1e-5)
+    wanted = []
+    for _ in found:
+        wanted.append(schedule.get_last_lr()[0])
+        oracle.step()
+        schedule.step()
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert (found[0], found[-1]) == pytest.approx((3e-4, 1e-5), rel=1e-12)
+
+
+def test_wsd_is_constant_and_then_linear_over_the_last_part():
+    found = rates(12, lr_schedule="wsd", lr_init=5.0, lr_final=1.0, warmup_steps=1, decay_frac=0.4)
+    assert found == pytest.approx([5, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2, 1])  # 10 intervals, of which the last 4 fall
+
+
+@pytest.mark.parametrize("schedule", ["cos_decay", "wsd"])
+def test_the_rate_stays_between_its_ends_and_ends_where_it_should(schedule):
+    for steps, warmup_steps in ((1, 0), (2, 0), (2, 1), (3, 3), (3, 10), (50, 7)):
+        options = dict(lr_schedule=schedule, lr_init=1.0, lr_final=0.1, warmup_steps=warmup_steps)
+        found = rates(steps, **options)
+        assert all(0 < lr <= 1 for lr in found) and (warmup_steps > 0 or found[0] == 1)
+        assert lr_at(steps + 10, steps, Config(**options)) == pytest.approx(0.1)  # a run that is longer than was said
+
+
+@pytest.mark.parametrize("decay_frac", [0.0, -0.5, 1.5])
+def test_a_share_that_is_none_is_refused(decay_frac):
+    with pytest.raises(Fatal, match="decay_frac"):
+        check(Config(peft="none", lr_schedule="wsd", decay_frac=decay_frac))
