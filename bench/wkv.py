@@ -11,24 +11,15 @@ machine with other work (see `load`, the load average at the start) mean little.
 """
 
 import argparse
-import json
-import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import time
-from datetime import date
-from pathlib import Path
 
+import record
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
-
-import wkv7_cuda  # noqa: E402
-from pissa_rwkv import wkv7_ref  # noqa: E402
+import wkv7_cuda
+from pissa_rwkv import wkv7_ref
 
 OPS = {  # name -> (devices, what loads it); the first is what the others are compared with
     "torch": (("cpu", "cuda"), lambda: wkv7_ref),
@@ -98,21 +89,6 @@ def measure(f, shape, dtype, device, seconds, exact):
     return row
 
 
-def machine(device):
-    """What a figure depends on besides the code."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        model = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
-        name = model[1] if model else platform.processor()
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "device": device, "machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "commit": git.stdout.strip() or "none", "date": date.today().isoformat(), "load": os.getloadavg()[0],
-    }  # fmt: skip
-
-
 def rows_of(shape, dtype, device, seconds):
     """One row per operator; one that cannot be built here says so on stderr and has none."""
     inputs, dy, dstate = make(*shape, dtype, device)
@@ -137,22 +113,18 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
     parser.add_argument("--shapes", nargs="+", help="each B,T,H")
     parser.add_argument("--seconds", type=float, default=2, help="spent on each median")
-    parser.add_argument("--out", type=Path, help="JSON file; default bench/results/wkv-<device>.json")
     args = parser.parse_args()
-    about, rows = machine(args.device), []
+    about, rows = record.circumstances(args.device), []
     print("{machine}, {threads} threads, load {load:.1f}, torch {torch}, commit {commit}".format(**about))
     print("op          B,T,H     dtype  forward ms   both ms   ratio  error y    worst gradient")
     for shape in args.shapes or SHAPES[args.device]:
         for dtype in DTYPES[args.device]:
             for row in rows_of(tuple(map(int, shape.split(","))), dtype, args.device, args.seconds):
-                rows.append({**row, **about})
+                rows.append(row)
                 worst = max(NAMES[2:], key=row["error"].get)
                 print(f"{row['op']:6} {shape:>10} {row['dtype']:>9} {row['forward_ms']:11.2f} {row['both_ms']:9.2f} "
                       f"{row['ratio']:7.1f} {row['error']['y']:8.1e} {worst:>8} {row['error'][worst]:.1e}")  # fmt: skip
-    out = args.out or ROOT / "bench" / "results" / f"wkv-{args.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    print(f"-> {out}")
+    print(record.write(f"wkv-{args.device}", rows, args.device))
 
 
 if __name__ == "__main__":

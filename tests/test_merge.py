@@ -46,6 +46,15 @@ def exact(run, name, scale):
     return W - taken + scale * B @ A
 
 
+def spoilt(path, change):
+    """Rewrites a file."""
+    torch.save(change(torch.load(path, weights_only=True)), path)
+
+
+def without_description(path):
+    spoilt(path, lambda t: {n: x for n, x in t.items() if n != DESCRIPTION})
+
+
 # ------------------------------------------------------------------------------------------------------ what is merged
 
 
@@ -91,7 +100,8 @@ def test_keys_order_shapes_and_dtypes_are_the_bases_whatever_these_are(tmp_path)
     """A base with layer 0's unused v0 v1 v2, vectors as [C], dtypes mixed, keys in another order."""
     tensors = random_tensors(n_layer=2, layer0_v=True)
     dtypes = [torch.bfloat16, torch.float32, torch.float16]
-    odd = {name: t.squeeze().to(dtypes[i % 3]) for i, (name, t) in enumerate(reversed(tensors.items()))}
+    odd = {name: t.flatten() if t.shape[:2] == (1, 1) else t for name, t in reversed(tensors.items())}
+    odd = {name: t.to(dtypes[i % 3]) for i, (name, t) in enumerate(odd.items())}
     torch.save(odd, tmp_path / "odd.pth")
     found = merged(finished(tmp_path / "run", tmp_path / "odd.pth"))
     assert type(found) in (dict, OrderedDict)
@@ -102,12 +112,8 @@ def test_keys_order_shapes_and_dtypes_are_the_bases_whatever_these_are(tmp_path)
 
 def test_merging_what_was_not_trained_gives_the_base_again(model_file, tmp_path):
     run = finished(tmp_path / "run", model_file(dtype=torch.bfloat16), precision="bf16")
-    trained = torch.load(run.checkpoint, weights_only=True)
-    for name, t in torch.load(run.init, weights_only=True).items():
-        if name != DESCRIPTION:
-            trained[name.replace("init_", "")] = t
-    trained = {name: t for name, t in trained.items() if "ln" not in name}
-    torch.save(trained, run.checkpoint)
+    start = torch.load(run.init, weights_only=True)
+    spoilt(run.checkpoint, lambda t: {n: start[n.replace("lora_", "init_lora_")] for n in t if ".lora_" in n})
     base, found = torch.load(run.base), merged(run)
     for name, W in base.items():  # (W - P) + P errs by 2^-24 of P at most twice: seen only in numbers much below P
         assert (found[name].float() - W.float()).abs().max() <= 2**-22 * W.abs().max(), name
@@ -118,8 +124,8 @@ def test_merging_what_was_not_trained_gives_the_base_again(model_file, tmp_path)
 
 def as_rwkv_peft(path, prefix, dtype):
     """Rewrites a file of ours as RWKV-PEFT writes it: no description, keys with or without `model.`."""
-    tensors = torch.load(path, weights_only=True)
-    torch.save({prefix + n: t.to(dtype) for n, t in tensors.items() if n != DESCRIPTION}, path)
+    without_description(path)
+    spoilt(path, lambda t: {prefix + n: x.to(dtype) for n, x in t.items()})
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
@@ -130,10 +136,7 @@ def test_files_of_rwkv_peft_are_merged_alike(prefix, dtype, model_file, tmp_path
     as_rwkv_peft(run.init, prefix, torch.float32)
     found = merged(run)
     assert "no description" in capsys.readouterr().out
-    as_rwkv_peft(run.init, "", torch.float32)
-    for init in [run.init]:
-        bare = torch.load(init, weights_only=True)
-        torch.save({n.removeprefix("model."): t for n, t in bare.items()}, init)
+    spoilt(run.init, lambda t: {n.removeprefix("model."): x for n, x in t.items()})
     for name in MATRICES:
         torch.testing.assert_close(found[f"{name}.weight"].double(), exact(run, name, 1.0), rtol=1e-6, atol=1e-6)
     assert torch.equal(found["ln_out.weight"], run.masters["ln_out.weight"].to(dtype).float())
@@ -152,15 +155,6 @@ def test_lora_of_rwkv_peft_needs_its_alpha(model_file, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
-
-
-def spoilt(path, change):
-    tensors = change(torch.load(path, weights_only=True))
-    torch.save(tensors, path)
-
-
-def without_description(path):
-    spoilt(path, lambda t: {n: x for n, x in t.items() if n != DESCRIPTION})
 
 
 def test_another_base_is_refused(model_file, tmp_path):
@@ -217,7 +211,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(wrong, model_file, tm
 @pytest.mark.parametrize("n_embd", [64, 192])
 def test_a_base_of_another_width_is_refused_with_both_widths(n_embd, model_file, tmp_path):
     run = finished(tmp_path / "run", model_file(n_embd=128))
-    without_description(run.checkpoint)
+    spoilt(run.checkpoint, lambda t: {n: x for n, x in t.items() if ".lora_" in n})
     without_description(run.init)
     with pytest.raises(Fatal, match=rf"\[{n_embd}.*\[(128|512)"):
         merged(run, base=model_file(name="other.pth", n_embd=n_embd))

@@ -193,6 +193,7 @@ BAD_FILES = {  # what is wrong -> (how the file is made, what the error names)
     "wrong shape": (lambda t: t | {"head.weight": t["head.weight"][:-1]}, r"head\.weight is \[255, 64\].*\[256, 64\]"),
     "transposed": (lambda t: t | {"blocks.1.ffn.value.weight": t["blocks.1.ffn.value.weight"].T},
                    r"blocks\.1\.ffn\.value\.weight is \[64, 256\].*\[256, 64\]|is \[256, 64\].*\[64, 256\]"),
+    "heads without a size": (lambda t: t | {"blocks.0.att.r_k": torch.zeros(64)}, r"blocks\.0\.att\.r_k"),
     "integers": (lambda t: t | {"ln_out.bias": torch.zeros(64, dtype=torch.int8)}, r"ln_out\.bias.*int8"),
     "x060": (other_version(keys=("time_maa_x", "time_maa_w1", "time_decay", "time_faaaa", "gate.weight")), "x060"),
     "x052": (other_version(keys=("time_mix_g", "time_decay", "time_faaaa", "gate.weight")), "x052"),

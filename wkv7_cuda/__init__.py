@@ -4,7 +4,7 @@
 
 | op | what | needs |
 |---|---|---|
-| `cuda` | tensor-core kernels, wkv7.cu | an NVIDIA GPU, nvcc |
+| `cuda` | the recurrence in fp32, wkv7.cu | an NVIDIA GPU, nvcc |
 | `cpu` | the recurrence in C++, wkv7_cpu.cpp | a C++ compiler |
 | `chunk` | the chunk algorithm in PyTorch, chunk.py | nothing; any device and head size |
 
