@@ -1350,7 +1350,8 @@ class ZeroAdamW:
     and frees it, so accumulation is in fp32 too. A group is one slice: same learning rate, same decay.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], cfg: Config):
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], cfg: Config, exact: dict[str, Tensor] | None = None):
+        """Takes over the parameters; `exact` holds fp32 values of those that an earlier run saved."""
         self.beta1, self.beta2, self.eps, self.t = cfg.beta1, cfg.beta2, cfg.adam_eps, 0
 
         def kind(item: tuple[str, nn.Parameter]) -> tuple[float, float]:
@@ -1373,6 +1374,8 @@ class ZeroAdamW:
         for name, p in self.named:
             p.data = self.working[self.where[name]].view(p.shape)
             p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
+            if exact and name in exact:
+                self.master[self.where[name]] = exact[name].to(self.master).reshape(-1)
 
     def take(self, where: slice, p: nn.Parameter) -> None:
         self.grad[where] += p.grad.reshape(-1)
@@ -1693,17 +1696,19 @@ def build(cfg: Config) -> Run | None:
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     saved = folder / "resume.pth"
     resumed, old = read_described(saved, "--resume") if cfg.resume and saved.exists() else ({}, {})
-    about |= adapt(model, cfg, loader, about, bool(resumed))
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    run = Run(cfg, device, arch, tokenizer, loader, held_out, model, ZeroAdamW(trained, cfg), about, epoch_steps,
+    about_adapters, exact = adapt(model, cfg, loader, about, bool(resumed))
+    optimiser = ZeroAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), cfg, exact)
+    run = Run(cfg, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters, epoch_steps,
               step=cfg.epoch_begin * epoch_steps, loss_scale=2.0**16 if dtype == torch.float16 else 1.0)
     if resumed:
         restore(run, saved, resumed, old)
     return run
 
 
-def adapt(model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool) -> dict[str, Any]:
-    """Puts adapters on the model, new ones or those of an earlier run, and returns what describes them.
+def adapt(
+    model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Puts adapters on the model, new ones or those of an earlier run. Returns what describes them, and that file.
 
     Prints the loss of one batch with and without: a new start computes what the base computes.
     """
@@ -1722,9 +1727,9 @@ def adapt(model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resum
         part = dict(model.named_parameters()).get(name)
         if part is None or part.numel() != load[name].numel():
             raise Fatal(f"{load_path}: {name} does not fit this model")
-        part.data.copy_(load.pop(name).view(part.shape))
+        part.data.copy_(load[name].view(part.shape))
     if kind is None:
-        return {}
+        return {}, load
     taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load)
     if not load and not resumed:
         say(f"loss of the first batch: base {before:.6f}, with adapters {loss():.6f}")
@@ -1733,7 +1738,7 @@ def adapt(model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resum
         about_adapters |= {"svd_niter": cfg.svd_niter, "seed": cfg.random_seed, "init": fingerprint(taken)}
         if init_path != str(folder / "init_pissa.pth"):
             save(folder / "init_pissa.pth", taken, about | about_adapters)
-    return about_adapters
+    return about_adapters, load
 
 
 @torch.no_grad()
@@ -1883,7 +1888,8 @@ def train(run: Run) -> None:
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.device):.4f}")
     run.model.train()
-    with Stop() as stop, tqdm(total=run.steps, initial=run.step, unit="step", disable=None) as bar:
+    pace = 0.1 if sys.stderr.isatty() else 30.0                       # seconds from one look of the bar to the next
+    with Stop() as stop, tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace) as bar:
         while run.step < run.steps and not stop.asked:
             began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
             row = train_step(run, lr)
@@ -2046,7 +2052,7 @@ def demo(cfg: Config) -> None:
         raise Fatal(f"--proj_dir {folder} is not empty; name another folder for the demonstration")
     common = replace(cfg, data_type="dummy", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=32, val_split=0.1,
                      grad_cp=False, rank=8, lora_alpha=8.0)
-    say("\n1. A base model of half a million parameters learns to answer questions: sums, places, people, colours, spelling.")
+    say("\n1. A base model of half a million parameters learns to answer questions about sums, spelling and sentences.")
     base = replace(common, peft="none", n_layer=2, n_embd=128, data_file="base", epoch_steps=300, warmup_steps=20,
                    lr_init=3e-3, lr_final=1.5e-4, proj_dir=str(folder / "base"))
     run = build(base)

@@ -45,7 +45,7 @@ WHAT = {
 
 def ops() -> str:
     rows = record.read("wkv-cpu")
-    lines = ["| op | shape (B,T,heads) | forward, ms | forward + backward, ms | speed-up | largest error |", "|---" * 6 + "|"]
+    lines = ["| op | (B,T,heads) | forward, ms | forward + backward, ms | speed-up | largest error |", "|---" * 6 + "|"]
     for r in rows:
         lines.append(f"| `{r['op']}` | {', '.join(map(str, r['shape']))} | {r['forward_ms']:.2f} | {r['both_ms']:.2f} |"
                      f" {r['ratio']:.1f} | {max(r['error'].values()):.0e} |")

@@ -1,0 +1,499 @@
+"""What users get wrong. Each mistake gives one line that names the file or flag and a status of 2; no traceback, and no
+file that was there is changed. A row of a table is: what is wrong, the options that do it, what the line must say.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import resource
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_tensors
+
+import merge
+import pissa_rwkv as P
+
+# Options of a small good run; those of a row come behind them and win.
+GOOD = "--load_model m.pth --data_file d.jsonl --op torch --rank 4 --ctx_len 8 --micro_bsz 2 --epoch_steps 1"
+NEW = GOOD.replace("--load_model m.pth", "--peft none --n_layer 1 --n_embd 64")
+MERGE = ("--type pissa --base_model m.pth --lora_init run/init_pissa.pth --lora_checkpoint run/rwkv-0.pth"
+         " --output merged.pth")
+
+
+class Code:
+    """A pickle of this writes a file when it is loaded carelessly."""
+
+    def __reduce__(self):
+        return os.system, ("touch the-code-was-run",)
+
+
+def index(sizes, code=8, itemsize=2, version=1, magic=b"MMIDIDX\0\0"):
+    offsets = [itemsize * sum(sizes[:i]) for i in range(len(sizes))]
+    return magic + struct.pack(f"<QBQQ{len(sizes)}i{len(sizes)}q{len(sizes) + 1}q", version, code, len(sizes),
+                               len(sizes) + 1, *sizes, *offsets, *range(len(sizes) + 1))
+
+
+def write_models(good):
+    """Model files with one thing wrong, made from the good one."""
+    def model(name, **changes):
+        tensors = {k.replace(".", "_"): (k, t) for k, t in good.items()}
+        for key, change in changes.items():
+            tensors[key] = (tensors[key][0], change(tensors[key][1])) if key in tensors else (key, change(None))
+        torch.save({k: t for k, t in tensors.values() if t is not None}, f"{name}.pth")
+
+    key = "blocks_1_att_key_weight"
+    model("missing", blocks_1_att_x_r=lambda t: None)
+    model("unknown", extra=lambda t: torch.zeros(2))
+    model("gap", **{k.replace(".", "_"): lambda t: None for k in good if k.startswith("blocks.0.ffn")},
+          **{k.replace(".", "_"): lambda t: None for k in good if k.startswith("blocks.1")},
+          **{"blocks.2.ln1.weight": lambda t: torch.ones(64)})
+    model("no-emb", emb_weight=lambda t: None)
+    model("shape", **{key: lambda t: t[:32]})
+    model("narrow", blocks_0_att_key_weight=lambda t: t[:32])
+    model("flat-r_k", blocks_0_att_r_k=lambda t: t.flatten())
+    model("flat-v1", blocks_1_att_v1=lambda t: t.flatten())
+    model("integers", **{key: lambda t: t.int()})
+    model("sparse", **{key: lambda t: t.to_sparse()})
+    model("nan", **{key: lambda t: t * torch.nan})
+    model("number", extra=lambda t: 3)
+    model("int-key", **{"extra": lambda t: torch.zeros(1)})
+    torch.save({**good, 5: torch.zeros(1)}, "int-key.pth")
+    torch.save({"state_dict": good}, "wrapped.pth")
+    torch.save(list(good.values()), "list.pth")
+    torch.save({}, "empty-dict.pth")
+    torch.save({**good, "x": Code()}, "code.pth")
+    torch.save(good, "old.pth", _use_new_zipfile_serialization=False)
+    torch.save({k.replace("x_r", "time_maa_x").replace("x_w", "time_maa_w1").replace("x_k", "gate.weight"): t
+                for k, t in good.items()}, "x060.pth")
+    torch.save({"weight": torch.zeros(2)}, "other.pth")
+    torch.save(random_tensors(n_embd=128), "wide.pth")
+    torch.save(random_tensors(seed=9), "another.pth")
+    Path("code.pkl").write_bytes(pickle.dumps(Code()))
+    Path("empty.pth").touch()
+    Path("text.pth").write_text("hello\n")
+    Path("page.pth").write_text("<!DOCTYPE html><html>404</html>")
+    Path("json.pth").write_text('{"error": "not found"}')
+    Path("lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    data = Path("m.pth").read_bytes()
+    for part in (4, 100, len(data) // 2, len(data) - 1):
+        Path(f"cut-{part}.pth").write_bytes(data[:part])
+        CUTS.append(part)
+    at = data.index(good["head.weight"].numpy().tobytes())
+    Path("flipped.pth").write_bytes(data[: at + 999] + bytes([data[at + 999] ^ 4]) + data[at + 1000:])
+    method = data.rindex(b"PK\1\2") + 10  # in the zip's directory: "stored" becomes "deflated"
+    Path("flipped-method.pth").write_bytes(data[:method] + bytes([data[method] ^ 8]) + data[method + 1:])
+
+
+CUTS: list[int] = []
+
+
+def write_corpora():
+    def pair(name, idx, bin):
+        for suffix, data in ((".idx", idx), (".bin", bin)):
+            if data is not None:
+                Path(name + suffix).write_bytes(data)
+
+    six = struct.pack("<6H", 1, 2, 0, 3, 4, 0)
+    pair("no-idx", None, six)
+    pair("no-bin", index([3, 3]), None)
+    pair("other-idx", index([3, 4]), six)
+    pair("odd", index([3, 3]), six + b"\0")
+    pair("magic", index([3, 3], magic=b"MMIDIDX\0\1"), six)
+    pair("version", index([3, 3], version=2), six)
+    pair("floats", index([3, 3], code=6), six)
+    pair("short-idx", index([3, 3])[:-5], six)
+    pair("stub-idx", index([3, 3])[:20], six)
+    pair("negative", index([7, -1]), six)
+    pair("no-items", index([]), b"")
+    pair("no-tokens", index([0]), b"")
+    pair("ones", index([1, 1, 1]), struct.pack("<3H", 0, 0, 0))
+    pair("outside", index([3, 3]), struct.pack("<6H", 1, 2, 0, 3, 300, 0))
+    pair("below", index([3], code=4, itemsize=4), struct.pack("<3i", 1, -2, 0))
+    for name, data in {
+        "no-json": b'{"text": "good"}\n{"text": oops}\n', "no-text": b'{"text": "good"}\n{"content": "x"}\n',
+        "number": b'{"text": 5}\n', "array": b'["text"]\n', "latin1": '{"text": "caf\u00e9"}\n'.encode("latin-1"),
+        "surrogate": b'{"text": "good"}\n{"text": "\\ud800"}\n', "deep": b"[" * 100_000, "nothing": b"",
+        "blank": b"\n \n", "one-token": b'{"text": ""}\n{"text": ""}\n', "short": b'{"text": "abc"}\n',
+        "half-sft": b'{"question": "Q"}\n',
+    }.items():  # fmt: skip
+        Path(f"{name}.jsonl").write_bytes(data)
+    Path("latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    Path("empty.txt").touch()
+    Path("vocab.txt").write_text("1 'a' 1\n2 'b' 5\n")
+    Path("vocab-part.txt").write_text("1 'a' 1\n2 'b' 1\n")
+    Path("vocab-code.txt").write_text("1 __import__('os').system('touch the-code-was-run') 1\n")
+    Path("there.bin").touch()
+    Path("there.jsonl").write_text('{"text": "a"}\n')
+
+
+def write_runs():
+    """run: a finished one; and copies of it in which one file is not right."""
+    assert P.main(shlex.split(f"{GOOD} --proj_dir run --epoch_steps 2 --save_steps 1")) == 0
+    assert P.main(shlex.split(f"{GOOD} --proj_dir run-seed --random_seed 5")) == 0
+    assert P.main(shlex.split(f"{GOOD} --proj_dir run-lora --peft lora")) == 0
+    resume = Path("run/resume.pth").read_bytes()
+    tensors = P.read_pth("run/resume.pth", "")
+    for name, write in {
+        "cut": lambda f: f.write_bytes(resume[: len(resume) // 2]),
+        "flipped": lambda f: f.write_bytes(resume.replace(b"PK\3\4", b"PK\3\5", 3)),
+        "model": lambda f: shutil.copy("m.pth", f),
+        "no-m": lambda f: torch.save({k: t for k, t in tensors.items() if k != "m"}, f),
+        "init": lambda f: shutil.copy("run-seed/init_pissa.pth", f.with_name("init_pissa.pth")),
+        "no-init": lambda f: f.with_name("init_pissa.pth").unlink(),
+    }.items():
+        shutil.copytree("run", f"run-{name}")
+        write(Path(f"run-{name}/resume.pth"))
+    # As RWKV-PEFT writes them: without a description.
+    Path("plain").mkdir()
+    for name in ("init_pissa.pth", "rwkv-0.pth"):
+        torch.save({k: t for k, t in P.read_pth(f"run/{name}", "").items() if k != P.DESCRIPTION}, f"plain/{name}")
+    only_A = {k: t for k, t in P.read_pth("plain/rwkv-0.pth", "").items() if not k.endswith("lora_B")}
+    torch.save(only_A, "plain/only-A.pth")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder in which the commands are typed: a good model, a good corpus, and everything bad."""
+    folder, before = tmp_path_factory.mktemp("bad input"), Path.cwd()
+    os.chdir(folder)
+    good = random_tensors()
+    torch.save(good, "m.pth")
+    Path("d.jsonl").write_text('{"text": "some text that is long enough"}\n' * 4)
+    Path("a-file").write_text("x")
+    with warnings.catch_warnings(action="ignore"):
+        write_models(good)
+    write_corpora()
+    write_runs()
+    yield folder
+    os.chdir(before)
+
+
+def contents(folder):
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def check_line(place, capfd, call, words, program="pissa_rwkv"):
+    """Calls, and looks at what the user sees and at what is left."""
+    before = contents(place)
+    capfd.readouterr()
+    status = call()
+    out, err = capfd.readouterr()
+    assert status == 2, out
+    assert re.fullmatch(rf"{program}: error: [^\n]+\n", err), err
+    assert all(word in err for word in words.split("|")), err
+    assert "Traceback" not in out
+    after = contents(place)
+    assert {path: after.get(path) for path in before} == before, "a file was changed or removed"
+    assert not [p for p in after if p.name.endswith(".part") or p.name == "the-code-was-run"]
+
+
+MODEL = [  # (what is wrong, options, words in the line)
+    ("no such model", "--load_model nope.pth", "--load_model nope.pth|no such file|m.pth"),
+    ("no model at all", "--load_model ''", "--load_model"),
+    ("folder as model", "--load_model run", "--load_model run|folder"),
+    ("empty file", "--load_model empty.pth", "empty.pth|empty"),
+    ("text", "--load_model text.pth", "text.pth|not a .pth"),
+    ("web page", "--load_model page.pth", "page.pth|web page"),
+    ("JSON", "--load_model json.pth", "json.pth|JSON"),
+    ("git-lfs pointer", "--load_model lfs.pth", "lfs.pth|git lfs pull"),
+    ("cut to 4 bytes", "--load_model cut-4.pth", "cut-4.pth|truncated"),
+    ("cut to 100 bytes", "--load_model cut-100.pth", "cut-100.pth|truncated"),
+    ("cut in half", "--load_model {half}", "{half}|truncated"),
+    ("one byte missing", "--load_model {but_one}", "{but_one}|truncated"),
+    ("a bit flipped", "--load_model flipped.pth", "flipped.pth|checksum"),
+    ("a bit flipped in the zip's directory", "--load_model flipped-method.pth", "flipped-method.pth"),
+    ("code in a zip", "--load_model code.pth", "code.pth|none of it was run"),
+    ("code in a plain pickle", "--load_model code.pkl", "code.pkl|plain pickle"),
+    ("format of torch before 1.6", "--load_model old.pth", "old.pth|torch before 1.6"),
+    ("wrapped in a dict", "--load_model wrapped.pth", "wrapped.pth|state_dict"),
+    ("a list", "--load_model list.pth", "list.pth|list"),
+    ("an empty dict", "--load_model empty-dict.pth", "empty-dict.pth|empty dict"),
+    ("a number among the tensors", "--load_model number.pth", "number.pth|'extra': int"),
+    ("a key that is no name", "--load_model int-key.pth", "int-key.pth|5"),
+    ("another program's model", "--load_model other.pth", "other.pth|no RWKV model"),
+    ("an adapter file", "--load_model run/rwkv-0.pth", "run/rwkv-0.pth|no RWKV model"),
+    ("RWKV-6", "--load_model x060.pth", "x060.pth|x060|x070"),
+    ("a key missing", "--load_model missing.pth", "missing.pth|lacks blocks.1.att.x_r"),
+    ("a key too many", "--load_model unknown.pth", "unknown.pth|unknown extra"),
+    ("no embedding", "--load_model no-emb.pth", "no-emb.pth|emb.weight"),
+    ("a layer missing", "--load_model gap.pth", "gap.pth|[0, 2]"),
+    ("wrong shape", "--load_model shape.pth", "shape.pth|blocks.1.att.key.weight|[32, 64]|[64, 64]"),
+    ("layer 0 too narrow", "--load_model narrow.pth", "narrow.pth"),
+    ("r_k with one dimension", "--load_model flat-r_k.pth", "flat-r_k.pth|r_k"),
+    ("v1 with one dimension", "--load_model flat-v1.pth", "flat-v1.pth|v1"),
+    ("integers", "--load_model integers.pth", "integers.pth|int32"),
+    ("a sparse tensor", "--load_model sparse.pth", "sparse.pth|blocks.1.att.key.weight"),
+    ("NaN in a matrix", "--load_model nan.pth", "blocks.1.att.key"),
+    ("wrong n_layer", "--n_layer 12", "--n_layer 12|m.pth|n_layer 2"),
+    ("wrong n_embd", "--n_embd 768", "--n_embd 768|n_embd 64"),
+    ("wrong vocab_size", "--vocab_size 65536", "--vocab_size 65536|vocab_size 256"),
+    ("wrong version", "--my_testing x060", "--version x060|x070"),
+    ("rank 0", "--rank 0", "--rank 0|1 to 64"),
+    ("rank larger than the matrix", "--rank 65", "--rank 65|64 x 64|1 to 64"),
+    ("rank larger, dry run", "--rank 65 --dry_run", "--rank 65|1 to 64"),
+]
+OPTIONS = [
+    ("unknown flag", "--rnak 8", "--rnak|did you mean --rank"),
+    ("unknown flag with =", "--lr-init=1", "--lr-init|did you mean --lr_init"),
+    ("stray word", "m.pth", "m.pth"),
+    ("not a whole number", "--rank many", "--rank|many"),
+    ("not a number", "--lr_init fast", "--lr_init|fast"),
+    ("not a switch", "--grad_cp 2", "--grad_cp|2"),
+    ("value missing", "--rank", "--rank"),
+    ("bad JSON", """--pissa_config '{"pissa_r": 8'""", "--pissa_config|JSON"),
+    ("bad JSON on two lines", """--pissa_config '{"pissa_r": 8,\n"x'""", "--pissa_config|JSON"),
+    ("JSON that is no object", "--pissa_config '[8]'", "--pissa_config|[8]"),
+    ("unknown key in JSON", """--pissa_config '{"pissa_rank": 8}'""", "--pissa_config|pissa_rank|did you mean pissa_r"),
+    ("wrong type in JSON", """--pissa_config '{"pissa_r": "big"}'""", "--pissa_config|pissa_r|big"),
+    ("bad lora_config", """--peft lora --lora_config '{"r": 8}'""", "--lora_config|'r'|lora_r"),
+    ("unknown peft", "--peft dora", "--peft dora|'pissa'"),
+    ("unknown quant", "--quant int3", "--quant int3|'none'"),
+    ("unknown op", "--op metal", "--op metal|'chunk'"),
+    ("op cuda without a GPU", "--op cuda", "--op cuda|GPU"),
+    ("unknown strategy", "--strategy fsdp", "--strategy fsdp|'ddp'"),
+    ("unknown precision", "--precision fp8", "--precision fp8|'bf16'"),
+    ("unknown accelerator", "--accelerator tpu", "--accelerator tpu|'cpu'"),
+    ("no GPU", "--accelerator gpu", "--accelerator gpu|cpu"),
+    ("two devices", "--devices 2", "--devices 2"),
+    ("unknown schedule", "--lr_schedule step", "--lr_schedule step|'wsd'"),
+    ("unknown sampler", "--dataload random", "--dataload random|'get'"),
+    ("unknown mask", "--loss_mask q", "--loss_mask q|'qa'"),
+    ("unknown train part", "--train_parts lnx", "--train_parts lnx|'ln'"),
+    ("unknown tokenizer", "--tokenizer bpe", "--tokenizer bpe|'world'"),
+    ("unknown data type", "--data_type csv", "--data_type csv|'binidx'"),
+    ("se without mask_id", "--loss_mask se", "--mask_id"),
+    ("se with half a mask_id", """--loss_mask se --mask_id '{"mask1": "a"}'""", "--mask_id|mask0"),
+    ("no steps", "--epoch_count 0", "--epoch_count 0|1"),
+    ("no rows", "--micro_bsz 0", "--micro_bsz 0|1"),
+    ("negative ctx_len", "--ctx_len -3", "--ctx_len -3|1"),
+    ("negative save_steps", "--save_steps -1", "--save_steps -1"),
+    ("negative lr", "--lr_init -1", "--lr_init -1|negative"),
+    ("lr that is no number", "--lr_init nan", "--lr_init nan"),
+    ("infinite lr", "--lr_final inf", "--lr_final inf"),
+    ("clipping at no number", "--grad_clip nan", "--grad_clip nan"),
+    ("beta1 of 1", "--beta1 1", "--beta1 1"),
+    ("beta2 of 1", "--beta2 1", "--beta2 1"),
+    ("adam_eps of 0", "--adam_eps 0", "--adam_eps 0"),
+    ("decay_frac of 0", "--lr_schedule wsd --decay_frac 0", "--decay_frac 0"),
+    ("dropout of 2", "--peft lora --lora_dropout 2", "--lora_dropout 2"),
+    ("negative svd_niter", "--svd_niter -1", "--svd_niter -1"),
+    ("negative seed", "--random_seed -1", "--random_seed -1"),
+    ("val_split of 1", "--val_split 1", "--val_split 1"),
+    ("negative val_split", "--val_split -0.1", "--val_split -0.1"),
+    ("wandb that is not installed", "--wandb x", "--wandb|pip install wandb"),
+    ("pissa_load without pissa_init", "--pissa_config '{\"pissa_load\": \"run/rwkv-0.pth\"}'", "pissa_load|pissa_init"),
+]
+NEW_MODEL = [
+    ("version that is not there", "--version x052", "--version x052|x070"),
+    ("heads that do not fit", "--n_embd 100", "--n_embd 100|--head_size 64"),
+    ("attention of another width", "--dim_att 128", "--dim_att 128"),
+    ("negative layers", "--n_layer -1", "--n_layer -1"),
+    ("negative width", "--n_embd -64", "--n_embd -64"),
+    ("negative heads", "--head_size -64", "--head_size -64"),
+    ("negative dim_ffn", "--dim_ffn -4", "--dim_ffn -4"),
+    ("vocabulary below the data", "--vocab_size 10", "vocabulary of 10"),
+]
+DATA = [
+    ("no such file", "--data_file nope.jsonl", "nope.jsonl|No such file"),
+    ("no such validation file", "--val_file nope.jsonl", "nope.jsonl|No such file"),
+    ("a folder", "--data_file run --data_type jsonl", "run|directory"),
+    ("a name that says nothing", "--data_file nope", "--data_file nope|--data_type"),
+    ("data_type without data_file", "--data_file '' --data_type jsonl", "--data_file"),
+    ("no data_file", "--data_file ''", "--data_file"),
+    (".idx missing", "--data_file no-idx --data_type binidx", "no-idx.idx"),
+    (".bin missing", "--data_file no-bin", "no-bin.bin"),
+    (".idx of another corpus", "--data_file other-idx", "other-idx.bin|12 bytes|7 tokens"),
+    ("odd size", "--data_file odd", "odd.bin|13 bytes"),
+    ("bad magic", "--data_file magic", "magic.idx"),
+    ("version 2", "--data_file version", "version.idx|version 2"),
+    ("float tokens", "--data_file floats", "floats.idx|type 6"),
+    (".idx cut", "--data_file short-idx", "short-idx.idx"),
+    (".idx cut in its header", "--data_file stub-idx", "stub-idx.idx"),
+    ("negative length", "--data_file negative", "negative.idx"),
+    ("no items", "--data_file no-items", "no-items.idx|empty"),
+    ("items without tokens", "--data_file no-tokens", "no-tokens"),
+    ("documents of one token", "--data_file ones", "ones|two tokens"),
+    ("token outside the vocabulary", "--data_file outside", "outside|300|position 4|256"),
+    ("negative token", "--data_file below", "below|-2|position 1"),
+    ("a World corpus for a byte model", "--tokenizer world", "d.jsonl|vocabulary of 256"),
+    ("a line that is no JSON", "--data_file no-json.jsonl", "no-json.jsonl|line 2|{\"text\": oops}"),
+    ("a field missing", "--data_file no-text.jsonl", "no-text.jsonl|line 2|'text'|content"),
+    ("a number for a text", "--data_file number.jsonl", "number.jsonl|line 1|'text'"),
+    ("an array", "--data_file array.jsonl", "array.jsonl|line 1|list"),
+    ("not UTF-8", "--data_file latin1.jsonl", "latin1.jsonl|UTF-8|13"),
+    ("text that is not UTF-8", "--data_file latin1.txt", "latin1.txt|UTF-8"),
+    ("half a surrogate pair", "--data_file surrogate.jsonl", "surrogate.jsonl"),
+    ("100,000 brackets", "--data_file deep.jsonl", "deep.jsonl|line 1"),
+    ("an empty file", "--data_file nothing.jsonl", "nothing.jsonl|no text"),
+    ("blank lines only", "--data_file blank.jsonl", "blank.jsonl|no text"),
+    ("an empty text", "--data_file empty.txt", "empty.txt|no text"),
+    ("empty texts only", "--data_file one-token.jsonl", "one-token.jsonl|two tokens"),
+    ("shorter than ctx_len", "--data_file short.jsonl --dataload get", "short.jsonl|4 tokens|--ctx_len 8"),
+    ("sft without answers", "--data_file half-sft.jsonl --data_type sft", "half-sft.jsonl|line 1|'answer'"),
+    ("sft with one field", "--data_file half-sft.jsonl --data_type sft --sft_fields question", "--sft_fields"),
+    ("unknown dummy", "--data_file sums --data_type dummy", "--data_file sums|'base'"),
+    ("no such vocabulary", "--tokenizer world --vocab_file nope.txt", "--vocab_file nope.txt"),
+    ("a broken vocabulary", "--tokenizer world --vocab_file vocab.txt", "vocab.txt|line 2"),
+    ("half a vocabulary", "--tokenizer world --vocab_file vocab-part.txt", "vocab-part.txt|254"),
+    ("code in the vocabulary", "--tokenizer world --vocab_file vocab-code.txt", "vocab-code.txt|line 1"),
+    ("make_binidx of nothing", "--make_binidx nope.jsonl", "nope.jsonl|No such file"),
+    ("make_binidx onto a file", "--make_binidx there.jsonl", "there.bin|exists"),
+]
+RESULTS = [
+    ("proj_dir below a file", "--proj_dir a-file/out", "--proj_dir a-file/out"),
+    ("proj_dir is a file", "--proj_dir a-file", "--proj_dir a-file"),
+    ("proj_dir holds a run", "--proj_dir run", "--proj_dir run|rwkv-0.pth|--resume"),
+    ("resume on another base", "--proj_dir run --resume --load_model another.pth", "run/init_pissa.pth|base"),
+    ("resume on a wider base", "--proj_dir run --resume --load_model wide.pth", "run/init_pissa.pth|base"),
+    ("resume with another rank", "--proj_dir run --resume --rank 5", "run/init_pissa.pth|[4, 64]|[5, 64]|--rank"),
+    ("resume with another method", "--proj_dir run --resume --peft lora", "run/resume.pth|peft pissa|lora"),
+    ("resume with other trained parts", "--proj_dir run --resume --train_parts emb", "run/resume.pth"),
+    ("resume with another init file", "--proj_dir run-init --resume", "run-init/resume.pth|init"),
+    ("resume without the init file", "--proj_dir run-no-init --resume", "run-no-init/init_pissa.pth|no such file"),
+    ("resume.pth cut", "--proj_dir run-cut --resume", "run-cut/resume.pth|truncated"),
+    ("resume.pth damaged", "--proj_dir run-flipped --resume", "run-flipped/resume.pth"),
+    ("resume.pth is a model", "--proj_dir run-model --resume", "run-model/resume.pth"),
+    ("resume.pth lacks a moment", "--proj_dir run-no-m --resume", "run-no-m/resume.pth|m"),
+    ("epoch 2 after nothing", "--epoch_begin 2", "rwkv-1.pth"),
+    ("epoch 3 after epoch 0", "--proj_dir run --epoch_begin 3", "run/rwkv-2.pth|no such file|rwkv-0.pth"),
+    ("epoch 0 again", "--proj_dir run --epoch_begin 0", "--proj_dir run"),
+    ("adapters of another base",
+     "--load_model another.pth --adapter_load run/rwkv-0.pth --adapter_init run/init_pissa.pth", "run/init_pissa.pth|base"),
+    ("adapters of another init",
+     "--adapter_load run/rwkv-0.pth --adapter_init run-seed/init_pissa.pth", "run-seed/init_pissa.pth|init"),
+    ("adapters of LoRA", "--adapter_load run-lora/rwkv-0.pth --adapter_init run/init_pissa.pth", "run-lora/rwkv-0.pth|peft"),
+    ("adapters of another rank", "--rank 8 --adapter_load run/rwkv-0.pth --adapter_init run/init_pissa.pth", "--rank"),
+]
+MERGES = [
+    ("nothing", "", "--type"),
+    ("unknown type", "--type dora", "--type|dora"),
+    ("unknown flag", "--base m.pth", "--base"),
+    ("no init", "--lora_init ''", "--lora_init"),
+    ("no such base", "--base_model nope.pth", "--base_model nope.pth"),
+    ("no such init", "--lora_init nope.pth", "--lora_init nope.pth"),
+    ("no such checkpoint", "--lora_checkpoint run/rwkv-7.pth", "run/rwkv-7.pth|rwkv-0.pth"),
+    ("another base", "--base_model another.pth", "run/rwkv-0.pth|base"),
+    ("another init", "--lora_init run-seed/init_pissa.pth", "run-seed/init_pissa.pth|init"),
+    ("LoRA as PiSSA", "--lora_checkpoint run-lora/rwkv-0.pth", "run-lora/rwkv-0.pth|peft lora"),
+    ("PiSSA as LoRA", "--type lora", "run/rwkv-0.pth|peft pissa"),
+    ("init as checkpoint", "--lora_checkpoint plain/init_pissa.pth", "init_lora_A"),
+    ("checkpoint as init", "--lora_init plain/rwkv-0.pth", "init_lora_A"),
+    ("undescribed files, a wider base",
+     "--base_model wide.pth --lora_init plain/init_pissa.pth --lora_checkpoint plain/rwkv-0.pth", "[128"),
+    ("undescribed files, half of them", "--lora_init plain/init_pissa.pth --lora_checkpoint plain/only-A.pth", "lora_B"),
+    ("undescribed LoRA without alpha", "--type lora --lora_checkpoint plain/rwkv-0.pth", "--lora_alpha"),
+    ("output exists", "--output a-file", "--output a-file|exists"),
+    ("no folder for the output", "--output nope/merged.pth", "--output nope/merged.pth|folder"),
+]
+
+
+def rows(*tables):
+    return [pytest.param(*row[1:], id=row[0]) for table in tables for row in table]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def run(place, capfd, options, words, good=GOOD):
+    cuts = dict(half=f"cut-{CUTS[2]}.pth", but_one=f"cut-{CUTS[3]}.pth")
+    for name, file in cuts.items():
+        options, words = (text.replace(f"{{{name}}}", file) for text in (options, words))
+    # (a proj_dir of its own for every row, so that none meets the leavings of another)
+    argv = shlex.split(f"{good} --proj_dir out/{hashlib.md5(options.encode()).hexdigest()} {options}")
+    check_line(place, capfd, lambda: P.main(argv), words)
+
+
+@pytest.mark.parametrize(("options", "words"), rows(MODEL, OPTIONS, DATA, RESULTS))
+def test_bad_input(place, capfd, options, words):
+    run(place, capfd, options, words)
+
+
+@pytest.mark.parametrize(("options", "words"), rows(NEW_MODEL))
+def test_bad_new_model(place, capfd, options, words):
+    run(place, capfd, options, words, NEW)
+
+
+@pytest.mark.parametrize(("options", "words"), rows(MERGES))
+def test_bad_merge(place, capfd, options, words):
+    argv = shlex.split(f"{MERGE} {options}") if options else []
+    check_line(place, capfd, lambda: merge.main(argv), words, "merge.py")
+    assert not Path("merged.pth").exists()
+
+
+def test_the_good_commands_are_good(place):
+    assert P.main(shlex.split(f"{GOOD} --proj_dir out/good")) == 0
+    assert P.main(shlex.split(f"{NEW} --proj_dir out/new")) == 0
+    assert merge.main(shlex.split(MERGE.replace("merged.pth", "out/merged.pth"))) == 0
+
+
+# ------------------------------------------------------------------------------------------ a disk that is full
+
+
+@pytest.fixture
+def file_limit():
+    """limit(n): this process can make no file longer than n bytes, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def without_limit(call):
+    """Calls, then lifts the limit: the test has files to write, too."""
+    def wrapped():
+        status = call()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        return status
+    return wrapped
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000])
+def test_disk_full_while_saving(place, capfd, file_limit, limit):
+    """In a run that goes on: its checkpoints stay whole, no unfinished file is left."""
+    shutil.copytree("run", f"run-full-{limit}", dirs_exist_ok=True)
+    argv = shlex.split(f"{GOOD} --epoch_steps 2 --epoch_count 2 --proj_dir run-full-{limit} --resume")
+    # (logs only grow: they are not among what must stay the same)
+    for log in ("train_log.txt", "loss_data.jsonl"):
+        Path(f"run-full-{limit}/{log}").unlink()
+    file_limit(limit)
+    check_line(place, capfd, without_limit(lambda: P.main(argv)), f"cannot write run-full-{limit}/|size limit")
+    for file in Path(f"run-full-{limit}").glob("*.pth"):
+        P.read_pth(file, "")
+
+
+def test_disk_full_while_merging(place, capfd, file_limit):
+    file_limit(10_000)
+    check_line(place, capfd, without_limit(lambda: merge.main(shlex.split(MERGE))), "merged.pth|size limit", "merge.py")
+
+
+def test_disk_full_while_logging(place, capfd, file_limit):
+    Path("long-log").mkdir(exist_ok=True)
+    Path("long-log/train_log.txt").write_bytes(b"\n" * 2**20)
+    file_limit(2**20)
+    argv = shlex.split(f"{GOOD} --proj_dir long-log")
+    check_line(place, capfd, without_limit(lambda: P.main(argv)), f"train_log.txt|{os.strerror(errno.EFBIG)}")
+
+
+# --------------------------------------------------------------------------------------- as a user's shell sees it
+
+
+def test_in_a_process_of_its_own(place):
+    program = Path(P.__file__)
+    python = [sys.executable, "-W", "error::DeprecationWarning:__main__"]
+    for options, words in (("--load_model wrapped.pth", "state_dict"), ("--rnak 8", "did you mean --rank")):
+        found = subprocess.run([*python, program, *shlex.split(f"{GOOD} {options}")], capture_output=True, text=True)
+        assert found.returncode == 2 and re.fullmatch(r"pissa_rwkv: error: [^\n]+\n", found.stderr), found.stderr
+        assert words in found.stderr and json.dumps("Traceback") not in found.stdout
