@@ -624,7 +624,7 @@ def read_pth(path: str | Path, what: str) -> dict[str, Tensor]:
         raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
-    return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t for name, t in tensors.items()}
+    return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
 
 
 def first_line(error: BaseException) -> str:
@@ -649,9 +649,10 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     if layers != set(range(len(layers))):
         raise Fatal(f"--load_model {path}: its blocks are numbered {sorted(layers)}, with gaps; the file is incomplete")
     missing = [n for n in ("emb.weight", "head.weight", "blocks.0.att.key.weight", "blocks.0.ffn.key.weight",
-                           *(f"blocks.0.att.{m}1" for m in "wag")) if n not in tensors or tensors[n].dim() != 2]
+                           *(f"blocks.0.att.{m}" for m in ("r_k", "w1", "a1", "g1")))
+               if n not in tensors or tensors[n].dim() != 2]
     if missing:
-        raise Fatal(f"--load_model {path}: lacks {', '.join(missing)}")
+        raise Fatal(f"--load_model {path}: lacks {', '.join(missing)}, as matrices")
     V, C = tensors["emb.weight"].shape
     H, N = tensors["blocks.0.att.r_k"].shape
     ranks = {m: tensors[f"blocks.0.att.{m}1"].shape[1] for m in "wag"}
@@ -693,7 +694,7 @@ def fill(model: RWKV, tensors: dict[str, Tensor], path: str, device: str, dtype:
         if [n for n in t.shape if n > 1] != [n for n in p.shape if n > 1] or not t.is_floating_point():
             raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; {list(p.shape)} is wanted")
         module, _, leaf = name.rpartition(".")
-        t = t.to(device=device, dtype=dtype, copy=True).view(p.shape)
+        t = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format).view(p.shape)
         model.get_submodule(module).register_parameter(leaf, nn.Parameter(t))
     return model
 
@@ -838,7 +839,7 @@ def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[s
         R = (W - B0 @ A0).to(dtype)
         error = max(error, ((W - (R + B0 @ A0)).abs().max() / W.abs().max().clamp_min(1e-30)).item())
         parent, _, leaf = name.rpartition(".")
-        adapter = kind(cfg, QUANT[cfg.quant](R), A.to(W.device, dtype), B.to(W.device, dtype))
+        adapter = kind(cfg, QUANT[cfg.quant](R), *(x.to(W.device, dtype, copy=True) for x in (A, B)))
         setattr(model.get_submodule(parent), leaf, adapter)
         taken |= {f"{name}.init_lora_A": A0.cpu(), f"{name}.init_lora_B": B0.cpu()}
         unsplit += [] if B0.any() else [name]
@@ -1122,8 +1123,6 @@ def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
 
 def split(corpus: Corpus, share: float) -> tuple[Corpus, Corpus]:
     """The corpus without its last documents, and these: `share` of the tokens. One long document is cut in two."""
-    if not 0 < share < 1:
-        raise Fatal(f"--val_split {share}: a share between 0 and 1 is wanted")
     at = int(len(corpus.tokens) * (1 - share))
     if len(corpus.starts) == 2:
         corpus = Corpus(corpus.tokens, np.array([0, at, len(corpus.tokens)]))
@@ -1357,7 +1356,8 @@ class ZeroAdamW:
         def kind(item: tuple[str, nn.Parameter]) -> tuple[float, float]:
             name, p = item
             scale = next((s for part, s in LAYERWISE_LR.items() if part in name and cfg.layerwise_lr), 1.0)
-            return scale, cfg.weight_decay if sum(n > 1 for n in p.shape) > 1 else 0.0
+            matrix = name.endswith((".weight", ".lora_A", ".lora_B")) and sum(n > 1 for n in p.shape) > 1
+            return scale, cfg.weight_decay if matrix else 0.0
 
         self.named = sorted(named, key=kind)
         if not self.named:
@@ -1526,14 +1526,16 @@ def merge(
         if name in left:
             new = left.pop(name)
         elif f"{module}.lora_A" in left:
+            if f"{module}.lora_B" not in left:
+                raise Fatal(f"the checkpoint lacks {module}.lora_B")
             A, B = (left.pop(f"{module}.lora_{x}").float() for x in "AB")
+            if (B.shape[0], A.shape[1]) != W.shape:
+                raise Fatal(f"{module} is {list(W.shape)} in the base, {[B.shape[0], A.shape[1]]} in the checkpoint")
             new = W.float()
             if init:
                 A0 = entry(init, f"{module}.init_lora_A", A.shape, "--lora_init").float()
                 B0 = entry(init, f"{module}.init_lora_B", B.shape, "--lora_init").float()
                 new = new - B0 @ A0
-            if (B.shape[0], A.shape[1]) != W.shape:
-                raise Fatal(f"{module} is {list(W.shape)} in the base, {[B.shape[0], A.shape[1]]} in the checkpoint")
             new = new + scale * (B @ A)
         if new.numel() != W.numel():
             raise Fatal(f"{name} is {list(W.shape)} in the base, {list(new.shape)} in the checkpoint")
@@ -1555,7 +1557,10 @@ def merge_files(kind: str, base: str, init: str, checkpoint: str, output: str, a
         say(f"{checkpoint} has no description (RWKV-PEFT writes none): that it belongs to {base} cannot be checked")
     scale = about.get("scale", 1.0 if kind == "pissa" else None)
     if alpha is not None:
-        scale = alpha / next((len(t) for name, t in trained.items() if name.endswith(".lora_A")), 1)
+        given = alpha / next((len(t) for name, t in trained.items() if name.endswith(".lora_A")), 1)
+        if scale not in (None, given):
+            raise Fatal(f"--lora_alpha {alpha:g}: {checkpoint} was scaled by {scale:g}; leave the flag out")
+        scale = given
     if scale is None:
         raise Fatal(f"{checkpoint} does not say by what LoRA was scaled; give --lora_alpha")
     save(Path(output), merge(tensors, taken, trained, scale))
@@ -1597,9 +1602,15 @@ def check(cfg: Config) -> None:
     for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
         if getattr(cfg, name) < 1:
             raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
-    for name in ("lr_init", "lr_final", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay", "grad_clip"):
-        if getattr(cfg, name) < 0:
+    for name in ("lr_init", "lr_final", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay", "grad_clip",
+                 "svd_niter", "save_steps", "random_seed"):
+        if not getattr(cfg, name) >= 0:
             raise Fatal(f"--{name} {getattr(cfg, name)}: it cannot be negative")
+    for name in ("beta1", "beta2", "lora_dropout", "val_split", "sample_top_p"):
+        if not 0 <= getattr(cfg, name) < 1 + (name == "sample_top_p"):
+            raise Fatal(f"--{name} {getattr(cfg, name)}: a number from 0 to below 1 is wanted")
+    if not 0 < cfg.decay_frac <= 1:
+        raise Fatal(f"--decay_frac {cfg.decay_frac}: a share above 0 and up to 1 is wanted")
     if cfg.peft != "none" and not cfg.load_model:
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
     if cfg.peft == "pissa" and bool(cfg.adapter_load) > bool(cfg.adapter_init):
@@ -1860,6 +1871,7 @@ def skip(run: Run, loss: float, rows: list[int]) -> None:
     """Says which rows gave no finite gradient. In fp16 that is mostly the loss scale's doing: it is halved first."""
     if run.loss_scale > 1 and math.isfinite(loss):
         run.loss_scale /= 2
+        say(f"step {run.step}: a gradient overflowed in fp16; skipped, and the loss scale is now {run.loss_scale:g}")
         return
     run.bad_steps += 1
     say(f"step {run.step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; the step is skipped and"

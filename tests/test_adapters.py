@@ -5,7 +5,18 @@ import torch
 import torch.nn.functional as F
 from conftest import load_model, logits_of
 
-from pissa_rwkv import Config, Fatal, FrozenLinear, LoRALinear, PiSSALinear, ZeroAdamW, add_adapters, top_singular
+from pissa_rwkv import (
+    Config,
+    Fatal,
+    FrozenLinear,
+    LoRALinear,
+    PiSSALinear,
+    ZeroAdamW,
+    add_adapters,
+    build,
+    top_singular,
+    train,
+)
 
 TOKENS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 26, 43, 0, 83, 27]
 MATRICES = [f"blocks.{i}.{m}" for i in range(2) for m in (
@@ -240,6 +251,21 @@ def test_saved_factors_give_the_same_model_again(dtype, model_file):
     again, taken_again = adapted_model(path, dtype, init=taken, load=load, random_seed=9)
     assert torch.equal(logits_of(again, TOKENS)[0], logits_of(model, TOKENS)[0])
     assert all(torch.equal(t, taken[name]) for name, t in taken_again.items())
+
+
+def test_a_bf16_run_goes_on_from_the_fp32_values_that_were_saved(model_file, tmp_path):
+    """rwkv-0.pth holds fp32 masters; rounded to bf16 on the way in, the small steps of a run would be lost."""
+    (tmp_path / "text.txt").write_text("What a run learns does not matter here. " * 3)
+    common = dict(load_model=str(model_file(dtype=torch.bfloat16)), data_file=str(tmp_path / "text.txt"), rank=4,
+                  ctx_len=16, micro_bsz=1, epoch_steps=2, accelerator="cpu", op="torch", precision="bf16")
+    train(build(Config(**common, proj_dir=str(tmp_path / "first"))))
+    saved = torch.load(tmp_path / "first" / "rwkv-0.pth", weights_only=True)
+    files = dict(adapter_load=str(tmp_path / "first" / "rwkv-0.pth"),
+                 adapter_init=str(tmp_path / "first" / "init_pissa.pth"))
+    for options in (dict(proj_dir="second", **files), dict(proj_dir="first", epoch_begin=1)):
+        run = build(Config(**common | options | dict(proj_dir=str(tmp_path / options["proj_dir"]))))
+        for name, master in run.optimiser.masters().items():
+            assert torch.equal(master, saved[name]), name
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -242,6 +242,7 @@ def test_the_command_merges_under_both_spellings_of_its_flags(model_file, tmp_pa
 
 def refused(capsys, argv):
     """The one line on stderr of a command that exits 2."""
+    capsys.readouterr()
     assert command.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("merge.py: error: ") and error.count("\n") == 1

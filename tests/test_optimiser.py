@@ -6,8 +6,9 @@ from torch import nn
 
 from pissa_rwkv import Config, Fatal, ZeroAdamW, check, lr_at
 
-SHAPES = {"a.lora_A": (3, 5), "ln.weight": (5,), "time_decay": (4, 2), "x_r": (1, 1, 6), "time_first": (7,)}
-DECAYED = ("a.lora_A", "time_decay")  # the matrices
+SHAPES = {"a.lora_A": (3, 5), "ln.weight": (5,), "b.weight": (2, 3), "time_decay": (4, 2), "x_r": (1, 1, 6),
+          "time_first": (7,)}
+DECAYED = ("a.lora_A", "b.weight")  # the matrices that a linear map multiplies with
 
 
 def parameters(dtype=torch.float32):

@@ -1,0 +1,144 @@
+"""The command line: every option, its other spellings, and what flags without effect say."""
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import merge
+import pissa_rwkv as P
+
+
+def parse(text):
+    return P.parse(shlex.split(text))
+
+
+@pytest.mark.parametrize("program", [P, merge])
+def test_help(program, capsys):
+    with pytest.raises(SystemExit) as end:
+        program.main(["--help"])
+    assert end.value.code == 0
+    said, err = capsys.readouterr()
+    names = [f.name for f in fields(P.Config)] if program is P else ["type", "base_model", "lora_init", "output"]
+    assert not err and all(re.search(rf"^  --{name}\b", said, re.M) for name in names)
+    assert not any(f"--{name}" in said for name in P.WITHOUT_EFFECT)
+
+
+def test_help_from_a_shell_where_there_is_no_model(tmp_path):
+    found = subprocess.run([sys.executable, P.__file__, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0 and "--pissa_config" in found.stdout and not found.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_every_option_has_help_of_one_line():
+    for f in fields(P.Config):
+        assert 0 < len(f.metadata["help"]) < 100 and "\n" not in f.metadata["help"], f.name
+        assert not f.metadata["help"].endswith("."), f.name
+
+
+def test_every_option_takes_what_its_default_is():
+    for f in fields(P.Config):
+        if isinstance(f.default, bool):
+            assert getattr(parse(f"--{f.name} {int(not f.default)}"), f.name) is not f.default
+        elif f.name not in P.JSON_OPTIONS:
+            words = f.default if isinstance(f.default, tuple) else (f.default,)
+            given = parse(shlex.join([f"--{f.name}", *map(str, words)]))
+            assert given == P.Config(**{f.name: list(f.default) if isinstance(f.default, tuple) else f.default})
+
+
+def test_the_default_is_the_dataclass():
+    assert parse("") == P.Config()
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("", False), ("--resume", True), ("--resume 1", True), ("--resume 0", False), ("--resume true", True),
+    ("--resume False", False), ("--resume --rank 3", True), ("--rank 3 --resume", True)])
+def test_switch_that_is_off(text, value):
+    assert parse(text).resume is value
+
+
+@pytest.mark.parametrize(("text", "value"), [("", True), ("--grad_cp 0", False), ("--grad_cp 1", True)])
+def test_switch_that_is_on(text, value):
+    assert parse(text).grad_cp is value
+
+
+def test_lists_and_other_names():
+    cfg = parse('--train_parts emb head --sft_fields q a --my_testing "x070" --head_size_a 64 --gradient_clip_val 0.5')
+    assert (cfg.train_parts, cfg.sft_fields, cfg.version) == (["emb", "head"], ["q", "a"], "x070")
+    assert (cfg.head_size, cfg.grad_clip) == (64, 0.5)
+    assert parse("--lr_init=1e-3 --rank=5") == P.Config(lr_init=1e-3, rank=5)
+
+
+def test_json_goes_over_flags():
+    text = """'{"pissa_load": "a", "pissa_init": "b", "pissa_r": 8, "svd_niter": 0}'"""
+    cfg = parse(f"--rank 4 --svd_niter 9 --pissa_config {text}")
+    assert (cfg.adapter_load, cfg.adapter_init, cfg.rank, cfg.svd_niter) == ("a", "b", 8, 0)
+    cfg = parse("""--lora_config '{"lora_load": "", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.01}'""")
+    assert (cfg.adapter_load, cfg.rank, cfg.lora_alpha, cfg.lora_dropout) == ("", 8, 16.0, 0.01)
+    assert isinstance(cfg.lora_alpha, float)
+    for nothing in ("", "{}"):
+        cfg = parse(f"--pissa_config '{nothing}'")
+        assert cfg == P.Config(pissa_config=nothing)
+
+
+def test_json_null_leaves_the_default():
+    assert parse("""--pissa_config '{"pissa_load": null, "pissa_r": 8}'""").adapter_load == ""
+
+
+def test_json_takes_no_half_rank(capsys):
+    assert P.main(shlex.split("""--load_model x --pissa_config '{"pissa_r": 8.7}'""")) == 2
+    assert "8.7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", P.WITHOUT_EFFECT)
+def test_flags_without_effect_say_so_in_one_line(name, capsys):
+    for text in (f"--{name} 1", f"--{name}"):
+        assert parse(f"{text} --rank 3") == P.Config(rank=3)
+        assert capsys.readouterr().out == f"--{name} has no effect here: {P.WITHOUT_EFFECT[name]}\n"
+
+
+def test_no_flag_is_both_with_and_without_effect():
+    names = {f.name for f in fields(P.Config)} | {f.metadata["also"] for f in fields(P.Config)}
+    assert not names & P.WITHOUT_EFFECT.keys()
+
+
+# What RWKV-PEFT's scripts carry in June 2025 and before; the first lines are the tutorial's.
+SCRIPTS = """
+--load_model M --proj_dir O --data_file D --vocab_size 65536 --n_layer 32 --n_embd 2560 --data_type binidx
+--dataload pad --loss_mask pad --ctx_len 512 --micro_bsz 8 --epoch_steps 1000 --epoch_count 1 --epoch_begin 0
+--epoch_save 1 --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
+--accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing "x070"
+--peft pissa --pissa_config '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":4}'
+--pre_ffn 0 --head_qk 0
+--wandb W --lr_schedule cos_decay --accumulate_grad_batches 4 --head_size_a 64 --head_size_divisor 8 --dim_att 0
+--dim_ffn 0 --weight_decay 0.01 --weight_decay_final -1 --layerwise_lr 1 --ds_bucket_mb 200 --dropout 0
+--train_parts emb time ln --random_seed 1 --my_pile_version 1 --my_pile_stage 0 --my_exit_tokens 0 --magic_prime 0
+--my_qa_mask 0 --data_shuffle 1 --op cuda --optim none --sft_field query response --sft_split train --avg_loss 0
+--tiny_att_dim 0 --tiny_att_layer -999 --my_pos_emb 0 --num_nodes 1 --quant none --train_type none
+"""
+
+
+@pytest.mark.parametrize("line", SCRIPTS.strip().split("\n"))
+def test_commands_written_for_rwkv_peft(line):
+    parse(line)
+
+
+def test_the_pile_of_flags_means_what_it_says(capsys):
+    cfg = parse(" ".join(SCRIPTS.split("\n")[:6]))
+    capsys.readouterr()
+    assert (cfg.load_model, cfg.proj_dir, cfg.data_file) == ("M", "O", "D")
+    assert (cfg.n_layer, cfg.n_embd, cfg.vocab_size, cfg.version) == (32, 2560, 65536, "x070")
+    assert (cfg.ctx_len, cfg.micro_bsz, cfg.epoch_steps, cfg.epoch_count) == (512, 8, 1000, 1)
+    assert (cfg.accelerator, cfg.precision, cfg.strategy, cfg.grad_cp) == ("gpu", "bf16", "deepspeed_stage_1", True)
+    assert (cfg.peft, cfg.rank, cfg.svd_niter, cfg.adapter_load) == ("pissa", 32, 4, "")
+
+
+def test_importing_does_nothing(tmp_path):
+    code = "import pissa_rwkv, merge"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                           env={"PYTHONPATH": str(Path(P.__file__).parent), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"})
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "") and not [*tmp_path.iterdir()]
