@@ -4,14 +4,38 @@
                     --output merged.pth
     python merge.py --type lora  --base_model M.pth --lora_checkpoint out/rwkv-0.pth --lora_alpha 32 --output merged.pth
 
-The formula is `pissa_rwkv.merge`; here is its command line.
+An output named .st is written for web-rwkv, Ai00 and RWKV Runner (extra `export`). The formula is `pissa_rwkv.merge`;
+here are its command line and that format.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from pissa_rwkv import Fatal, Parser, merge_files
+import torch
+from torch import Tensor
+
+from pissa_rwkv import Fatal, Parser, merge_files, pick, save, write_whole
+
+LOW_RANK = tuple(f".{m}{i}" for m in "wavg" for i in "12")  # stored (in,out); web-rwkv wants these as (out,in)
+
+
+def save_st(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Safetensors as web-rwkv reads them: everything fp16, the low-rank factors of RWKV-7 transposed."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise Fatal(f"--output {path}: .st needs the package safetensors: `pip install safetensors`") from None
+    ready = {}
+    for name, t in tensors.items():
+        t = t.to(torch.float16)
+        if not t.isfinite().all():
+            raise Fatal(f"--output {path}: {name} has numbers beyond fp16's 65504; write a .pth")
+        ready[name.lower()] = (t.transpose(-2, -1) if name.endswith(LOW_RANK) else t).contiguous()
+    write_whole(path, lambda file: save_file(ready, file.name, metadata={"format": "pt"}))
+
+
+FORMAT = {".pth": save, ".st": save_st}  # how a file is named -> what writes it
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             raise Fatal(f"--output {args.output} exists already; name another file")
         if not Path(args.output).resolve().parent.is_dir():
             raise Fatal(f"--output {args.output}: there is no folder {Path(args.output).parent}")
-        merge_files(args.type, args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha)
+        merge_files(args.type, args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha,
+                    pick(FORMAT, "--output ends in", Path(args.output).suffix))
         print(f"merged: {args.output}")
         return 0
     except Fatal as e:

@@ -1545,8 +1545,13 @@ def merge(
     return merged
 
 
-def merge_files(kind: str, base: str, init: str, checkpoint: str, output: str, alpha: float | None = None) -> None:
-    """`merge` from files to a file, for --type pissa and lora. Refuses a base that was not trained on."""
+def merge_files(
+    kind: str, base: str, init: str, checkpoint: str, output: str, alpha: float | None = None, write: Callable = save
+) -> None:
+    """`merge` from files to a file, for --type pissa and lora. Refuses a base that was not trained on.
+
+    alpha is LoRA's, where the checkpoint does not say; `write(path, tensors)` makes the file.
+    """
     tensors = read_pth(base, "--base_model")
     trained, about = read_described(checkpoint, "--lora_checkpoint")
     taken, about_init = read_described(init, "--lora_init") if kind == "pissa" else ({}, {})
@@ -1563,7 +1568,7 @@ def merge_files(kind: str, base: str, init: str, checkpoint: str, output: str, a
         scale = given
     if scale is None:
         raise Fatal(f"{checkpoint} does not say by what LoRA was scaled; give --lora_alpha")
-    save(Path(output), merge(tensors, taken, trained, scale))
+    write(Path(output), merge(tensors, taken, trained, scale))
 
 
 # ======================================================================================================================

@@ -83,7 +83,8 @@ def torture(argv: list[str], folder: Path, kills: int, seed: int = 0) -> dict[st
         while not count["finished_runs"] + count["failed_resumes"] or count["kills"] < kills:
             name = f"run-{count['finished_runs'] + count['failed_resumes']}"
             process = run(name)
-            process.join(draw.uniform(0, duration) if count["kills"] < kills else None)
+            # (below the duration: no run should finish without having been killed)
+            process.join(draw.uniform(0, 0.8 * duration) if count["kills"] < kills else None)
             if process.exitcode is None:
                 process.kill()
                 process.join()
@@ -100,15 +101,15 @@ def torture(argv: list[str], folder: Path, kills: int, seed: int = 0) -> dict[st
 
 
 def small_run(folder: Path) -> list[str]:
-    """A base model and a corpus, written into the folder, and the command that trains on them for 12 steps."""
+    """A base model and a corpus, written into the folder, and the command that trains on them for 20 steps."""
     data, base = folder / "data.jsonl", folder / "base" / "rwkv-0.pth"
     lines = [json.dumps({"text": P.chat(q, a)}) for q, a in P.dummy_tasks("base", 64, 0)]
     data.write_text("\n".join(lines), "utf-8")
-    common = f"--data_file {data} --op torch --ctx_len 16 --micro_bsz 2 --grad_cp 0"
-    new = f"--peft none --n_layer 2 --n_embd 64 --epoch_steps 2 --lr_init 1e-2 --proj_dir {folder / 'base'} {common}"
+    common = f"--data_file {data} --op torch --ctx_len 8 --micro_bsz 2 --grad_cp 0"
+    new = f"--peft none --n_layer 2 --n_embd 128 --epoch_steps 2 --lr_init 1e-2 --proj_dir {folder / 'base'} {common}"
     if P.main(new.split()):
         raise SystemExit("the base model could not be made")
-    return f"--load_model {base} {common} --rank 16 --epoch_steps 3 --epoch_count 4 --save_steps 1".split()
+    return f"--load_model {base} {common} --rank 64 --epoch_steps 5 --epoch_count 4 --save_steps 1".split()
 
 
 def main() -> None:

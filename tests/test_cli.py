@@ -70,6 +70,7 @@ def test_lists_and_other_names():
     cfg = parse('--train_parts emb head --sft_fields q a --my_testing "x070" --head_size_a 64 --gradient_clip_val 0.5')
     assert (cfg.train_parts, cfg.sft_fields, cfg.version) == (["emb", "head"], ["q", "a"], "x070")
     assert (cfg.head_size, cfg.grad_clip) == (64, 0.5)
+    assert parse("--train_parts").train_parts == []  # the adapters and nothing else
     assert parse("--lr_init=1e-3 --rank=5") == P.Config(lr_init=1e-3, rank=5)
 
 
@@ -118,6 +119,7 @@ SCRIPTS = """
 --dim_ffn 0 --weight_decay 0.01 --weight_decay_final -1 --layerwise_lr 1 --ds_bucket_mb 200 --dropout 0
 --train_parts emb time ln --random_seed 1 --my_pile_version 1 --my_pile_stage 0 --my_exit_tokens 0 --magic_prime 0
 --my_qa_mask 0 --data_shuffle 1 --op cuda --optim none --sft_field query response --sft_split train --avg_loss 0
+--merge 0 --fused_kernel --optimizer none --num_workers 8 --persistent_workers --prefetch_factor 2 --loss_mask pad
 --tiny_att_dim 0 --tiny_att_layer -999 --my_pos_emb 0 --num_nodes 1 --quant none --train_type none
 """
 

@@ -277,3 +277,22 @@ def test_an_alpha_that_contradicts_the_run_never_changes_the_result(peft, model_
             torch.testing.assert_close(found[f"{name}.weight"].double(), wanted, rtol=1e-6, atol=1e-6)
     else:
         assert "--lora_alpha 20" in capsys.readouterr().err
+
+
+def test_a_file_for_web_rwkv(tmp_path):
+    """.st: fp16, names and order kept, low-rank factors transposed; opened with the format's own package."""
+    from safetensors import safe_open
+
+    base = random_tensors(seed=3)
+    command.save_st(tmp_path / "m.st", base)
+    with safe_open(tmp_path / "m.st", "pt") as file:
+        assert file.metadata() == {"format": "pt"} and set(file.keys()) == set(base)
+        for name, t in base.items():
+            turned = name.rsplit(".", 1)[1] in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
+            assert torch.equal(file.get_tensor(name), (t.T if turned else t).half())
+
+
+def test_a_number_too_large_for_fp16_is_refused(tmp_path):
+    with pytest.raises(Fatal, match="emb.weight has numbers beyond"):
+        command.save_st(tmp_path / "m.st", {"emb.weight": torch.full((2, 2), 1e5)})
+    assert not (tmp_path / "m.st").exists()
