@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"merged: {args.output}")
         return 0
     except Fatal as e:
-        print(f"merge.py: error: {e}", file=sys.stderr)
+        print(f"merge.py: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 
 

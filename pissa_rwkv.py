@@ -146,7 +146,7 @@ class Config:
     # data
     data_file: str = opt("", "corpus: .jsonl, .txt, or a binidx prefix; for dummy the family, base or shift")
     data_type: str = opt("", "binidx, jsonl, sft, utf-8 or dummy; read off data_file")
-    sft_fields: tuple = opt(("question", "answer"), "sft: the two fields of a line that become user and assistant")
+    sft_fields: tuple = opt(("question", "answer"), "sft: the fields that become user and assistant", "sft_field")
     tokenizer: str = opt("", "world or byte; world where the vocabulary has 65536 tokens")
     vocab_file: str = opt("", "the World vocabulary; found in the `rwkv` package")
     dataload: str = opt("", "sampler: pad, only or get; pad, and get where the corpus is one long document")
@@ -185,7 +185,7 @@ class Config:
     adapter_init: str = opt("", "PiSSA: the init_pissa.pth that belongs to adapter_load")
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
-    train_parts: tuple = opt(("time", "ln"), "also trained: parameters named so (of emb, head, time, ln), or none")
+    train_parts: tuple = opt(("time", "ln"), "also trained: parameters named so (emb, head, time, ln), or nothing")
     quant: str = opt("none", "how frozen matrices are stored: none")
     # the machine
     accelerator: str = opt("", "gpu or cpu; gpu where there is one")
@@ -215,7 +215,8 @@ JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
                     "lora_r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
 }
 WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothing is lost
-    **dict.fromkeys("ds_bucket_mb num_nodes enable_progress_bar fp32_logits".split(), "there is no such knob to turn"),
+    **dict.fromkeys("ds_bucket_mb num_nodes enable_progress_bar fp32_logits num_workers persistent_workers"
+                    " prefetch_factor fused_kernel".split(), "there is no such knob to turn"),
     **dict.fromkeys("my_pile_version my_pile_stage my_pile_shift my_pile_edecay magic_prime my_exit my_exit_tokens"
                     " my_random_steps my_qa_mask my_sample_len".split(), "it belongs to pretraining on the Pile"),
     **dict.fromkeys("head_size_divisor my_ffn_shift my_att_shift my_pos_emb tiny_att_dim tiny_att_layer load_partial"
@@ -224,7 +225,10 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
     "l2warp_sparse": "logits are never all held",
     "avg_loss": "a step's loss is always the mean over its learnt tokens",
     "compile": "the operators are compiled already",
-    "optim": "the optimiser is AdamW",
+    **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
+    **dict.fromkeys(["pre_ffn", "head_qk"], "RWKV-7 has no such part"),
+    "merge": "--auto_merge does that",
+    "fla": "--op chooses the operator",
     "train_type": "--peft says what is trained",
     "chunk_ctx": "--ctx_len is the length of a row",
     "sft_split": "--data_file names the file",
@@ -245,7 +249,7 @@ def parser() -> Parser:
         if isinstance(f.default, bool):
             kind = dict(type=switch, nargs="?", const=True, metavar="0|1")
         elif isinstance(f.default, tuple):
-            kind = dict(nargs="+")
+            kind = dict(nargs="*")
         names = [f"--{name}" for name in (f.name, f.metadata["also"]) if name]
         p.add_argument(*names, dest=f.name, default=f.default, help=f.metadata["help"], **kind)
     for name in WITHOUT_EFFECT:
@@ -255,15 +259,15 @@ def parser() -> Parser:
 
 def switch(text: str) -> bool:
     """0 or 1, as the tutorial writes its switches."""
-    return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+    known = {"0": False, "1": True, "false": False, "true": True}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is given to a switch, which takes 0 or 1")
+    return known[text.lower()]
 
 
 def parse(argv: list[str]) -> Config:
     """The command line as a Config. Raises Fatal at an unknown flag, a wrong type, or JSON with a typo."""
-    try:
-        given, unknown = parser().parse_known_args(argv)
-    except KeyError as e:
-        raise Fatal(f"{e.args[0]!r} is given to a switch, which takes 0 or 1") from None
+    given, unknown = parser().parse_known_args(argv)
     given = vars(given)
     for flag in unknown:
         known = [*given, *(f.metadata["also"] for f in fields(Config))]
@@ -276,10 +280,14 @@ def parse(argv: list[str]) -> Config:
         for key, value in read_json(option, given[option]).items():
             if key not in keys:
                 raise Fatal(f"--{option}: unknown key {key!r}; it takes {', '.join(keys)}{nearest(key, keys)}")
+            kind = type(given[keys[key]])
             try:
-                given[keys[key]] = type(given[keys[key]])(value)
+                converted = given[keys[key]] if value is None else kind(value)
             except (TypeError, ValueError):
-                raise Fatal(f"--{option}: {key} is {value!r}; a value like {given[keys[key]]!r} is wanted") from None
+                converted = None
+            if converted is None or kind is int and float(value or 0) != converted:
+                raise Fatal(f"--{option}: {key} is {value!r}; a value like {given[keys[key]]!r} is wanted")
+            given[keys[key]] = converted
     return Config(**given)
 
 
@@ -613,18 +621,23 @@ def read_pth(path: str | Path, what: str) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged:
-            raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
+    except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
+        raise Fatal(f"{what} {path}: truncated, damaged or no .pth ({first_line(e)}); fetch or save it again") from None
+    if damaged:
+        raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
+    try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except zipfile.BadZipFile:
-        raise Fatal(f"{what} {path}: truncated, or not a .pth at all; fetch or save it again") from None
     except pickle.UnpicklingError:
         raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
     except (RuntimeError, ValueError, KeyError, EOFError, OSError) as e:
         raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not tensors or not all(is_entry(k, t) for k, t in tensors.items()):
         raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
     return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
+
+
+def is_entry(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def first_line(error: BaseException) -> str:
@@ -634,7 +647,7 @@ def first_line(error: BaseException) -> str:
 def describe(value: Any) -> str:
     if not isinstance(value, dict):
         return f"a {type(value).__name__}"
-    odd = next((f"{k!r}: {type(v).__name__}" for k, v in value.items() if not isinstance(v, Tensor)), "empty")
+    odd = next((f"{k!r}: {type(v).__name__}" for k, v in value.items() if not is_entry(k, v)), "")
     return f"a dict with {odd}" if value else "an empty dict"
 
 
@@ -648,29 +661,33 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     layers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
     if layers != set(range(len(layers))):
         raise Fatal(f"--load_model {path}: its blocks are numbered {sorted(layers)}, with gaps; the file is incomplete")
-    missing = [n for n in ("emb.weight", "head.weight", "blocks.0.att.key.weight", "blocks.0.ffn.key.weight",
-                           *(f"blocks.0.att.{m}" for m in ("r_k", "w1", "a1", "g1")))
-               if n not in tensors or tensors[n].dim() != 2]
+    wanted = ["emb.weight", "head.weight", "blocks.0.att.key.weight", "blocks.0.ffn.key.weight",
+              *(f"blocks.0.att.{m}" for m in ("r_k", "w1", "a1", "g1")),
+              *(["blocks.1.att.v1"] if len(layers) > 1 else [])]
+    missing = [name for name in wanted if name not in tensors or tensors[name].dim() != 2]
     if missing:
         raise Fatal(f"--load_model {path}: lacks {', '.join(missing)}, as matrices")
     V, C = tensors["emb.weight"].shape
     H, N = tensors["blocks.0.att.r_k"].shape
     ranks = {m: tensors[f"blocks.0.att.{m}1"].shape[1] for m in "wag"}
-    ranks["v"] = tensors["blocks.1.att.v1"].shape[1] if "blocks.1.att.v1" in tensors else 32
-    return Arch(version, len(layers), C, tensors["blocks.0.att.key.weight"].shape[0],
-                tensors["blocks.0.ffn.key.weight"].shape[0], N, V, tuple(sorted(ranks.items())))
+    ranks["v"] = tensors["blocks.1.att.v1"].shape[1] if len(layers) > 1 else 32
+    A, F = (tensors[f"blocks.0.{mix}.key.weight"].shape[0] for mix in ("att", "ffn"))
+    if A != H * N:
+        raise Fatal(f"--load_model {path}: its attention is {A} wide, but has {H} heads of {N}")
+    return Arch(version, len(layers), C, A, F, N, V, tuple(sorted(ranks.items())))
 
 
 def new_arch(cfg: Config) -> Arch:
     """The sizes of a new model: the flags', with the ranks RWKV-LM gives to such a width since July 2025."""
     C, N = cfg.n_embd or 768, cfg.head_size or 64
-    if C % N:
-        raise Fatal(f"--n_embd {C} is no multiple of --head_size {N}")
+    if C % N or cfg.dim_att not in (0, C):
+        raise Fatal(f"--n_embd {C}, --head_size {N}, --dim_att {cfg.dim_att or C}: the first must be a multiple of the"
+                    " second and equal to the third")
     rank = {m: max(32, 32 * round(f * math.sqrt(C) / 32)) for m, f in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
     vocab_size = cfg.vocab_size or (65536 if cfg.tokenizer == "world" else 256)
     version = cfg.version or "x070"
     pick(TIME_MIX, "--version", version)
-    return Arch(version, cfg.n_layer or 12, C, cfg.dim_att or C, cfg.dim_ffn or 4 * C, N, vocab_size,
+    return Arch(version, cfg.n_layer or 12, C, C, cfg.dim_ffn or 4 * C, N, vocab_size,
                 tuple(sorted(rank.items())))
 
 
@@ -693,6 +710,8 @@ def fill(model: RWKV, tensors: dict[str, Tensor], path: str, device: str, dtype:
         t = tensors[name]
         if [n for n in t.shape if n > 1] != [n for n in p.shape if n > 1] or not t.is_floating_point():
             raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; {list(p.shape)} is wanted")
+        if not t.isfinite().all():
+            raise Fatal(f"--load_model {path}: {name} holds NaN or infinity; the file is of no use")
         module, _, leaf = name.rpartition(".")
         t = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format).view(p.shape)
         model.get_submodule(module).register_parameter(leaf, nn.Parameter(t))
@@ -978,7 +997,7 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
 def read_text(path: str) -> str:
     """A file of UTF-8 text."""
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")                      # (as UTF-8; some editors begin it with a mark)
     except UnicodeDecodeError as e:
         raise Fatal(f"{path}: not UTF-8 text (byte {e.start})") from None
     except OSError as e:
@@ -992,8 +1011,9 @@ def read_lines(path: str, fields: tuple[str, ...]) -> Iterator[list[str]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise Fatal(f"{path}: line {number} is not JSON ({e.msg} at character {e.pos}): {line[:60]}") from None
+            line.encode(), json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as e:                     # half a surrogate pair is a ValueError too
+            raise Fatal(f"{path}: line {number} is no JSON text ({first_line(e)}): {line[:60]}") from None
         absent = [f for f in fields if not isinstance(row, dict) or not isinstance(row.get(f), str)]
         if absent:
             has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
@@ -1084,8 +1104,8 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     itemsize = np.dtype(IDX_DTYPE[code]).itemsize
     sizes, offsets = np.frombuffer(data, "<i4", N, 34), np.frombuffer(data, "<i8", N, 34 + 4 * N)
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    if N == 0 or (sizes < 0).any() or not np.array_equal(offsets, starts[:-1] * itemsize):
-        raise Fatal(f"{idx}: {'empty' if N == 0 else 'lengths and offsets contradict each other; it is damaged'}")
+    if starts[-1] == 0 or (sizes < 0).any() or not np.array_equal(offsets, starts[:-1] * itemsize):
+        raise Fatal(f"{idx}: {'empty' if starts[-1] == 0 else 'lengths and offsets contradict one another: damaged'}")
     if bin.stat().st_size != starts[-1] * itemsize:
         raise Fatal(f"{bin}: {bin.stat().st_size} bytes, but {idx.name} describes {starts[-1]} tokens of {itemsize};"
                     " the two are not of one corpus, or the file is truncated")
@@ -1204,7 +1224,7 @@ def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
 
 
 MASK: dict[str, Callable[[bytes, Config], list[tuple[int, int]]]] = {  # a document's bytes -> the spans that are learnt
-    "pad": learn_all, "qa": learn_assistant, "se": learn_between,
+    "pad": learn_all, "none": learn_all, "qa": learn_assistant, "se": learn_between,
 }
 
 
@@ -1270,7 +1290,7 @@ class Loader:
 
     def summary(self) -> str:
         """What the corpus holds and what of it is learnt (the share is taken from 1,000 rows at most)."""
-        spans = [self.span(n) for n in range(0, self.pass_rows, max(1, self.pass_rows // 1000))]
+        spans = [self.span(n) for n in range(0, self.pass_rows, -(-self.pass_rows // 1000))]
         learnt = sum(int(self.learnt(*span)[1:].sum()) for span in spans)
         share = learnt / sum(stop - start - 1 for start, stop in spans)
         length = np.diff(self.corpus.starts)
@@ -1603,12 +1623,13 @@ def check(cfg: Config) -> None:
     pick(SCHEDULE, "--lr_schedule", cfg.lr_schedule)
     pick(STRATEGY, "--strategy", cfg.strategy)
     for part in cfg.train_parts:
-        pick(dict.fromkeys(("emb", "head", "time", "ln", "none")), "--train_parts", part)
+        pick(dict.fromkeys(("emb", "head", "time", "ln")), "--train_parts", part)
     for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
         if getattr(cfg, name) < 1:
             raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
     for name in ("lr_init", "lr_final", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay", "grad_clip",
-                 "svd_niter", "save_steps", "random_seed"):
+                 "svd_niter", "save_steps", "random_seed", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size",
+                 "vocab_size", "sample_len"):
         if not getattr(cfg, name) >= 0:
             raise Fatal(f"--{name} {getattr(cfg, name)}: it cannot be negative")
     for name in ("beta1", "beta2", "lora_dropout", "val_split", "sample_top_p"):
@@ -1616,6 +1637,13 @@ def check(cfg: Config) -> None:
             raise Fatal(f"--{name} {getattr(cfg, name)}: a number from 0 to below 1 is wanted")
     if not 0 < cfg.decay_frac <= 1:
         raise Fatal(f"--decay_frac {cfg.decay_frac}: a share above 0 and up to 1 is wanted")
+    for name, value in asdict(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Fatal(f"--{name} {value}: a finite number is wanted")
+    if not cfg.adam_eps > 0:
+        raise Fatal(f"--adam_eps {cfg.adam_eps}: a number above 0 is wanted")
+    if not cfg.data_file and cfg.data_type != "dummy":
+        raise Fatal("--data_file is missing: a .jsonl, a .txt or a binidx prefix; or --data_type dummy")
     if cfg.peft != "none" and not cfg.load_model:
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
     if cfg.peft == "pissa" and bool(cfg.adapter_load) > bool(cfg.adapter_init):
@@ -1645,7 +1673,8 @@ class Run:
     about: dict[str, Any]                                             # goes into every file that is written
     epoch_steps: int
     step: int = 0                                                     # the next optimiser step
-    epoch_loss: float = 0.0                                           # sum over the steps of this epoch
+    epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
+    epoch_good: int = 0                                               # and their number
     loss_scale: float = 1.0                                           # fp16: its gradients would underflow
     bad_steps: int = 0
 
@@ -1737,6 +1766,8 @@ def adapt(
     load, about_load = read_described(load_path, "pissa_load") if load_path else ({}, {})
     for path, found in ((init_path, about_init), (load_path, about_load)):
         compare(path, found, about)
+    if "init" in about_load:
+        compare(init_path, about_init, {"init": about_load["init"]})
     loss = partial(first_loss, model, loader)
     before = loss() if kind and not load and not resumed else 0.0
     for name in [n for n in load if ".lora_" not in n]:
@@ -1765,14 +1796,15 @@ def first_loss(model: RWKV, loader: Loader) -> float:
 
 def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any]) -> None:
     """Sets a run to where resume.pth was written."""
-    if "config" not in old:
+    if "config" not in old or not {*run.optimiser.state(), "rng"} <= saved.keys():
         raise Fatal(f"{path}: not what this program writes for --resume")
     compare(path, old, run.about | {"trained": run.optimiser.layout()})
     changed = [f"{k} {old['config'][k]} -> {v}" for k, v in config_of(run.cfg).items() if old["config"].get(k) != v]
     if changed:
         say(f"resuming with changed options: {', '.join(changed)}")
     run.optimiser.load(saved)
-    run.step, run.epoch_loss, run.loss_scale = old["step"], old["epoch_loss"], old["loss_scale"]
+    for item in ("step", "epoch_loss", "epoch_good", "loss_scale"):
+        setattr(run, item, old[item])
     torch.set_rng_state(saved["rng"].clone())                         # (a view would crash torch)
     if "rng_cuda" in saved:
         torch.cuda.set_rng_state(saved["rng_cuda"].clone())
@@ -1792,8 +1824,8 @@ def save_resume(run: Run) -> None:
     if run.device == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state()
     save(run.folder / "resume.pth", state, run.about | {
-        "step": run.step, "epoch_loss": run.epoch_loss, "loss_scale": run.loss_scale, "config": config_of(run.cfg),
-        "trained": run.optimiser.layout()})
+        "step": run.step, "epoch_loss": run.epoch_loss, "epoch_good": run.epoch_good, "loss_scale": run.loss_scale,
+        "config": config_of(run.cfg), "trained": run.optimiser.layout()})
 
 
 class Stop:
@@ -1818,26 +1850,31 @@ class Logger:
     """train_log.txt (a line per epoch), loss_data.jsonl (a line per step), both in RWKV-PEFT's form; maybe wandb."""
 
     def __init__(self, run: Run):
-        self.run, self.started = run, time.time()
+        self.run = run
         self.log, self.losses = run.folder / "train_log.txt", run.folder / "loss_data.jsonl"
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}\n")
+        self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
         if self.losses.exists():                                      # lines of steps that will be made again
             lines = [x for x in self.losses.read_text("utf-8").splitlines() if x.endswith("}")]
             kept = "".join(x + "\n" for x in lines if json.loads(x)["step"] < run.step)
             write_whole(self.losses, lambda file: file.write(kept.encode()))
-        self.file = open(self.losses, "a", encoding="utf-8", buffering=1)
         self.wandb = load_wandb(run.cfg)
 
     def step(self, **row: Any) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        row = {k: v if math.isfinite(v) else None for k, v in row.items()}               # JSON knows no NaN
+        self.append(self.losses, json.dumps(row))
         if self.wandb:
             self.wandb.log(row, step=row["step"])
 
     def epoch(self, epoch: int, loss: float, lr: float) -> None:
         perplexity, of_run = math.exp(min(loss, 700)), epoch - self.run.cfg.epoch_begin
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(f"{epoch} {loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.now()} {of_run}\n")
+        self.append(self.log, f"{epoch} {loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.now()} {of_run}")
+
+    def append(self, path: Path, line: str) -> None:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as e:
+            raise Fatal(f"cannot write {path}: {e.strerror}; --resume goes on from what was saved last") from None
 
 
 def load_wandb(cfg: Config) -> Any:
@@ -1915,11 +1952,16 @@ def train(run: Run) -> None:
             log.step(**row, step=run.step, epoch=epoch, kt_s=row["tokens"] / seconds / 1000, t_cost=1 / seconds)
             bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{lr:.1e}", tok_s=f"{row['tokens'] / seconds:,.0f}")
             bar.update()
-            run.step, run.epoch_loss = run.step + 1, run.epoch_loss + row["loss"]
-            if run.step % run.epoch_steps == 0:
+            run.step += 1
+            if math.isfinite(row["loss"]):
+                run.epoch_loss, run.epoch_good = run.epoch_loss + row["loss"], run.epoch_good + 1
+            epoch_ends = run.step % run.epoch_steps == 0
+            if epoch_ends:
                 end_epoch(run, log, epoch, lr)
-            elif cfg.save_steps and run.step % cfg.save_steps == 0:
+            if epoch_ends and saved_after(run, epoch) or cfg.save_steps and run.step % cfg.save_steps == 0:
                 save_resume(run)
+            if epoch_ends:
+                finish_epoch(run, epoch)
         if run.step < run.steps:
             save_resume(run)
             say(f"stopped after step {run.step - 1}; --resume goes on from here")
@@ -1928,9 +1970,9 @@ def train(run: Run) -> None:
 
 
 def end_epoch(run: Run, log: Logger, epoch: int, lr: float) -> None:
-    """Validates, samples, and writes: rwkv-<epoch>.pth holds fp32 adapters and trained parts, or the whole model."""
-    cfg, loss = run.cfg, run.epoch_loss / run.epoch_steps
-    run.epoch_loss = 0.0
+    """Logs the epoch's mean loss, validates, prints a sample."""
+    cfg, loss = run.cfg, run.epoch_loss / max(1, run.epoch_good)
+    run.epoch_loss, run.epoch_good = 0.0, 0
     log.epoch(epoch, loss, lr)
     line = f"epoch {epoch}: loss {loss:.4f}"
     if run.held_out:
@@ -1941,16 +1983,18 @@ def end_epoch(run: Run, log: Logger, epoch: int, lr: float) -> None:
     if cfg.sample_prompt:
         say(cfg.sample_prompt + generate(run.model, run.tokenizer, cfg.sample_prompt, cfg.sample_len, cfg.sample_top_p,
                                          cfg.random_seed))
-    if run.step == run.steps or epoch % cfg.epoch_save == 0:
-        save_resume(run)
-        finish_epoch(run, epoch)
+
+
+def saved_after(run: Run, epoch: int) -> bool:
+    return run.step == run.steps or epoch % run.cfg.epoch_save == 0
 
 
 def finish_epoch(run: Run, epoch: int) -> None:
-    """The files of an epoch that are not there yet. All are made from what resume.pth holds, which is written first."""
+    """Writes an epoch's files that are not there yet: rwkv-<epoch>.pth, fp32 adapters and trained parts or the whole
+    model, and what is merged. They follow from resume.pth, which was written before: a kill between loses nothing."""
     cfg, last = run.cfg, run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
-    if (last or epoch % cfg.epoch_save == 0) and not path.exists():
+    if saved_after(run, epoch) and not path.exists():
         if cfg.peft == "none":
             save(path, run.model.state_dict())                        # a model file: others read it, so no description
         else:
@@ -2062,6 +2106,9 @@ def exact_match(model: RWKV, loader: Loader, device: str) -> float:
     return right / loader.pass_rows
 
 
+OF_THE_DEMO = ("proj_dir", "accelerator", "precision", "op", "random_seed")  # the options it leaves to the user
+
+
 def demo(cfg: Config) -> None:
     """Pretrains a base on one family of questions, adapts it to another with PiSSA and with LoRA, merges, reopens."""
     folder = Path(cfg.proj_dir)
@@ -2114,13 +2161,13 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse(sys.argv[1:] if argv is None else argv)
         if cfg.make_binidx:
             make_binidx(cfg)
-        elif not cfg.load_model and not cfg.data_file and cfg.peft != "none":
+        elif replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config():
             demo(cfg)
         elif run := build(cfg):
             train(run)
         return 0
     except Fatal as e:
-        print(f"pissa_rwkv: error: {e}", file=sys.stderr)
+        print(f"pissa_rwkv: error: {' '.join(str(e).split())}", file=sys.stderr)
     except torch.OutOfMemoryError as e:
         print(f"pissa_rwkv: error: out of GPU memory ({first_line(e)}); a smaller --micro_bsz or --ctx_len,"
               " or --grad_cp 1, takes less; --dry_run estimates it", file=sys.stderr)
