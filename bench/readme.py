@@ -15,6 +15,12 @@ import pissa_rwkv as P
 README = record.ROOT / "README.md"
 
 
+def demo() -> str:
+    """The last screen of the demonstration, from what `bench/demo.py` recorded."""
+    r = record.read("demo")[-1]
+    return f"```\n{r['output']}\n```\n\n{r['seconds']:.0f} seconds. {source([r])}"
+
+
 def options() -> str:
     lines = ["| option | default | what |", "|---|---|---|"]
     for f in fields(P.Config):
@@ -73,11 +79,13 @@ def source(rows: list[dict]) -> str:
 
 def reliability() -> str:
     r = record.read("reliability")[-1]
-    return (f"{r['kills']} kills at random moments of a run that saves every step: {r['unreadable']} unreadable files,"
-            f" {r['diverged']} resumed runs that differ from the uninterrupted one in any bit. {source([r])}")
+    return (f"{r['kills']} times a run that saves at every step was killed with SIGKILL at a random moment,"
+            f" {r['kills_while_writing']} times while it wrote a file: {r['unreadable_files']} unreadable files,"
+            f" {r['failed_resumes']} failed resumes, and of {r['finished_runs']} runs that were resumed to their end,"
+            f" {r['diverged_runs']} with other losses or weights than the undisturbed run, to the bit. {source([r])}")
 
 
-TABLES = (options, sections, ops, learning, reliability)
+TABLES = (demo, options, sections, ops, learning, reliability)
 
 
 def filled(text: str) -> str:
