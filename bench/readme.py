@@ -117,7 +117,7 @@ def picture() -> None:
     for method, look in style.items():
         points = sorted((r["lr"], r["after"]) for r in rows if r["method"] == method)
         right.plot(*zip(*points, strict=True), marker="o", **look)
-    right.set(xscale="log", xlabel="learning rate", title="held-out loss after 60 steps")
+    right.set(xscale="log", xlabel="learning rate", ylabel="nats per byte", title="held-out loss after 60 steps")
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
