@@ -622,7 +622,7 @@ def read_pth(path: str | Path, what: str) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
-        raise Fatal(f"{what} {path}: truncated, damaged or no .pth ({first_line(e)}); fetch or save it again") from None
+        raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
     if damaged:
         raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
     try:
@@ -681,8 +681,7 @@ def new_arch(cfg: Config) -> Arch:
     """The sizes of a new model: the flags', with the ranks RWKV-LM gives to such a width since July 2025."""
     C, N = cfg.n_embd or 768, cfg.head_size or 64
     if C % N or cfg.dim_att not in (0, C):
-        raise Fatal(f"--n_embd {C}, --head_size {N}, --dim_att {cfg.dim_att or C}: the first must be a multiple of the"
-                    " second and equal to the third")
+        raise Fatal(f"--n_embd {C} is no multiple of --head_size {N}, or not --dim_att {cfg.dim_att or C}")
     rank = {m: max(32, 32 * round(f * math.sqrt(C) / 32)) for m, f in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
     vocab_size = cfg.vocab_size or (65536 if cfg.tokenizer == "world" else 256)
     version = cfg.version or "x070"
