@@ -17,16 +17,23 @@ Only differences of G count. Measured from the middle, |G - m| <= 0.61 L/2, so f
 **Forward.** The rows of U are u_t = S_{t-1} a_t, on which every later token depends: a triangular system, to be solved
 by substitution. (Powers of A_ab, "Neumann doubling", lose everything once keys are nearly equal.)
 
-    U  = (I - A_ab)^-1 (A_ak V + a~ S~^T) = U0 + W S~^T
+    X  = A_ak V + a~ S~^T
+    U  = (I - A_ab)^-1 X
     Y  = q~ S~^T + A_qk V + A_qb U
-    S' = (S~ + V^T k~ + U^T b~) o e^(G_L-m) = (S~ + S~ M + V^T k~ + U0^T b~) o e^(G_L-m)        M = W^T b~
+    S' = (S~ + V^T k~ + U^T b~) o e^(G_L-m)
 
-**Backward.** D = dL/dS', D~ = D o e^(G_L-m), dU = A_qb^T dY + b~ D~^T:
+**Backward** is the same walk in a mirror: D = dL/dS' takes the place of S, dY that of V, keys and queries change
+places, and so do a and b. With D~ = D o e^(G_L-m):
 
-    Z  = (I - A_ab)^-T dU = Z0 + X D~^T                        the gradient of the system's right-hand side
-    dL/dS = (D~ + dY^T q~ + Z^T a~) o e^m = (D~ + D~ M^T + dY^T q~ + Z0^T a~) o e^m
+    dU = A_qb^T dY + b~ D~^T
+    Z  = (I - A_ab)^-T dU                                      the gradient of the system's right-hand side X
+    dV = k~ D~^T + A_qk^T dY + A_ak^T Z
+    dL/dS = (D~ + dY^T q~ + Z^T a~) o e^m
+
+The other gradients need S~ and D~ of their chunk alone:
+
     P  = mask([dY ; Z] [V ; U]^T)                              dL/dA
-    dQ = P K + [dY ; Z] S~      dK = P^T Q + [V ; U] D~ =: dK_i + dK_s      dV = (A^T [dY ; Z])_first L rows + k~ D~^T
+    dQ = P K + [dY ; Z] S~      dK = P^T Q + [V ; U] D~ =: dK_i + dK_s
 
 and dr = e^(G-m) o dq~ and so on. g_t sits in G_s for s >= t, in E_s for s > t, and in e^(G_L):
 
@@ -36,9 +43,14 @@ and dr = e^(G-m) o dq~ and so on. g_t sits in G_s for s >= t, in E_s for s > t, 
 dK is kept in its two parts because what happens inside the chunk must cancel in h, while what leaves it does not.
 
 Saved: S~ of every chunk, N^2/L numbers per token and head. All else is computed again.
+
+**A model of roundings.** `cast(name, x)` is called with every tensor that the tensor-core kernel (wkv7_fast.cu) feeds
+into a product, under its name above (T: the inverses of the 16x16 blocks on the diagonal of I - A_ab). With `as_is`
+nothing is rounded; with `to_bf16` the result errs as that kernel may, and a kernel that errs much more has a bug.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +59,20 @@ from torch import Tensor
 from . import op
 
 L = 32
+BLOCK = 16  # rows of the system that are solved at once
 C = math.exp(-0.5)
+
+Cast = Callable[[str, Tensor], Tensor]
+
+
+def as_is(name: str, x: Tensor) -> Tensor:
+    """No rounding."""
+    return x
+
+
+def to_bf16(name: str, x: Tensor) -> Tensor:
+    """What bf16 keeps of x, in the dtype of x."""
+    return x.to(torch.bfloat16).to(x.dtype)
 
 
 def load() -> op.WKV7:
@@ -58,31 +83,48 @@ def load() -> op.WKV7:
 class Chunks:
     """What forward and backward both need of the inputs, for all chunks at once; the letters are those above."""
 
-    def __init__(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype):
+    def __init__(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, cast: Cast):
         # An exponent near 10 rounded to float32 is an error of 3e-7 in all that it scales; Metal has no float64.
         wide = dtype if w.device.type == "mps" else torch.float64
         g = to_chunks(-C * torch.sigmoid(w.to(wide)), wide)  # (B,H,n,L,N)
         G = g.cumsum(-2)
-        m = G[..., G.shape[-2] // 2, None, :]  # (B,H,n,1,N)
+        self.length = length = G.shape[-2]
+        m = G[..., (length - 1) // 2, None, :]  # (B,H,n,1,N)
         self.e_q, self.e_a, self.e_k = (torch.exp(x).to(dtype) for x in (G - m, G - g - m, m - G))  # (B,H,n,L,N)
         self.e_m, self.e_end = (torch.exp(x).to(dtype) for x in (m, G[..., -1:, :] - m))  # (B,H,n,1,N)
-        self.q, self.a = self.e_q * to_chunks(r, dtype), self.e_a * to_chunks(a, dtype)
-        self.k, self.b = self.e_k * to_chunks(k, dtype), self.e_k * to_chunks(b, dtype)
-        self.V = to_chunks(v, dtype)
+        r, k, v, a, b = (to_chunks(x, dtype) for x in (r, k, v, a, b))
+        self.q, self.a = cast("q", self.e_q * r), cast("a", self.e_a * a)
+        self.k, self.b, self.V = cast("k", self.e_k * k), cast("b", self.e_k * b), v
         self.Q, self.K = torch.cat([self.q, self.a], -2), torch.cat([self.k, self.b], -2)  # (B,H,n,2L,N)
-        self.length = length = G.shape[-2]
         lower = torch.ones(length, length, dtype=torch.bool, device=w.device).tril()
         self.mask = torch.cat([lower, lower.tril(-1)]).repeat(1, 2)  # (2L,2L)
-        self.A = (self.Q @ self.K.mT).masked_fill_(~self.mask, 0)  # (B,H,n,2L,2L)
+        exact = (self.Q @ self.K.mT).masked_fill_(~self.mask, 0)  # (B,H,n,2L,2L)
+        self.A, self.cast = cast("A", exact), cast
         self.A_q, (self.A_ak, self.A_ab) = self.A[..., :length, :], self.A[..., length:, :].chunk(2, -1)
+        self.blocks = [slice(i, min(i + BLOCK, length)) for i in range(0, length, BLOCK)]
+        self.T = [cast("T", inverse(exact[..., length:, length:][..., i, i])) for i in self.blocks]
 
-    def solve(self, x: Tensor) -> Tensor:
-        """(I - A_ab)^-1 x."""
-        return torch.linalg.solve_triangular(-self.A_ab, x, upper=False, unitriangular=True)  # reads no diagonal
+    def solve(self, x: Tensor, n: int | slice = slice(None)) -> Tensor:
+        """U = (I - A_ab)^-1 x of chunk n, or of all: 16 rows after 16 rows, from the top."""
+        A_ab, U = self.A_ab[:, :, n], []
+        for i, T in zip(self.blocks, self.T, strict=True):
+            known = A_ab[..., i, : i.start] @ torch.cat(U, -2) if U else 0
+            U.append(self.cast("U", T[:, :, n] @ self.cast("X", x[..., i, :] + known)))
+        return torch.cat(U, -2)
 
-    def solve_transposed(self, x: Tensor) -> Tensor:
-        """(I - A_ab)^-T x."""
-        return torch.linalg.solve_triangular(-self.A_ab.mT, x, upper=True, unitriangular=True)
+    def solve_transposed(self, x: Tensor, n: int | slice = slice(None)) -> Tensor:
+        """Z = (I - A_ab)^-T x of chunk n, or of all: 16 rows after 16 rows, from the bottom."""
+        A_ab, Z = self.A_ab[:, :, n], []
+        for i, T in zip(reversed(self.blocks), reversed(self.T), strict=True):
+            known = A_ab[..., i.stop :, i].mT @ torch.cat(Z, -2) if Z else 0
+            Z.insert(0, self.cast("Z", T[:, :, n].mT @ self.cast("dU", x[..., i, :] + known)))
+        return torch.cat(Z, -2)
+
+
+def inverse(A: Tensor) -> Tensor:
+    """(I - A)^-1 for A strictly lower triangular, by substitution."""
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    return torch.linalg.solve_triangular(-A, eye, upper=False, unitriangular=True)  # which reads no diagonal
 
 
 def to_chunks(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,39 +145,39 @@ def new_saved(r: Tensor, state: Tensor) -> Tensor:
     return state.new_empty(batch, heads, -(-time // min(L, time)), size, size)
 
 
-def forward(r, w, k, v, a, b, state, save):
+def forward(r, w, k, v, a, b, state, save, cast: Cast = as_is):
     """As op.py asks."""
-    x = Chunks(r, w, k, v, a, b, state.dtype)
-    U0, W = x.solve(torch.cat([x.A_ak @ x.V, x.a], -1)).chunk(2, -1)  # (B,H,n,L,N)
-    M, gain = W.mT @ x.b, x.V.mT @ x.k + U0.mT @ x.b  # (B,H,n,key,key), (B,H,n,value,key)
-    S, centred = state, []
-    for n in range(M.shape[2]):
-        centred.append(S * x.e_m[:, :, n])
-        S = (centred[-1] + centred[-1] @ M[:, :, n] + gain[:, :, n]) * x.e_end[:, :, n]
-    S_m = torch.stack(centred, 2)  # (B,H,n,value,key): S~
-    U = U0 + W @ S_m.mT  # (B,H,n,L,value)
+    x = Chunks(r, w, k, v, a, b, state.dtype, cast)
+    X, gain = x.A_ak @ x.V, x.V.mT @ x.k  # (B,H,n,L,value), (B,H,n,value,key)
+    S, before, U = state, [], []
+    for n in range(X.shape[2]):
+        S_m = S * x.e_m[:, :, n]
+        before.append(cast("S", S_m))
+        U.append(x.solve(X[:, :, n] + x.a[:, :, n] @ before[n].mT, n))
+        S = (S_m + gain[:, :, n] + U[n].mT @ x.b[:, :, n]) * x.e_end[:, :, n]
+    S_m, U = torch.stack(before, 2), torch.stack(U, 2)  # (B,H,n,value,key): S~; (B,H,n,L,value)
     Y = x.q @ S_m.mT + x.A_q @ torch.cat([x.V, U], -2)
     return from_chunks(Y, r), S, S_m if save else state.new_empty(0)
 
 
-def backward(r, w, k, v, a, b, state, saved, dy, dstate):
+def backward(r, w, k, v, a, b, state, saved, dy, dstate, cast: Cast = as_is):
     """As op.py asks."""
-    x, S_m, dY = Chunks(r, w, k, v, a, b, state.dtype), saved, to_chunks(dy, state.dtype)
-    A_qb = x.A_q[..., x.length :]
-    Z0, X = x.solve_transposed(torch.cat([A_qb.mT @ dY, x.b], -1)).chunk(2, -1)  # (B,H,n,L,N)
-    M_T, gain = X.mT @ x.a, dY.mT @ x.q + Z0.mT @ x.a  # (B,H,n,key,key), (B,H,n,value,key)
-    D, centred = dstate, []
-    for n in reversed(range(M_T.shape[2])):
-        centred.append(D * x.e_end[:, :, n])
-        D = (centred[-1] + centred[-1] @ M_T[:, :, n] + gain[:, :, n]) * x.e_m[:, :, n]
-    D_m = torch.stack(centred[::-1], 2)  # (B,H,n,value,key): D~
+    x, S_m, dY = Chunks(r, w, k, v, a, b, state.dtype, cast), saved, to_chunks(dy, state.dtype)
+    dU, gain = x.A_q[..., x.length :].mT @ dY, dY.mT @ x.q  # (B,H,n,L,value), (B,H,n,value,key)
+    D, after, Z = dstate, [], []
+    for n in reversed(range(dU.shape[2])):
+        D_m = D * x.e_end[:, :, n]
+        after.insert(0, cast("D", D_m))
+        Z.insert(0, x.solve_transposed(dU[:, :, n] + x.b[:, :, n] @ after[0].mT, n))
+        D = (D_m + gain[:, :, n] + Z[0].mT @ x.a[:, :, n]) * x.e_m[:, :, n]
+    D_m, Z = torch.stack(after, 2), torch.stack(Z, 2)  # (B,H,n,value,key): D~; (B,H,n,L,value)
 
-    U, Z = x.solve(x.A_ak @ x.V + x.a @ S_m.mT), Z0 + X @ D_m.mT  # (B,H,n,L,value)
+    U = x.solve(x.A_ak @ x.V + x.a @ S_m.mT)  # (B,H,n,L,value)
     dY_Z, V_U = torch.cat([dY, Z], -2), torch.cat([x.V, U], -2)  # (B,H,n,2L,value)
-    P = (dY_Z @ V_U.mT).masked_fill_(~x.mask, 0)  # (B,H,n,2L,2L)
+    P = cast("P", (dY_Z @ V_U.mT).masked_fill_(~x.mask, 0))  # (B,H,n,2L,2L)
     dQ = P @ x.K + dY_Z @ S_m  # (B,H,n,2L,key)
     dK_i, dK_s = P.mT @ x.Q, V_U @ D_m
-    dV = (x.A[..., : x.length].mT @ dY_Z) + x.k @ D_m.mT  # (B,H,n,L,value)
+    dV = x.A[..., : x.length].mT @ dY_Z + x.k @ D_m.mT  # (B,H,n,L,value)
     dq, da = dQ.chunk(2, -2)  # (B,H,n,L,key)
     dk, db = (dK_i + dK_s).chunk(2, -2)
 

@@ -20,6 +20,43 @@ __device__ inline char* dyn_smem() {
     extern __shared__ __align__(16) char smem[];
     return smem;
 }
+
+// Tensor cores work on fragments: lane l of a warp holds, of an 8x8 matrix of bf16, row l/4, columns 2 (l%4) and + 1, in
+// one 32-bit register, low half first; of fp32, two registers.
+//
+// Four 8x8 matrices from shared memory; lane l gives the address of row l%8 of matrix l/8, 16 bytes, aligned to 16.
+__device__ inline void ldmatrix(uint32_t (&x)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))) : "memory");
+}
+// The same, each matrix transposed.
+__device__ inline void ldmatrix_trans(uint32_t (&x)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))) : "memory");
+}
+// c (16x8) += a (16x16) b (16x8): bf16 products, fp32 sums. a: upper left, lower left, upper right, lower right 8x8
+// matrix; b: the transposes of the upper and the lower one; c: two numbers of the upper, two of the lower one.
+__device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// 16 bytes from global to shared memory, or 16 zeros, without waiting. What a thread started since its last commit is a
+// group; cp_async_wait<n> returns when all its groups but the newest n are there (for this thread: others need a
+// barrier).
+__device__ inline void cp_async16(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int NEWEST>
+__device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(NEWEST) : "memory");
+}
 #endif
 
 // I/O types <-> the fp32 in which everything is computed. Rounding is to nearest, ties to even.
@@ -62,10 +99,26 @@ __device__ inline float sum8(float x) {
     return x;
 }
 
+// Two bf16 in a word, low half first, and back.
+__device__ inline uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
+__device__ inline float2 unpack(uint32_t word) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
 // kernel<<<blocks, threads, smem, stream>>>(args...) as plain C++. Returns the cudaError_t: 0, or why nothing ran.
 template <typename... Params, typename... Args>
 int launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t smem, void* stream, Args... args) {
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;  // before it is narrowed to 32 bits
+    if (smem > 48 * 1024) {  // more than every card has by default: it must be asked for, per kernel and device
+        const int bytes = static_cast<int>(smem);
+        const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (error) return error;
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -21,3 +21,11 @@ static inline __nv_bfloat16 __float2bfloat16(float x) {
     if (x != x) return {0x7fff};  // the one NaN that the GPU returns
     return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+
+static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16(x), __float2bfloat16(y)};
+}

@@ -18,7 +18,9 @@
 //                   0 (default) the one that has waited longest, 1 the last to become ready, N > 1 one at random with
 //                   seed N; blocks run upwards, downwards, shuffled. A race is a result that depends on it. One
 //                   schedule proves nothing: a missing barrier can be harmless in 0 and in 1.
-//   stricter        than a GPU: 48 KB of shared memory at most, and no meeting of __syncwarps on different lines.
+//   cp.async        copies as late as it may, when its group is waited for; a group that nobody waits for is an error.
+//   stricter        than a GPU: 48 KB of shared memory, or up to 99 KB (what the smallest cards have) once the kernel was
+//                   allowed it; and no meeting of __syncwarps on different lines.
 //   absent          all that no kernel uses yet; a new intrinsic is a compile error, never silently skipped. A warp
 //                   function is a struct of operands and results and a `meet` with what the last lane does: see
 //                   __shfl_xor_sync. Its place is after that one.
@@ -34,6 +36,7 @@
 #include <algorithm>
 #include <deque>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -74,7 +77,10 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 typedef struct CUstream_st* cudaStream_t;
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -128,12 +134,19 @@ struct Site {  // a call that waits
         return line == other.line && !strcmp(what, other.what) && !strcmp(file, other.file);
     }
 };
+struct Copy {  // a cp.async that was started
+    void* to;
+    const void* from;  // null: zeros
+    int group;
+};
 struct Thread {
     Fiber fiber;
     uint3 index;
     Site site;      // where it waits
     void* operand;  // what it brings to the meeting, on its stack
     enum { can_run, waits, returned } state;
+    std::vector<Copy> copies;
+    int groups = 0;  // committed so far
 };
 struct Meeting {  // that not all have reached
     int first, size;  // the members are among threads first .. first + size - 1
@@ -144,6 +157,8 @@ struct Meeting {  // that not all have reached
 
 std::mutex one_launch_at_a_time;
 std::function<void()> body;
+std::map<const void*, size_t> allowed;  // kernel -> its limit of shared memory
+size_t shared_limit;                    // of the kernel that runs
 std::vector<Thread> threads;
 std::vector<Meeting> meetings;
 std::deque<int> ready;
@@ -205,6 +220,7 @@ void pass_on() {
 
 void run_thread() {
     body();
+    if (!threads[current].copies.empty()) fail("thread " + std::to_string(current) + " did not wait for its cp.async");
     threads[current].state = Thread::returned;
     if (--alive == 0) switch_fiber(threads[current].fiber, launcher);
     pass_on();
@@ -244,7 +260,7 @@ void run_block(size_t smem, char* stacks) {
     alive = thread_count();
     for (int t = 0; t < alive; t++) {
         threads[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
-        threads[t].state = Thread::can_run;
+        threads[t].state = Thread::can_run, threads[t].copies.clear(), threads[t].groups = 0;
         prepare(threads[t].fiber, stacks + t * STACK, run_thread);
         ready.push_back(t);
     }
@@ -260,7 +276,7 @@ void run_block(size_t smem, char* stacks) {
 bool wrong_size(dim3 grid, dim3 block, size_t smem) {
     const uint64_t count = uint64_t{block.x} * block.y * block.z;
     return count == 0 || count > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
-           grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 || smem > 48 * 1024;
+           grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 || smem > shared_limit;
 }
 
 int run_grid(const cudaLaunchConfig_t& config) {
@@ -330,12 +346,130 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, const char* file = __bu
     return mine.result;
 }
 
+// The functions that wrap PTX on a GPU (device.cuh), with the same meaning. A warp is 32 lanes, all of which must come.
+// Fragments: lane l holds, of an 8x8 matrix of 16-bit numbers, row l/4, columns 2 (l%4) and + 1, packed low half first.
+
+namespace cuda_cpu {
+
+// All 32 lanes bring an Operand; the last one calls work(of), where of(lane) is that lane's.
+template <typename Operand, typename Work>
+void warp_meets(const char* what, const char* file, int line, Operand& mine, Work work) {
+    const int warp = current / 32 * 32;
+    meet(warp, 32, ~0u, {what, file, line}, &mine, [&] {
+        work([&](int lane) -> Operand& { return *static_cast<Operand*>(threads[warp + lane].operand); });
+    });
+}
+
+float half_of(uint32_t pair, int high) {
+    const uint32_t bits = high ? pair & 0xffff0000u : pair << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+void load_matrices(uint32_t (&x)[4], const void* row, bool transposed, const char* file, int line) {
+    struct Operand {
+        const void* row;
+        uint32_t x[4];
+    } mine = {row, {}};
+    warp_meets("ldmatrix", file, line, mine, [&](auto of) {
+        uint16_t rows[4][8][8];
+        for (int lane = 0; lane < 32; lane++) {
+            if (reinterpret_cast<uintptr_t>(of(lane).row) % 16) fail("ldmatrix of a row not aligned to 16 bytes");
+            memcpy(rows[lane / 8][lane % 8], of(lane).row, 16);
+        }
+        for (int lane = 0; lane < 32; lane++) {
+            const int i = lane / 4, j = lane % 4 * 2;
+            for (int m = 0; m < 4; m++) {
+                const uint16_t low = transposed ? rows[m][j][i] : rows[m][i][j];
+                const uint16_t high = transposed ? rows[m][j + 1][i] : rows[m][i][j + 1];
+                of(lane).x[m] = low | uint32_t{high} << 16;
+            }
+        }
+    });
+    memcpy(x, mine.x, sizeof x);
+}
+
+}  // namespace cuda_cpu
+
+void ldmatrix(uint32_t (&x)[4], const void* row, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    cuda_cpu::load_matrices(x, row, false, file, line);
+}
+void ldmatrix_trans(uint32_t (&x)[4], const void* row, const char* file = __builtin_FILE(),
+                    int line = __builtin_LINE()) {
+    cuda_cpu::load_matrices(x, row, true, file, line);
+}
+
+// c (16x8) += a (16x16) b (16x8), products of bf16 summed in fp32, in the order of k.
+void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* file = __builtin_FILE(),
+              int line = __builtin_LINE()) {
+    struct Operand {
+        uint32_t a[4], b[2];
+        float c[4];
+    } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
+    cuda_cpu::warp_meets("mma", file, line, mine, [&](auto of) {
+        float left[16][16], right[8][16];
+        for (int lane = 0; lane < 32; lane++) {
+            const int i = lane / 4, j = lane % 4 * 2;
+            for (int e = 0; e < 2; e++) {
+                for (int m = 0; m < 4; m++) {
+                    left[i + m % 2 * 8][j + m / 2 * 8 + e] = cuda_cpu::half_of(of(lane).a[m], e);
+                }
+                for (int m = 0; m < 2; m++) right[i][j + m * 8 + e] = cuda_cpu::half_of(of(lane).b[m], e);
+            }
+        }
+        for (int lane = 0; lane < 32; lane++) {
+            for (int m = 0; m < 4; m++) {
+                const float *x = left[lane / 4 + m / 2 * 8], *y = right[lane % 4 * 2 + m % 2];
+                float& sum = of(lane).c[m];
+                for (int k = 0; k < 16; k++) sum += x[k] * y[k];
+            }
+        }
+    });
+    memcpy(c, mine.c, sizeof c);
+}
+
+void cp_async16(void* to, const void* from, bool valid) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) {
+        cuda_cpu::fail("cp.async not aligned to 16 bytes");
+    }
+    cuda_cpu::Thread& thread = cuda_cpu::threads[cuda_cpu::current];
+    thread.copies.push_back({to, valid ? from : nullptr, thread.groups});
+}
+void cp_async_commit() { cuda_cpu::threads[cuda_cpu::current].groups++; }
+template <int NEWEST>
+void cp_async_wait() {
+    cuda_cpu::Thread& thread = cuda_cpu::threads[cuda_cpu::current];
+    while (!thread.copies.empty() && thread.copies.front().group < thread.groups - NEWEST) {
+        const cuda_cpu::Copy copy = thread.copies.front();
+        copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+        thread.copies.erase(thread.copies.begin());
+    }
+}
+
+float __expf(float x) { return std::exp(x); }
+float __fdividef(float x, float y) { return x / y; }
+float __uint_as_float(unsigned bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 // ---------------------------------------------------------------------------------------------- what the host calls
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+    if (bytes > 99 * 1024) return cudaErrorInvalidValue;
+    cuda_cpu::allowed[reinterpret_cast<const void*>(kernel)] = bytes;
+    return cudaSuccess;
+}
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
     const std::lock_guard<std::mutex> lock(cuda_cpu::one_launch_at_a_time);
     cuda_cpu::body = [=] { kernel(args...); };
+    const auto limit = cuda_cpu::allowed.find(reinterpret_cast<const void*>(kernel));
+    cuda_cpu::shared_limit = limit == cuda_cpu::allowed.end() ? 48 * 1024 : limit->second;
     return static_cast<cudaError_t>(cuda_cpu::run_grid(*config));
 }
 
