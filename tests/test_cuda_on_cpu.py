@@ -146,7 +146,7 @@ def test_warp_errors(planted, bug, complaint):
     assert planted.half_warp_sums(64, x.data_ptr(), y.data_ptr(), 0) == 0  # and the next launch starts afresh
 
 
-@pytest.mark.parametrize("blocks, threads, smem", [(0, 64, 0), (1, 0, 0), (1, 1025, 0), (1, 64, 48 * 1024 + 1)])
+@pytest.mark.parametrize("blocks, threads, smem", [(0, 64, 0), (1, 0, 0), (1, 1025, 0), (1, 64, 99 * 1024 + 1)])
 def test_impossible_launches(planted, blocks, threads, smem):
     code = planted.rotate(blocks, threads, smem, None, None, 0)
     assert code == 719

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -59,18 +59,21 @@ def bind(library: ctypes.CDLL) -> ctypes.CDLL:
 def kernels(library_for: Callable[[torch.device], ctypes.CDLL]):
     """The pair (forward, backward) of op.py's contract. library_for: a bound library that can work on a device."""
 
+    def sizes(r):
+        return DTYPES.index(r.dtype), *r.shape[:3]
+
     def forward(r, w, k, v, a, b, state, save):
         y, state_T = torch.empty_like(r), torch.empty_like(state)
         saved = new_saved(r, state) if save else state.new_empty(0)
         inputs, state = [aligned(x) for x in (r, w, k, v, a, b)], aligned(state)
-        call(library_for(r.device), "forward", r, inputs, state, y, state_T, saved if save else None)
+        call(library_for(r.device), "wkv7_forward", r, sizes(r), inputs, state, y, state_T, saved if save else None)
         return y, state_T, saved
 
     def backward(r, w, k, v, a, b, state, saved, dy, dstate):
         inputs, dy, dstate = [aligned(x) for x in (r, w, k, v, a, b)], aligned(dy), aligned(dstate)
         grads = [torch.empty_like(r) for _ in range(6)]
         dstate0, scratch = torch.empty_like(state), torch.empty_like(saved)
-        call(library_for(r.device), "backward", r, inputs, saved, dy, dstate, grads, dstate0, scratch)
+        call(library_for(r.device), "wkv7_backward", r, sizes(r), inputs, saved, dy, dstate, grads, dstate0, scratch)
         return (*grads, dstate0)
 
     return forward, backward
@@ -87,8 +90,10 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def call(library: ctypes.CDLL, name: str, r: Tensor, *arguments: Tensor | list[Tensor] | None) -> None:
-    """wkv7_<name>(dtype, B, T, H, pointers and arrays of pointers, stream); RuntimeError if the launch fails."""
+def call(
+    library: ctypes.CDLL, name: str, r: Tensor, sizes: Sequence[int], *arguments: Tensor | list[Tensor] | None
+) -> None:
+    """<name>(*sizes, pointers and arrays of pointers, stream), on the device of r; RuntimeError if the launch fails."""
     pointers = [
         None if x is None else x.data_ptr() if isinstance(x, Tensor)
         else (ctypes.c_void_p * len(x))(*(y.data_ptr() for y in x))
@@ -96,6 +101,7 @@ def call(library: ctypes.CDLL, name: str, r: Tensor, *arguments: Tensor | list[T
     ]  # fmt: skip
     with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
         stream = torch.cuda.current_stream().cuda_stream if r.is_cuda else None
-        code = getattr(library, f"wkv7_{name}")(DTYPES.index(r.dtype), *r.shape[:3], *pointers, stream)
+        code = getattr(library, name)(*sizes, *pointers, stream)
     if code:
-        raise RuntimeError(f"wkv7 cuda {name}: {library.wkv7_error(code).decode()} (CUDA error {code})")
+        error = getattr(library, f"{name.rpartition('_')[0]}_error")
+        raise RuntimeError(f"{name}: {error(code).decode()} (CUDA error {code})")

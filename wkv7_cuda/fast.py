@@ -1,0 +1,70 @@
+"""The fast mode of the `cuda` operator: wkv7_fast.cu, chunks on tensor cores, for bf16. cuda.py chooses it and calls it.
+
+Exact enough for training in bf16: rounding its operands costs about as much as rounding its inputs did (README.md).
+"""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cuda import aligned, call
+
+SOURCE = Path(__file__).with_name("wkv7_fast.cu")
+N = 64  # head size
+L = 32  # tokens of a chunk
+WHOLE = 128  # from so many heads on, a head is not cut into segments
+BLOCKS = 264  # with fewer: so many segments in all; two blocks for each of 132 multiprocessors
+SHORTEST = 2  # chunks of a segment
+
+
+def bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the C interface that the end of wkv7_fast.cu defines."""
+    sizes, pointer = [ctypes.c_int64] * 4, ctypes.c_void_p
+    library.wkv7_fast_forward.argtypes = [*sizes, *[pointer] * 7]
+    library.wkv7_fast_backward.argtypes = [*sizes, *[pointer] * 8]
+    library.wkv7_fast_error.argtypes, library.wkv7_fast_error.restype = [ctypes.c_int], ctypes.c_char_p
+    return library
+
+
+def segment_chunks(heads: int, chunks: int) -> int:
+    """How many chunks one block walks. It depends on shapes alone, so results do not depend on the card."""
+    return chunks if heads >= WHOLE else max(SHORTEST, -(-chunks * heads // BLOCKS))
+
+
+def kernels(library_for: Callable[[torch.device], ctypes.CDLL], plan: Callable[[int, int], int] = segment_chunks):
+    """The pair (forward, backward) of op.py's contract. library_for: a bound library that can work on a device."""
+
+    def sizes_and_scratch(r: Tensor, state: Tensor) -> tuple[list[int], Tensor]:
+        batch, time, heads, _ = r.shape
+        chunks = -(-time // L)
+        length = min(plan(batch * heads, chunks), chunks)
+        segments = -(-chunks // length)
+        scratch = state.new_empty(batch * heads, segments, 3, N, N) if segments > 1 else state.new_empty(0)
+        return [batch, time, heads, length], scratch
+
+    def forward(r, w, k, v, a, b, state, save):
+        y, state_T = torch.empty_like(r), torch.empty_like(state)
+        saved = new_saved(r, state) if save else state.new_empty(0)
+        inputs, state = [aligned(x) for x in (r, w, k, v, a, b)], aligned(state)
+        sizes, scratch = sizes_and_scratch(r, state)
+        call(library_for(r.device), "wkv7_fast_forward", r, sizes, inputs, state, y, state_T, saved if save else None,
+             scratch)  # fmt: skip
+        return y, state_T, saved
+
+    def backward(r, w, k, v, a, b, state, saved, dy, dstate):
+        inputs, dy, dstate = [aligned(x) for x in (r, w, k, v, a, b)], aligned(dy), aligned(dstate)
+        grads, dstate0 = [torch.empty_like(r) for _ in range(6)], torch.empty_like(state)
+        sizes, scratch = sizes_and_scratch(r, state)
+        call(library_for(r.device), "wkv7_fast_backward", r, sizes, inputs, saved, dy, dstate, grads, dstate0, scratch)
+        return (*grads, dstate0)
+
+    return forward, backward
+
+
+def new_saved(r: Tensor, state: Tensor) -> Tensor:
+    """Room for the state before every chunk, in bf16, N^2/L numbers per token and head; its order is the kernel's."""
+    batch, time, heads, _ = r.shape
+    return r.new_empty(batch * heads * -(-time // L) * N * N)

@@ -1,0 +1,815 @@
+// WKV-7 on tensor cores: chunks of 32 tokens as products of bf16 matrices, summed in fp32.
+//
+// EQUATION, per batch entry and head: that of wkv7.cu. In a chunk of L = 32 tokens (chunk.py and README.md derive it), rows
+// being tokens, S the state before the chunk, [value, key], c the cumulative log decay G after the chunk's first half:
+//
+//     q~ = r e^(G-c)    a~ = a e^(E-c)    k~ = k e^(c-G)    b~ = b e^(c-G)          E = G one token earlier
+//     Q = [q~ ; a~]     K = [k~ ; b~]     A = mask(Q K^T) = [A_qk A_qb ; A_ak A_ab]          S~ = S e^c
+//
+//     forward    X = A_ak V + a~ S~^T           backward   dU = A_qb^T dY + b~ D~^T         D~ = D e^(G_L-c),
+//                U = (I - A_ab)^-1 X                       Z  = (I - A_ab)^-T dU            D  = dL/dS'
+//                Y = A_qk V + q~ S~^T + A_qb U             dV = A_qk^T dY + k~ D~^T + A_ak^T Z
+//                S' = (S~ + V^T k~ + U^T b~) e^(G_L-c)     dL/dS = (D~ + dY^T q~ + Z^T a~) e^c
+//
+//     gradients  P = mask([dY ; Z] [V ; U]^T)   dQ = P K + [dY ; Z] S~   dK = P^T Q + [V ; U] D~   and dw, see below
+//
+// THE MIRROR. The backward walk is the forward walk with S, V, U, Y, Q, K, A called D, dY, Z, dV, K, Q, A^T and the two
+// halves of the chunk in reverse order. So there is one walk here, template parameter MIRROR.
+//
+// HOW IT IS CUT. One block walks the chunks of one *segment* of one head, in order. Everything is made of 16x16 blocks.
+// Of the state, X, U and Y a warp owns 16 values (of D, dU, Z, dV likewise) and holds them transposed, value by token or
+// value by key: then its accumulators are, rounded, at once the left factors of its next products, no warp needs another's
+// values, and the state never leaves the registers.
+//
+//   warps 0-3  their 16 of the 64 values, resp. of the 64 rows of A and P, resp. 16 tokens and 32 keys of the gradients
+//   warp 4     inverts the 16x16 blocks on the diagonal of I - A_ab (fp32, by rows) while the others work on X and Y
+//
+// Between two barriers of a chunk:
+//   factors    inputs -> Q, K in shared memory; the next chunk's inputs start to arrive
+//   A          16 rows a warp
+//   walk       what needs no inverse, |barrier|, the rest; FORWARD ends here
+//   P          16x32 a warp; warp 4: the diagonal of D~^T S~
+//   gradients  dQ, dK in registers, dw from them, results to memory
+//
+// SEGMENTS. With B*H blocks of its own every SM of a GPU is busy only from about 128 heads on. With fewer, a head's tokens
+// are cut into segments that are walked at once; for that the state before each must be known. A segment maps it affinely,
+// S' = S M + N, and the same walk finds both: N started from 0, M from the identity without V (TRANSITION). wkv7_scan then
+// joins the segments one after another. Backward likewise, from the last segment to the first.
+//
+// MEMORY. `saved`, if asked for: S~ of every chunk in bf16, 256 bytes per token and head, in the order of the fragments.
+// Nothing else is kept. Scratch with n > 1 segments: 3 * 16 KB each.
+//
+// NUMERICS. Rounded to bf16: q~ a~ k~ b~, A, the inverses, X, U, dU, Z, P, and S~, D~ where they are factors. fp32: G, all
+// sums, the carried S and D, the system that is inverted, dw. `chunk.py` with `cast=to_bf16` rounds the same tensors, and
+// tests compare. dw is summed from the *rounded* factors: contributions that must cancel then do, to the last bit.
+// The order of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
+//
+// LIMITS. bf16, N = 64, T >= 1 (the tail is filled with tokens that change nothing), sm_80 or newer with 99 KB of shared
+// memory a block; pointers aligned to 16 bytes (the binding checks); at most 2^31 - 1 blocks a launch.
+#include "device.cuh"
+
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int N = 64, L = 32, WARPS = 4, THREADS = 32 * (WARPS + 1);
+constexpr float MINUS_RATE = -0.60653066f;  // -e^(-1/2): log d at sigma = 1
+
+__device__ inline int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
+
+enum Mode { FORWARD, GRADIENTS, TRANSITION, TRANSITION_MIRRORED };
+
+struct Sizes {
+    int64_t B, T, H, segment_chunks;  // the last: of a segment, but maybe the last one
+    __host__ __device__ int64_t heads() const { return B * H; }
+    __host__ __device__ int64_t chunks() const { return (T + L - 1) / L; }
+    __host__ __device__ int64_t segments() const { return (chunks() + segment_chunks - 1) / segment_chunks; }
+    __host__ __device__ int64_t cells() const { return heads() * segments(); }
+    // Of the first token of a head (numbered b H + h) in [B,T,H,N].
+    __device__ int64_t offset(int64_t head) const { return (head / H * T * H + head % H) * N; }
+};
+
+struct Tensors {
+    const bf16 *r, *w, *k, *v, *a, *b, *dy = nullptr;
+    const float* start;   // [head,segment,value,key] the state before (mirrored: the gradient after) each segment
+    float* end;           // [head,value,key] the state after the last (mirrored: the gradient before the first)
+    float* transitions;   // [head,segment]: N [value,key] in fp32, then M [key,key] in two bf16 parts, high and low
+    uint4* saved;         // [head,chunk,warp,key / 16,lane]: S~
+    bf16* out;            // y (mirrored: dv)
+    bf16 *dr, *dw, *dk, *da, *db;
+
+    explicit Tensors(const bf16* const* inputs)
+        : r(inputs[0]), w(inputs[1]), k(inputs[2]), v(inputs[3]), a(inputs[4]), b(inputs[5]) {}
+};
+
+// ---------------------------------------------------------------------------------------------- 16x16 blocks
+
+// 64 channels of a token, or one row of any other 64 columns: 128 bytes, the 32 banks of shared memory. Its eight
+// 16-byte units stand in an order that depends on the row: the same unit of 8 rows lies in 8 different groups of banks.
+struct alignas(16) Row {
+    bf16 x[64];
+};
+__device__ inline bf16* at(Row* tile, int row, int column) {
+    return tile[row].x + ((column / 8 ^ (row & 7)) * 8 + column % 8);
+}
+__device__ inline const bf16* at(const Row* tile, int row, int column) { return at(const_cast<Row*>(tile), row, column); }
+__device__ inline float2 pair_at(const Row* tile, int row, int column) {  // column even
+    uint32_t word;
+    memcpy(&word, at(tile, row, column), sizeof word);
+    return unpack(word);
+}
+__device__ inline void put_pair(Row* tile, int row, int column, uint32_t word) {
+    memcpy(at(tile, row, column), &word, sizeof word);
+}
+
+struct Lane {  // where a thread's numbers stand in a 16x16 block of sums: rows i, i + 8, columns j, j + 1, j + 8, j + 9
+    int lane = threadIdx.x % 32, i = lane / 4, j = lane % 4 * 2;
+};
+
+struct Factor {  // a 16x16 block of bf16, as the left or the right factor of a product
+    uint32_t x[4];
+};
+
+struct Block {  // a 16x16 block of fp32 sums: x[4 h + 2 l + e] is row i + 8 l, column j + 8 h + e
+    float x[8] = {};
+
+    __device__ void add(const Factor& left, const Factor& right) {
+        mma_bf16(reinterpret_cast<float(&)[4]>(x[0]), left.x, right.x[0], right.x[1]);
+        mma_bf16(reinterpret_cast<float(&)[4]>(x[4]), left.x, right.x[2], right.x[3]);
+    }
+    __device__ Factor round() const {  // to a left factor
+        return {{pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])}};
+    }
+    __device__ void scale_columns(const float* s) {  // s: of this block's 16 columns
+        const Lane at;
+        for (int h = 0; h < 2; h++) {
+            const float2 f = *reinterpret_cast<const float2*>(s + at.j + 8 * h);
+            for (int l = 0; l < 2; l++) x[4 * h + 2 * l] *= f.x, x[4 * h + 2 * l + 1] *= f.y;
+        }
+    }
+    // Rounded, transposed, into a tile: this block's row i is column `column` + i there.
+    __device__ void put_transposed(Row* tile, int row, int column) const {
+        const Lane lane;
+        for (int n = 0; n < 8; n++) {
+            *at(tile, row + lane.j + n / 4 * 8 + n % 2, column + lane.i + n / 2 % 2 * 8) = __float2bfloat16(x[n]);
+        }
+    }
+};
+
+// The block of a tile whose corner is (row, column), as a factor. left: itself; left_t: its transpose; right, right_t too.
+__device__ inline Factor left(const Row* tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    Factor f;
+    ldmatrix(f.x, at(tile, row + lane % 16, column + lane / 16 * 8));
+    return f;
+}
+__device__ inline Factor right(const Row* tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    Factor f;
+    ldmatrix_trans(f.x, at(tile, row + lane % 16, column + lane / 16 * 8));
+    return f;
+}
+__device__ inline Factor left_t(const Row* tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    Factor f;
+    ldmatrix_trans(f.x, at(tile, row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
+    return f;
+}
+__device__ inline Factor right_t(const Row* tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    Factor f;
+    ldmatrix(f.x, at(tile, row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
+    return f;
+}
+
+// ---------------------------------------------------------------------------------------------- shared memory
+
+constexpr int SYSTEM = 16 * 16 + 4;  // floats of a 16x16 block; the 4 keep two blocks in different banks
+
+struct WalkTiles {
+    Row r[L], k[L], a[L], b[L], w[2][L];  // inputs as they arrive; w of the chunk before is needed until its dw is done
+    Row Q[2 * L], K[2 * L];
+    Row A[2 * L];            // A_ab: below the diagonal block A; on the diagonal the inverses; above nothing is read
+    Row out[L];              // Y or dV, on its way to memory
+    float system[2][SYSTEM];  // the blocks on the diagonal of A_ab
+    float sums[WARPS][N];    // log decay of 8 tokens each
+    float e_middle[N], e_end[N];  // e^c, e^(G_L-c)
+    Row in[2 * L];           // V (mirrored: dY); below it, if gradients are computed, U (Z)
+};
+struct GradientTiles : WalkTiles {
+    Row VU[2 * L], S[N], D[N];  // S~ and D~, [value,key]
+    float e[L + 1][N + 8];      // e[t + 1] = e^(G_t-c), e[0] = e^(-c). (8: rows start 8 banks apart)
+    float diagonal[N];          // of D~^T S~
+    float across[2][N];         // sums over the other 16 tokens of the chunk
+};
+
+// ---------------------------------------------------------------------------------------------- the stages of a chunk
+
+// Tokens first .. first + 31 of one head's [B,T,H,N] -> tile, without waiting; zeros from token T on.
+__device__ inline void fetch(Row* tile, const bf16* x, int64_t stride, int64_t first, int64_t T) {
+    for (int n = threadIdx.x; n < L * 8; n += THREADS) {
+        const int t = n / 8, column = n % 8 * 8;
+        cp_async16(at(tile, t, column), x + (first + t) * stride + column, first + t < T);
+    }
+}
+__device__ inline void write_out(const Row* tile, bf16* x, int64_t stride, int64_t first, int64_t T) {
+    for (int n = threadIdx.x; n < L * 8; n += THREADS) {
+        const int t = n / 8, column = n % 8 * 8;
+        if (first + t < T) {
+            *reinterpret_cast<uint4*>(x + (first + t) * stride + column) =
+                *reinterpret_cast<const uint4*>(at(tile, t, column));
+        }
+    }
+}
+
+// sigma(x) and sigma(-x), without overflow and without 1 - sigma, which cancels.
+struct Sigmoid {
+    float plus, minus;
+};
+__device__ inline Sigmoid sigmoid(float x) {
+    const float e = __expf(-fabsf(x)), large = __fdividef(1.0f, 1.0f + e), small = e * large;
+    return x >= 0.0f ? Sigmoid{large, small} : Sigmoid{small, large};
+}
+
+// Inputs -> Q, K, e^c, e^(G_L-c). Each warp does 8 tokens, each lane 2 channels; one barrier inside. `tokens`: how many of
+// the chunk exist; the others decay by nothing (and their r, k, a, b are zeros).
+template <typename Tiles>
+__device__ void factors(Tiles& tiles, const Row* w, int tokens) {
+    const int warp = threadIdx.x / 32, j = threadIdx.x % 32 * 2, first = 8 * warp;
+    float2 G[8];  // from the first of the 8 tokens on
+    if (warp < WARPS) {
+        float2 sum = {0.0f, 0.0f};
+#pragma unroll
+        for (int t = 0; t < 8; t++) {
+            const float2 logit = pair_at(w, first + t, j);
+            if (first + t < tokens) {
+                sum.x += MINUS_RATE * sigmoid(logit.x).plus, sum.y += MINUS_RATE * sigmoid(logit.y).plus;
+            }
+            G[t] = sum;
+        }
+        *reinterpret_cast<float2*>(&tiles.sums[warp][j]) = sum;
+    }
+    __syncthreads();
+    if (warp == WARPS) return;
+    float2 before = {0.0f, 0.0f}, all = {0.0f, 0.0f}, c = {0.0f, 0.0f};
+    for (int n = 0; n < WARPS; n++) {
+        const float2 sum = *reinterpret_cast<const float2*>(&tiles.sums[n][j]);
+        if (n == warp) before = all;
+        all.x += sum.x, all.y += sum.y;
+        if (n == WARPS / 2 - 1) c = all;
+    }
+    before.x -= c.x, before.y -= c.y;
+    float2 e_a = {__expf(before.x), __expf(before.y)};  // e^(E-c)
+    if (warp == 0) {
+        *reinterpret_cast<float2*>(&tiles.e_middle[j]) = {__expf(c.x), __expf(c.y)};
+        *reinterpret_cast<float2*>(&tiles.e_end[j]) = {__expf(all.x - c.x), __expf(all.y - c.y)};
+        if constexpr (std::is_same_v<Tiles, GradientTiles>) *reinterpret_cast<float2*>(&tiles.e[0][j]) = e_a;
+    }
+#pragma unroll
+    for (int t = 0; t < 8; t++) {
+        const int row = first + t;
+        const float2 e_q = {__expf(before.x + G[t].x), __expf(before.y + G[t].y)};
+        const float2 e_k = {__fdividef(1.0f, e_q.x), __fdividef(1.0f, e_q.y)};
+        const float2 r = pair_at(tiles.r, row, j), k = pair_at(tiles.k, row, j), a = pair_at(tiles.a, row, j),
+                     b = pair_at(tiles.b, row, j);
+        put_pair(tiles.Q, row, j, pack(e_q.x * r.x, e_q.y * r.y));
+        put_pair(tiles.Q, row + L, j, pack(e_a.x * a.x, e_a.y * a.y));
+        put_pair(tiles.K, row, j, pack(e_k.x * k.x, e_k.y * k.y));
+        put_pair(tiles.K, row + L, j, pack(e_k.x * b.x, e_k.y * b.y));
+        if constexpr (std::is_same_v<Tiles, GradientTiles>) *reinterpret_cast<float2*>(&tiles.e[row + 1][j]) = e_q;
+        e_a = e_q;
+    }
+}
+
+// A or P, of which a warp computes a 16x16 block: keep what lies below the diagonal (`strict`) or on it as well.
+__device__ inline void mask(Block& x, bool strict) {
+    const Lane lane;
+    for (int n = 0; n < 8; n++) {
+        const int row = lane.i + n / 2 % 2 * 8, column = lane.j + n / 4 * 8 + n % 2;
+        if (row < column + strict) x.x[n] = 0.0f;
+    }
+}
+__device__ inline void put(Row* tile, int row, int column, const Block& x) {
+    const Lane lane;
+    const Factor f = x.round();
+    for (int n = 0; n < 4; n++) put_pair(tile, row + lane.i + n % 2 * 8, column + lane.j + n / 2 * 8, f.x[n]);
+}
+
+// A = mask(Q K^T), rows 16 warp ...; blocks above the diagonal are left out. A_ab's own diagonal goes to `system`.
+template <typename Tiles>
+__device__ void products(Tiles& tiles, int warp) {
+    const int half = warp / 2, t = warp % 2;
+    Factor q[4];
+    for (int n = 0; n < 4; n++) q[n] = left(tiles.Q, 16 * warp, 16 * n);
+    for (int source = 0; source < 2; source++) {
+        for (int s = 0; s <= t; s++) {
+            Block x;
+            for (int n = 0; n < 4; n++) x.add(q[n], right_t(tiles.K, L * source + 16 * s, 16 * n));
+            if (s == t) mask(x, half == 1);
+            if (s == t && half == 1 && source == 1) {
+                const Lane lane;
+                for (int n = 0; n < 8; n++) {
+                    tiles.system[t][(lane.i + n / 2 % 2 * 8) * 16 + lane.j + n / 4 * 8 + n % 2] = x.x[n];
+                }
+            } else {
+                put(tiles.A, 16 * warp, L * source + 16 * s, x);
+            }
+        }
+    }
+}
+
+// The inverses of both 16x16 blocks on the diagonal of I - A_ab, a column a lane: row i of the inverse is row i of the
+// identity plus what A_ab makes of the rows above.
+template <typename Tiles>
+__device__ void invert(Tiles& tiles) {
+    const int block = threadIdx.x % 32 / 16, column = threadIdx.x % 16;
+    const float* system = tiles.system[block];
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+        for (int m = 0; m < i; m++) x[i] += system[16 * i + m] * x[m];
+        *at(tiles.A, L + 16 * block + i, L + 16 * block + column) = __float2bfloat16(x[i]);
+    }
+}
+
+// The walk's direction. `half` 0 are the rows of Q or K that belong to r or k, half 1 those of a or b.
+template <bool MIRROR>
+struct Walk {
+    // The chunk's two times 16 tokens in the order in which the walk meets them.
+    __device__ static int nth(int n) { return MIRROR ? 1 - n : n; }
+    // What 16 tokens t of one half get from 16 tokens s of the other: a block of A or, in the mirror, of its transpose.
+    __device__ static Factor link(const Row* A, int half, int t, int source, int s) {
+        return MIRROR ? right(A, L * source + 16 * s, L * half + 16 * t)
+                      : right_t(A, L * half + 16 * t, L * source + 16 * s);
+    }
+    // From the state and from the input, what needs no system solved: half 0 of Y (dV), or X (dU).
+    __device__ static void begin(Block (&x)[2], int half, const Factor (&S)[4], const Factor (&in)[2], const Row* reads,
+                                 const Row* A) {
+        for (int n = 0; n < 2; n++) {
+            const int t = nth(n);
+            for (int m = 0; m < 4; m++) x[t].add(S[m], right_t(reads, L * half + 16 * t, 16 * m));
+            for (int s = 0; s <= n; s++) x[t].add(in[nth(s)], link(A, half, t, 0, nth(s)));
+        }
+    }
+    // U = (I - A_ab)^-1 X, or Z: by substitution, 16 tokens at a time.
+    __device__ static void solve(Block (&u)[2], Block (&x)[2], const Row* A) {
+        for (int n = 0; n < 2; n++) {
+            const int t = nth(n);
+            if (n == 1) x[t].add(u[nth(0)].round(), link(A, 1, t, 1, nth(0)));
+            u[t].add(x[t].round(), link(A, 1, t, 1, t));
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------- gradients
+
+// P = mask([dY ; Z] [V ; U]^T), over A, which is done with. A warp: 16 tokens of dY and of Z, with V or with U.
+__device__ inline void gradient_of_A(GradientTiles& tiles, int t, int source) {
+    for (int half = 0; half < 2; half++) {
+        for (int s = 0; s <= t; s++) {
+            Block x;
+            for (int n = 0; n < 4; n++) {
+                x.add(left(tiles.in, L * half + 16 * t, 16 * n), right_t(tiles.VU, L * source + 16 * s, 16 * n));
+            }
+            if (s == t) mask(x, half == 1);
+            put(tiles.A, L * half + 16 * t, L * source + 16 * s, x);
+        }
+    }
+}
+
+// The diagonal of D~^T S~, by warp 4: each lane 2 keys.
+__device__ inline void diagonal(GradientTiles& tiles) {
+    const int j = threadIdx.x % 32 * 2;
+    float2 sum = {0.0f, 0.0f};
+#pragma unroll 8
+    for (int i = 0; i < N; i++) {
+        const float2 s = pair_at(tiles.S, i, j), d = pair_at(tiles.D, i, j);
+        sum.x += s.x * d.x, sum.y += s.y * d.y;
+    }
+    *reinterpret_cast<float2*>(&tiles.diagonal[j]) = sum;
+}
+
+// Sums over the 16 tokens of a warp's block, in one column of which a thread holds tokens i (low) and i + 8 (high): of this
+// token and those behind it; or, with BEFORE, of those before it. Returns the sum of all 16.
+template <bool BEFORE>
+__device__ float running_sums(float& low, float& high) {
+    float all[2] = {low, high}, mine[2] = {BEFORE ? 0.0f : low, BEFORE ? 0.0f : high};
+    for (int bit = 4; bit < 32; bit *= 2) {
+        const bool later = threadIdx.x & bit;
+        for (int n = 0; n < 2; n++) {
+            const float other = __shfl_xor_sync(0xffffffffu, all[n], bit);
+            if (later == BEFORE) mine[n] += other;
+            all[n] += other;
+        }
+    }
+    low = mine[0] + (BEFORE ? 0.0f : all[1]), high = mine[1] + (BEFORE ? all[0] : 0.0f);
+    return all[0] + all[1];
+}
+
+// All gradients of a chunk but dV: this warp's 16 tokens (16 t ..) and 32 keys (16 m, m = first_m, first_m + 1).
+//
+//     dg_t = sum_(s >= t) h_s - (a~ da~)_t + sum_(s < t) (k~ dk_s + b~ db_s)_s + diagonal,    with
+//     h = q~ dq~ + a~ da~ - k~ dk_i - b~ db_i;     dk_i, db_i are the parts that come from P, dk_s, db_s those from D~
+struct Gradients {
+    GradientTiles& tiles;
+    const Tensors& x;
+    const Row* w;
+    const int t, first_m;
+    const int64_t at_token, stride, left_tokens;  // of the first of the 16; from it to the end of the sequence
+    Block h[2] = {}, leaving[2] = {}, a_da[2] = {};
+
+    __device__ void store(bf16* out, int m, int h, int l, float first, float second) const {
+        const Lane lane;
+        const int row = lane.i + 8 * l;
+        if (row >= left_tokens) return;
+        const uint32_t word = pack(first, second);
+        memcpy(out + at_token + row * stride + 16 * m + lane.j + 8 * h, &word, sizeof word);
+    }
+
+    // dr dk da db, and what dw is made of but for the sums over the other 16 tokens.
+    __device__ void begin() {
+        const Lane lane;
+        {
+            Block dQ[2][2];
+            for (int source = 0; source < 2; source++) {
+                for (int s = 0; s <= t; s++) {
+                    for (int m = 0; m < 2; m++) {
+                        const Factor k = right(tiles.K, L * source + 16 * s, 16 * (first_m + m));
+                        for (int half = 0; half < 2; half++) {
+                            dQ[half][m].add(left(tiles.A, L * half + 16 * t, L * source + 16 * s), k);
+                        }
+                    }
+                }
+            }
+            for (int n = 0; n < 4; n++) {
+                for (int m = 0; m < 2; m++) {
+                    const Factor s = right(tiles.S, 16 * n, 16 * (first_m + m));
+                    for (int half = 0; half < 2; half++) dQ[half][m].add(left(tiles.in, L * half + 16 * t, 16 * n), s);
+                }
+            }
+            for (int m = 0; m < 2; m++) {
+                for (int pair = 0; pair < 4; pair++) {
+                    const int row = 16 * t + lane.i + pair % 2 * 8, column = 16 * (first_m + m) + lane.j + pair / 2 * 8;
+                    const float2 q = pair_at(tiles.Q, row, column), a = pair_at(tiles.Q, row + L, column);
+                    const float2 e_a = *reinterpret_cast<const float2*>(&tiles.e[row][column]);
+                    const float2 e_q = *reinterpret_cast<const float2*>(&tiles.e[row + 1][column]);
+                    const float *dq = dQ[0][m].x + 2 * pair, *da = dQ[1][m].x + 2 * pair;
+                    store(x.dr, first_m + m, pair / 2, pair % 2, e_q.x * dq[0], e_q.y * dq[1]);
+                    store(x.da, first_m + m, pair / 2, pair % 2, e_a.x * da[0], e_a.y * da[1]);
+                    a_da[m].x[2 * pair] = a.x * da[0], a_da[m].x[2 * pair + 1] = a.y * da[1];
+                    h[m].x[2 * pair] = q.x * dq[0] + a.x * da[0], h[m].x[2 * pair + 1] = q.y * dq[1] + a.y * da[1];
+                }
+            }
+        }
+        Block dK[2][2];
+        for (int source = 0; source < 2; source++) {
+            for (int s = t; s < 2; s++) {
+                for (int m = 0; m < 2; m++) {
+                    const Factor q = right(tiles.Q, L * source + 16 * s, 16 * (first_m + m));
+                    for (int half = 0; half < 2; half++) {
+                        dK[half][m].add(left_t(tiles.A, L * source + 16 * s, L * half + 16 * t), q);
+                    }
+                }
+            }
+        }
+        const auto times_K = [&](int m, int pair) {  // k~ dk~ + b~ db~, as dK stands now
+            const int row = 16 * t + lane.i + pair % 2 * 8, column = 16 * (first_m + m) + lane.j + pair / 2 * 8;
+            const float2 k = pair_at(tiles.K, row, column), b = pair_at(tiles.K, row + L, column);
+            const float *dk = dK[0][m].x + 2 * pair, *db = dK[1][m].x + 2 * pair;
+            return float2{k.x * dk[0] + b.x * db[0], k.y * dk[1] + b.y * db[1]};
+        };
+        for (int m = 0; m < 2; m++) {
+            for (int pair = 0; pair < 4; pair++) {
+                const float2 inside = times_K(m, pair);
+                leaving[m].x[2 * pair] = -inside.x, leaving[m].x[2 * pair + 1] = -inside.y;
+                h[m].x[2 * pair] -= inside.x, h[m].x[2 * pair + 1] -= inside.y;
+            }
+        }
+        for (int n = 0; n < 4; n++) {
+            for (int m = 0; m < 2; m++) {
+                const Factor d = right(tiles.D, 16 * n, 16 * (first_m + m));
+                for (int half = 0; half < 2; half++) dK[half][m].add(left(tiles.VU, L * half + 16 * t, 16 * n), d);
+            }
+        }
+        for (int m = 0; m < 2; m++) {
+            for (int pair = 0; pair < 4; pair++) {
+                const int row = 16 * t + lane.i + pair % 2 * 8, column = 16 * (first_m + m) + lane.j + pair / 2 * 8;
+                const float2 e_q = *reinterpret_cast<const float2*>(&tiles.e[row + 1][column]), all = times_K(m, pair);
+                const float2 e_k = {__fdividef(1.0f, e_q.x), __fdividef(1.0f, e_q.y)};
+                const float *dk = dK[0][m].x + 2 * pair, *db = dK[1][m].x + 2 * pair;
+                store(x.dk, first_m + m, pair / 2, pair % 2, e_k.x * dk[0], e_k.y * dk[1]);
+                store(x.db, first_m + m, pair / 2, pair % 2, e_k.x * db[0], e_k.y * db[1]);
+                leaving[m].x[2 * pair] += all.x, leaving[m].x[2 * pair + 1] += all.y;
+            }
+        }
+        for (int m = 0; m < 2; m++) {
+            for (int n : {0, 1, 4, 5}) {  // low in x[n], high in x[n + 2]
+                const int column = 16 * (first_m + m) + lane.j + n / 4 * 8 + n % 2;
+                const float behind = running_sums<false>(h[m].x[n], h[m].x[n + 2]);
+                const float before = running_sums<true>(leaving[m].x[n], leaving[m].x[n + 2]);
+                if (lane.i == 0) tiles.across[t][column] = t == 1 ? behind : before;
+            }
+        }
+    }
+    // dw, after a barrier.
+    __device__ void end() const {
+        const Lane lane;
+        for (int m = 0; m < 2; m++) {
+            for (int pair = 0; pair < 4; pair++) {
+                const int row = 16 * t + lane.i + pair % 2 * 8, column = 16 * (first_m + m) + lane.j + pair / 2 * 8;
+                const float2 logit = pair_at(w, row, column);
+                float dw[2];
+                for (int e = 0; e < 2; e++) {
+                    const int n = 2 * pair + e;
+                    const float dg = h[m].x[n] - a_da[m].x[n] + leaving[m].x[n] + tiles.diagonal[column + e] +
+                                     tiles.across[1 - t][column + e];
+                    const Sigmoid s = sigmoid(e ? logit.y : logit.x);
+                    dw[e] = dg * MINUS_RATE * s.plus * s.minus;
+                }
+                store(x.dw, first_m + m, pair / 2, pair % 2, dw[0], dw[1]);
+            }
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------- the walk
+
+template <Mode MODE>
+struct Traits {
+    static constexpr bool mirror = MODE == GRADIENTS || MODE == TRANSITION_MIRRORED;
+    static constexpr bool transition = MODE == TRANSITION || MODE == TRANSITION_MIRRORED;
+    static constexpr bool gradients = MODE == GRADIENTS;
+    using Tiles = std::conditional_t<gradients, GradientTiles, WalkTiles>;
+    // Without gradients the lower half of `in`, which is the last member, is not used.
+    static constexpr size_t smem = sizeof(Tiles) - (gradients ? 0 : sizeof(Row) * L);
+};
+
+// A warp's 16 rows of a state [value,key] in fp32.
+__device__ inline void load_state(Block (&S)[4], const float* state, int warp) {
+    const Lane lane;
+    for (int m = 0; m < 4; m++) {
+        for (int pair = 0; pair < 4; pair++) {
+            const float2 s = *reinterpret_cast<const float2*>(
+                state + (16 * warp + lane.i + pair % 2 * 8) * N + 16 * m + lane.j + pair / 2 * 8);
+            S[m].x[2 * pair] = s.x, S[m].x[2 * pair + 1] = s.y;
+        }
+    }
+}
+__device__ inline void store_state(const Block (&S)[4], float* state, int warp) {
+    const Lane lane;
+    for (int m = 0; m < 4; m++) {
+        for (int pair = 0; pair < 4; pair++) {
+            *reinterpret_cast<float2*>(
+                state + (16 * warp + lane.i + pair % 2 * 8) * N + 16 * m + lane.j + pair / 2 * 8) =
+                {S[m].x[2 * pair], S[m].x[2 * pair + 1]};
+        }
+    }
+}
+// x = high + low to 16 bits, both bf16.
+__device__ inline void split(const Block& x, Factor& high, Factor& low) {
+    high = x.round();
+    Block rest;
+    for (int n = 0; n < 4; n++) {
+        const float2 h = unpack(high.x[n]);
+        rest.x[2 * n] = x.x[2 * n] - h.x, rest.x[2 * n + 1] = x.x[2 * n + 1] - h.y;
+    }
+    low = rest.round();
+}
+__device__ inline void store_split(const Block (&S)[4], bf16* parts, int warp) {
+    const Lane lane;
+    for (int m = 0; m < 4; m++) {
+        Factor part[2];
+        split(S[m], part[0], part[1]);
+        for (int p = 0; p < 2; p++) {
+            for (int n = 0; n < 4; n++) {
+                memcpy(parts + p * N * N + (16 * warp + lane.i + n % 2 * 8) * N + 16 * m + lane.j + n / 2 * 8,
+                       &part[p].x[n], sizeof(uint32_t));
+            }
+        }
+    }
+}
+
+template <Mode MODE>
+__global__ void __launch_bounds__(THREADS, 2) wkv7_walk_kernel(Sizes sizes, Tensors x) {
+    using M = Traits<MODE>;
+    using Direction = Walk<M::mirror>;
+    typename M::Tiles& tiles = *reinterpret_cast<typename M::Tiles*>(dyn_smem());
+    const int warp = threadIdx.x / 32;
+    // Of each head all segments; but nothing asks how the walk's last one changes the state.
+    const int64_t each = sizes.segments() - M::transition, block = M::transition ? blockIdx.x / 2 : blockIdx.x;
+    const bool identity = M::transition && blockIdx.x % 2;  // start from the identity, without input
+    const int64_t head = block / each, segment = block % each + (MODE == TRANSITION_MIRRORED);
+    const int64_t cell = head * sizes.segments() + segment;
+    const int64_t first = segment * sizes.segment_chunks, end = lesser(first + sizes.segment_chunks, sizes.chunks());
+    const int64_t T = sizes.T, stride = sizes.H * N, offset = sizes.offset(head);
+    const bf16* in = (M::mirror ? x.dy : x.v) + offset;
+    Row* const reads = M::mirror ? tiles.K : tiles.Q;   // what the state is multiplied with
+    Row* const writes = M::mirror ? tiles.Q : tiles.K;  // and what is written into it
+    const float* e_before = M::mirror ? tiles.e_end : tiles.e_middle;
+    const float* e_after = M::mirror ? tiles.e_middle : tiles.e_end;
+
+    const auto chunk_of = [&](int64_t n) { return M::mirror ? end - 1 - n : first + n; };
+    const auto prefetch = [&](int64_t n) {
+        if (first + n < end) {
+            const int64_t token = chunk_of(n) * L;
+            fetch(tiles.r, x.r + offset, stride, token, T), fetch(tiles.w[n % 2], x.w + offset, stride, token, T);
+            fetch(tiles.k, x.k + offset, stride, token, T), fetch(tiles.a, x.a + offset, stride, token, T);
+            fetch(tiles.b, x.b + offset, stride, token, T);
+        }
+        cp_async_commit();
+    };
+
+    Block S[4];  // mirrored: D
+    if (warp < WARPS) {
+        if (!M::transition) load_state(S, x.start + cell * N * N, warp);
+        const Lane lane;
+        for (int n = 0; n < 8; n++) {
+            const int row = lane.i + n / 2 % 2 * 8, column = lane.j + n / 4 * 8 + n % 2;
+            if (identity && row == column) {
+#pragma unroll
+                for (int m = 0; m < 4; m++) S[m].x[n] = m == warp ? 1.0f : 0.0f;
+            }
+        }
+    }
+    prefetch(0);
+    for (int64_t n = 0; first + n < end; n++) {
+        const int64_t chunk = chunk_of(n), token = chunk * L;
+        cp_async_wait<0>();
+        __syncthreads();  // inputs are here; all is done with the chunk before
+        if (!M::transition && n > 0) write_out(tiles.out, x.out + offset, stride, chunk_of(n - 1) * L, T);
+        fetch(tiles.in, in, stride, token, identity ? 0 : T);
+        if constexpr (M::gradients) fetch(tiles.VU, x.v + offset, stride, token, T);
+        cp_async_commit();
+        factors(tiles, tiles.w[n % 2], static_cast<int>(lesser(T - token, L)));
+        __syncthreads();
+        prefetch(n + 1);
+        if (warp < WARPS) products(tiles, warp);
+        cp_async_wait<1>();
+        __syncthreads();
+
+        Factor u[2], S_before[4];  // S~, D~ (saved: S~)
+        Block out[2], rhs[2], rhs_u[2];
+        if (warp == WARPS) {
+            invert(tiles);
+        } else {
+            const Factor input[2] = {left_t(tiles.in, 0, 16 * warp), left_t(tiles.in, 16, 16 * warp)};
+            for (int m = 0; m < 4; m++) {
+                S[m].scale_columns(e_before + 16 * m);
+                S_before[m] = S[m].round();
+            }
+            if (!M::transition) Direction::begin(out, 0, S_before, input, reads, tiles.A);
+            Direction::begin(rhs, 1, S_before, input, reads, tiles.A);
+            for (int m = 0; m < 4; m++) {
+                for (int t = 0; t < 2; t++) S[m].add(input[t], right(writes, 16 * t, 16 * m));
+            }
+            uint4* saved = x.saved + ((head * sizes.chunks() + chunk) * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
+            if constexpr (MODE == FORWARD) {
+                for (int m = 0; m < 4 && x.saved; m++) {
+                    const uint32_t(&s)[4] = S_before[m].x;
+                    saved[32 * m] = {s[0], s[1], s[2], s[3]};
+                }
+            }
+            if constexpr (M::gradients) {
+                Factor state[4];
+                const Lane lane;
+                for (int m = 0; m < 4; m++) {
+                    const uint4 s = saved[32 * m];
+                    state[m] = {{s.x, s.y, s.z, s.w}};
+                    for (int p = 0; p < 4; p++) {
+                        const int row = 16 * warp + lane.i + p % 2 * 8, column = 16 * m + lane.j + p / 2 * 8;
+                        put_pair(tiles.S, row, column, state[m].x[p]);
+                        put_pair(tiles.D, row, column, S_before[m].x[p]);
+                    }
+                }
+                const Factor v[2] = {left_t(tiles.VU, 0, 16 * warp), left_t(tiles.VU, 16, 16 * warp)};
+                Walk<false>::begin(rhs_u, 1, state, v, tiles.Q, tiles.A);
+            }
+        }
+        __syncthreads();
+        if (warp < WARPS) {
+            Block solution[2];
+            Direction::solve(solution, rhs, tiles.A);
+            for (int t = 0; t < 2; t++) u[t] = solution[t].round();
+            for (int m = 0; m < 4; m++) {
+                for (int t = 0; t < 2; t++) S[m].add(u[t], right(writes, L + 16 * t, 16 * m));
+                S[m].scale_columns(e_after + 16 * m);
+            }
+            if (!M::transition) {
+                for (int t = 0; t < 2; t++) {
+                    for (int s = 0; s <= t; s++) {
+                        out[Direction::nth(t)].add(u[Direction::nth(s)],
+                                                   Direction::link(tiles.A, 0, Direction::nth(t), 1, Direction::nth(s)));
+                    }
+                }
+                for (int t = 0; t < 2; t++) out[t].put_transposed(tiles.out, 16 * t, 16 * warp);
+            }
+            if constexpr (M::gradients) {
+                for (int t = 0; t < 2; t++) solution[t].put_transposed(tiles.in, L + 16 * t, 16 * warp);
+                Block U[2];
+                Walk<false>::solve(U, rhs_u, tiles.A);
+                for (int t = 0; t < 2; t++) U[t].put_transposed(tiles.VU, L + 16 * t, 16 * warp);
+            }
+        }
+        if constexpr (M::gradients) {
+            __syncthreads();
+            if (warp == WARPS) diagonal(tiles);
+            if (warp < WARPS) gradient_of_A(tiles, warp % 2, warp / 2);
+            __syncthreads();
+            const int t = warp % 2;
+            const int64_t behind = token + 16 * t;
+            Gradients gradients{tiles, x, tiles.w[n % 2], t, warp / 2 * 2, offset + behind * stride, stride, T - behind};
+            if (warp < WARPS) gradients.begin();
+            __syncthreads();
+            if (warp < WARPS) gradients.end();
+        }
+    }
+    cp_async_wait<0>();
+    if (M::transition) {
+        float* to = x.transitions + cell * 2 * N * N;
+        if (warp < WARPS) {
+            if (identity) store_split(S, reinterpret_cast<bf16*>(to + N * N), warp);
+            else store_state(S, to, warp);
+        }
+        return;
+    }
+    __syncthreads();
+    write_out(tiles.out, x.out + offset, stride, (M::mirror ? first : end - 1) * L, T);
+    if (warp < WARPS && segment == (M::mirror ? 0 : sizes.segments() - 1)) store_state(S, x.end + head * N * N, warp);
+}
+
+// ---------------------------------------------------------------------------------------------- joining segments
+
+struct ScanTiles {
+    Row M[2][2][N];  // of this segment and of the next; high and low part
+};
+
+// The state before (mirrored: the gradient after) every segment: S <- S M + N from one to the next. A block does a head, a
+// warp 16 rows. S and M are each taken as two bf16 parts, which is as good as 16 bits: their low parts' product is left out.
+template <bool MIRROR>
+__global__ void __launch_bounds__(32 * WARPS) wkv7_scan_kernel(Sizes sizes, const float* state, const float* transitions,
+                                                              float* start) {
+    ScanTiles& tiles = *reinterpret_cast<ScanTiles*>(dyn_smem());
+    const int warp = threadIdx.x / 32;
+    const int64_t head = blockIdx.x, segments = sizes.segments();
+    const auto cell = [&](int64_t n) { return head * segments + (MIRROR ? segments - 1 - n : n); };
+    const auto fetch_M = [&](int64_t n) {
+        const bf16* parts = reinterpret_cast<const bf16*>(transitions + (2 * cell(n) + 1) * N * N);
+        for (int i = threadIdx.x; n < segments - 1 && i < 2 * N * 8; i += 32 * WARPS) {
+            cp_async16(at(tiles.M[n % 2][0], i / 8, i % 8 * 8), parts + i * 8, true);
+        }
+        cp_async_commit();
+    };
+    Block S[4];
+    load_state(S, state + head * N * N, warp);
+    fetch_M(0);
+    for (int64_t n = 0; n < segments - 1; n++) {
+        store_state(S, start + cell(n) * N * N, warp);
+        fetch_M(n + 1);
+        Factor high[4], low[4];
+        for (int m = 0; m < 4; m++) split(S[m], high[m], low[m]);
+        load_state(S, transitions + 2 * cell(n) * N * N, warp);
+        cp_async_wait<1>();
+        __syncthreads();
+        const Row *M_high = tiles.M[n % 2][0], *M_low = tiles.M[n % 2][1];
+        for (int m = 0; m < 4; m++) {
+            for (int i = 0; i < 4; i++) {
+                const Factor M = right(M_high, 16 * i, 16 * m);
+                S[m].add(high[i], M), S[m].add(low[i], M), S[m].add(high[i], right(M_low, 16 * i, 16 * m));
+            }
+        }
+        __syncthreads();
+    }
+    cp_async_wait<0>();
+    store_state(S, start + cell(segments - 1) * N * N, warp);
+}
+
+// ---------------------------------------------------------------------------------------------- launches
+
+// scratch: [head,segment] transitions, then [head,segment] starts; unused with one segment.
+template <Mode MODE>
+int run(Sizes sizes, Tensors x, const float* state, float* scratch, void* stream) {
+    constexpr bool MIRROR = Traits<MODE>::mirror;
+    constexpr Mode CROSS = MIRROR ? TRANSITION_MIRRORED : TRANSITION;
+    x.start = state;
+    if (sizes.segments() > 1) {
+        float* start = scratch + sizes.cells() * 2 * N * N;
+        x.start = start, x.transitions = scratch;
+        int error = launch(wkv7_walk_kernel<CROSS>, 2 * (sizes.cells() - sizes.heads()), THREADS, Traits<CROSS>::smem,
+                           stream, sizes, x);
+        if (error) return error;
+        error = launch(wkv7_scan_kernel<MIRROR>, sizes.heads(), 32 * WARPS, sizeof(ScanTiles), stream, sizes, state,
+                       static_cast<const float*>(scratch), start);
+        if (error) return error;
+    }
+    return launch(wkv7_walk_kernel<MODE>, sizes.cells(), THREADS, Traits<MODE>::smem, stream, sizes, x);
+}
+
+static_assert(sizeof(GradientTiles) <= 99 * 1024, "consumer cards have no more");
+
+}  // namespace
+
+// C interface, bound in fast.py. `inputs` and `grads` are arrays of six pointers in the order r w k v a b, to bf16; states
+// and scratch are fp32; `saved` may be null in the forward. Each function returns the cudaError_t of its launches.
+extern "C" {
+
+int wkv7_fast_forward(int64_t B, int64_t T, int64_t H, int64_t segment_chunks, const bf16* const* inputs,
+                      const float* state, bf16* y, float* state_T, void* saved, float* scratch, void* stream) {
+    Tensors x(inputs);
+    x.out = y, x.end = state_T, x.saved = static_cast<uint4*>(saved);
+    return run<FORWARD>({B, T, H, segment_chunks}, x, state, scratch, stream);
+}
+
+int wkv7_fast_backward(int64_t B, int64_t T, int64_t H, int64_t segment_chunks, const bf16* const* inputs, void* saved,
+                       const bf16* dy, const float* dstate_T, bf16* const* grads, float* dstate, float* scratch,
+                       void* stream) {
+    Tensors x(inputs);
+    x.dy = dy, x.saved = static_cast<uint4*>(saved), x.end = dstate, x.out = grads[3];
+    x.dr = grads[0], x.dw = grads[1], x.dk = grads[2], x.da = grads[4], x.db = grads[5];
+    return run<GRADIENTS>({B, T, H, segment_chunks}, x, dstate_T, scratch, stream);
+}
+
+const char* wkv7_fast_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+}  // extern "C"
