@@ -21,15 +21,12 @@
 // value by key: then its accumulators are, rounded, at once the left factors of its next products, no warp needs another's
 // values, and the state never leaves the registers.
 //
-//   warps 0-3  their 16 of the 64 values, resp. of the 64 rows of A and P, resp. 16 tokens and 32 keys of the gradients
-//   warp 4     inverts the 16x16 blocks on the diagonal of I - A_ab (fp32, by rows) while the others work on X and Y
-//
-// Between two barriers of a chunk:
-//   factors    inputs -> Q, K in shared memory; the next chunk's inputs start to arrive
-//   A          16 rows a warp
-//   walk       what needs no inverse, |barrier|, the rest; FORWARD ends here
-//   P          16x32 a warp; warp 4: the diagonal of D~^T S~
-//   gradients  dQ, dK in registers, dw from them, results to memory
+// A chunk, from barrier to barrier; what one of the four warps does:
+//   factors    inputs -> Q, K in shared memory: 8 tokens (one barrier inside). The next chunk's inputs start to arrive
+//   products   A: 16 of its 64 rows; then the 16x16 blocks on the diagonal of I - A_ab are inverted, in fp32, by rows
+//   walk       X, U, Y, S of 16 values. FORWARD ends here
+//   P          16 rows of dY and of Z, with V or with U
+//   gradients  dQ, dK of 16 tokens and 32 keys, dw from them (one barrier inside); results go to memory
 //
 // SEGMENTS. With B*H blocks of its own every SM of a GPU is busy only from about 128 heads on. With fewer, a head's tokens
 // are cut into segments that are walked at once; for that the state before each must be known. A segment maps it affinely,
@@ -52,7 +49,7 @@ namespace {
 
 using bf16 = __nv_bfloat16;
 
-constexpr int N = 64, L = 32, WARPS = 4, THREADS = 32 * (WARPS + 1);
+constexpr int N = 64, L = 32, WARPS = 4, THREADS = 32 * WARPS;
 constexpr float MINUS_RATE = -0.60653066f;  // -e^(-1/2): log d at sigma = 1
 
 __device__ inline int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -122,16 +119,11 @@ struct Block {  // a 16x16 block of fp32 sums: x[4 h + 2 l + e] is row i + 8 l, 
     }
     __device__ void scale_columns(const float* s) {  // s: of this block's 16 columns
         const Lane at;
+#pragma unroll
         for (int h = 0; h < 2; h++) {
             const float2 f = *reinterpret_cast<const float2*>(s + at.j + 8 * h);
+#pragma unroll
             for (int l = 0; l < 2; l++) x[4 * h + 2 * l] *= f.x, x[4 * h + 2 * l + 1] *= f.y;
-        }
-    }
-    // Rounded, transposed, into a tile: this block's row i is column `column` + i there.
-    __device__ void put_transposed(Row* tile, int row, int column) const {
-        const Lane lane;
-        for (int n = 0; n < 8; n++) {
-            *at(tile, row + lane.j + n / 4 * 8 + n % 2, column + lane.i + n / 2 % 2 * 8) = __float2bfloat16(x[n]);
         }
     }
 };
@@ -164,14 +156,12 @@ __device__ inline Factor right_t(const Row* tile, int row, int column) {
 
 // ---------------------------------------------------------------------------------------------- shared memory
 
-constexpr int SYSTEM = 16 * 16 + 4;  // floats of a 16x16 block; the 4 keep two blocks in different banks
-
 struct WalkTiles {
     Row r[L], k[L], a[L], b[L], w[2][L];  // inputs as they arrive; w of the chunk before is needed until its dw is done
     Row Q[2 * L], K[2 * L];
     Row A[2 * L];            // A_ab: below the diagonal block A; on the diagonal the inverses; above nothing is read
     Row out[L];              // Y or dV, on its way to memory
-    float system[2][SYSTEM];  // the blocks on the diagonal of A_ab
+    float system[2][16 * 16];  // the blocks on the diagonal of A_ab
     float sums[WARPS][N];    // log decay of 8 tokens each
     float e_middle[N], e_end[N];  // e^c, e^(G_L-c)
     Row in[2 * L];           // V (mirrored: dY); below it, if gradients are computed, U (Z)
@@ -217,24 +207,22 @@ template <typename Tiles>
 __device__ void factors(Tiles& tiles, const Row* w, int tokens) {
     const int warp = threadIdx.x / 32, j = threadIdx.x % 32 * 2, first = 8 * warp;
     float2 G[8];  // from the first of the 8 tokens on
-    if (warp < WARPS) {
-        float2 sum = {0.0f, 0.0f};
+    float2 sum = {0.0f, 0.0f};
 #pragma unroll
-        for (int t = 0; t < 8; t++) {
-            const float2 logit = pair_at(w, first + t, j);
-            if (first + t < tokens) {
-                sum.x += MINUS_RATE * sigmoid(logit.x).plus, sum.y += MINUS_RATE * sigmoid(logit.y).plus;
-            }
-            G[t] = sum;
+    for (int t = 0; t < 8; t++) {
+        const float2 logit = pair_at(w, first + t, j);
+        if (first + t < tokens) {
+            sum.x += MINUS_RATE * sigmoid(logit.x).plus, sum.y += MINUS_RATE * sigmoid(logit.y).plus;
         }
-        *reinterpret_cast<float2*>(&tiles.sums[warp][j]) = sum;
+        G[t] = sum;
     }
+    *reinterpret_cast<float2*>(&tiles.sums[warp][j]) = sum;
     __syncthreads();
-    if (warp == WARPS) return;
     float2 before = {0.0f, 0.0f}, all = {0.0f, 0.0f}, c = {0.0f, 0.0f};
+#pragma unroll
     for (int n = 0; n < WARPS; n++) {
-        const float2 sum = *reinterpret_cast<const float2*>(&tiles.sums[n][j]);
         if (n == warp) before = all;
+        sum = *reinterpret_cast<const float2*>(&tiles.sums[n][j]);
         all.x += sum.x, all.y += sum.y;
         if (n == WARPS / 2 - 1) c = all;
     }
@@ -261,18 +249,48 @@ __device__ void factors(Tiles& tiles, const Row* w, int tokens) {
     }
 }
 
+// X, U, Y or dU, Z, dV of 16 values, which their warp holds as value by token, into a tile, token by value.
+__device__ inline void put_transposed(Row* tile, int row, int column, const Block (&x)[2]) {
+    const Lane lane;
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            *at(tile, row + 16 * t + lane.j + n / 4 * 8 + n % 2, column + lane.i + n / 2 % 2 * 8) =
+                __float2bfloat16(x[t].x[n]);
+        }
+    }
+}
+
 // A or P, of which a warp computes a 16x16 block: keep what lies below the diagonal (`strict`) or on it as well.
 __device__ inline void mask(Block& x, bool strict) {
     const Lane lane;
+#pragma unroll
     for (int n = 0; n < 8; n++) {
         const int row = lane.i + n / 2 % 2 * 8, column = lane.j + n / 4 * 8 + n % 2;
         if (row < column + strict) x.x[n] = 0.0f;
     }
 }
-__device__ inline void put(Row* tile, int row, int column, const Block& x) {
+__device__ inline void put(Row* tile, int row, int column, const Factor& f) {
     const Lane lane;
-    const Factor f = x.round();
+#pragma unroll
     for (int n = 0; n < 4; n++) put_pair(tile, row + lane.i + n % 2 * 8, column + lane.j + n / 2 * 8, f.x[n]);
+}
+
+// The inverse of I - A_ab's 16x16 block t on the diagonal, a column a lane (the upper 16 lanes do the same as the lower
+// ones): row i of the inverse is row i of the identity plus what A_ab makes of the rows above.
+template <typename Tiles>
+__device__ void invert(Tiles& tiles, int t) {
+    const int column = threadIdx.x % 16;
+    const float* system = tiles.system[t];
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+        for (int m = 0; m < i; m++) x[i] += system[16 * i + m] * x[m];
+        *at(tiles.A, L + 16 * t + i, L + 16 * t + column) = __float2bfloat16(x[i]);
+    }
 }
 
 // A = mask(Q K^T), rows 16 warp ...; blocks above the diagonal are left out. A_ab's own diagonal goes to `system`.
@@ -280,37 +298,29 @@ template <typename Tiles>
 __device__ void products(Tiles& tiles, int warp) {
     const int half = warp / 2, t = warp % 2;
     Factor q[4];
+#pragma unroll
     for (int n = 0; n < 4; n++) q[n] = left(tiles.Q, 16 * warp, 16 * n);
+#pragma unroll
     for (int source = 0; source < 2; source++) {
         for (int s = 0; s <= t; s++) {
             Block x;
+#pragma unroll
             for (int n = 0; n < 4; n++) x.add(q[n], right_t(tiles.K, L * source + 16 * s, 16 * n));
             if (s == t) mask(x, half == 1);
             if (s == t && half == 1 && source == 1) {
                 const Lane lane;
+#pragma unroll
                 for (int n = 0; n < 8; n++) {
                     tiles.system[t][(lane.i + n / 2 % 2 * 8) * 16 + lane.j + n / 4 * 8 + n % 2] = x.x[n];
                 }
             } else {
-                put(tiles.A, 16 * warp, L * source + 16 * s, x);
+                put(tiles.A, 16 * warp, L * source + 16 * s, x.round());
             }
         }
     }
-}
-
-// The inverses of both 16x16 blocks on the diagonal of I - A_ab, a column a lane: row i of the inverse is row i of the
-// identity plus what A_ab makes of the rows above.
-template <typename Tiles>
-__device__ void invert(Tiles& tiles) {
-    const int block = threadIdx.x % 32 / 16, column = threadIdx.x % 16;
-    const float* system = tiles.system[block];
-    float x[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        x[i] = i == column ? 1.0f : 0.0f;
-#pragma unroll
-        for (int m = 0; m < i; m++) x[i] += system[16 * i + m] * x[m];
-        *at(tiles.A, L + 16 * block + i, L + 16 * block + column) = __float2bfloat16(x[i]);
+    if (half == 1) {
+        __syncwarp();
+        invert(tiles, t);
     }
 }
 
@@ -324,51 +334,60 @@ struct Walk {
         return MIRROR ? right(A, L * source + 16 * s, L * half + 16 * t)
                       : right_t(A, L * half + 16 * t, L * source + 16 * s);
     }
-    // From the state and from the input, what needs no system solved: half 0 of Y (dV), or X (dU).
+    // From the state and from the input: X (dU) with half 1; with half 0 Y (dV) but for what U (Z) adds.
     __device__ static void begin(Block (&x)[2], int half, const Factor (&S)[4], const Factor (&in)[2], const Row* reads,
                                  const Row* A) {
+#pragma unroll
         for (int n = 0; n < 2; n++) {
             const int t = nth(n);
+#pragma unroll
             for (int m = 0; m < 4; m++) x[t].add(S[m], right_t(reads, L * half + 16 * t, 16 * m));
+#pragma unroll
             for (int s = 0; s <= n; s++) x[t].add(in[nth(s)], link(A, half, t, 0, nth(s)));
         }
     }
     // U = (I - A_ab)^-1 X, or Z: by substitution, 16 tokens at a time.
     __device__ static void solve(Block (&u)[2], Block (&x)[2], const Row* A) {
-        for (int n = 0; n < 2; n++) {
-            const int t = nth(n);
-            if (n == 1) x[t].add(u[nth(0)].round(), link(A, 1, t, 1, nth(0)));
-            u[t].add(x[t].round(), link(A, 1, t, 1, t));
-        }
+        const int t = nth(0), next = nth(1);
+        u[t].add(x[t].round(), link(A, 1, t, 1, t));
+        x[next].add(u[t].round(), link(A, 1, next, 1, t));
+        u[next].add(x[next].round(), link(A, 1, next, 1, next));
+    }
+    __device__ static void end(Block (&y)[2], const Factor (&u)[2], const Row* A) {
+        const int t = nth(0), next = nth(1);
+        y[t].add(u[t], link(A, 0, t, 1, t));
+        y[next].add(u[t], link(A, 0, next, 1, t));
+        y[next].add(u[next], link(A, 0, next, 1, next));
     }
 };
 
 // ---------------------------------------------------------------------------------------------- gradients
 
-// P = mask([dY ; Z] [V ; U]^T), over A, which is done with. A warp: 16 tokens of dY and of Z, with V or with U.
+// The diagonal of D~^T S~ for 32 keys, one a lane.
+__device__ inline void diagonal(GradientTiles& tiles, int first) {
+    const int j = first + threadIdx.x % 32;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int i = 0; i < N; i++) sum += __bfloat162float(*at(tiles.S, i, j)) * __bfloat162float(*at(tiles.D, i, j));
+    tiles.diagonal[j] = sum;
+}
+
+// P = mask([dY ; Z] [V ; U]^T), over A, which is done with. A warp: 16 tokens of dY and of Z, with V or with U. Those of the
+// first 16 tokens have less to do and the diagonal besides.
 __device__ inline void gradient_of_A(GradientTiles& tiles, int t, int source) {
+#pragma unroll
     for (int half = 0; half < 2; half++) {
         for (int s = 0; s <= t; s++) {
             Block x;
+#pragma unroll
             for (int n = 0; n < 4; n++) {
                 x.add(left(tiles.in, L * half + 16 * t, 16 * n), right_t(tiles.VU, L * source + 16 * s, 16 * n));
             }
             if (s == t) mask(x, half == 1);
-            put(tiles.A, L * half + 16 * t, L * source + 16 * s, x);
+            put(tiles.A, L * half + 16 * t, L * source + 16 * s, x.round());
         }
     }
-}
-
-// The diagonal of D~^T S~, by warp 4: each lane 2 keys.
-__device__ inline void diagonal(GradientTiles& tiles) {
-    const int j = threadIdx.x % 32 * 2;
-    float2 sum = {0.0f, 0.0f};
-#pragma unroll 8
-    for (int i = 0; i < N; i++) {
-        const float2 s = pair_at(tiles.S, i, j), d = pair_at(tiles.D, i, j);
-        sum.x += s.x * d.x, sum.y += s.y * d.y;
-    }
-    *reinterpret_cast<float2*>(&tiles.diagonal[j]) = sum;
+    if (t == 0) diagonal(tiles, 32 * source);
 }
 
 // Sums over the 16 tokens of a warp's block, in one column of which a thread holds tokens i (low) and i + 8 (high): of this
@@ -378,6 +397,7 @@ __device__ float running_sums(float& low, float& high) {
     float all[2] = {low, high}, mine[2] = {BEFORE ? 0.0f : low, BEFORE ? 0.0f : high};
     for (int bit = 4; bit < 32; bit *= 2) {
         const bool later = threadIdx.x & bit;
+#pragma unroll
         for (int n = 0; n < 2; n++) {
             const float other = __shfl_xor_sync(0xffffffffu, all[n], bit);
             if (later == BEFORE) mine[n] += other;
@@ -398,118 +418,113 @@ struct Gradients {
     const Row* w;
     const int t, first_m;
     const int64_t at_token, stride, left_tokens;  // of the first of the 16; from it to the end of the sequence
-    Block h[2] = {}, leaving[2] = {}, a_da[2] = {};
+    Block dg[2] = {};
 
-    __device__ void store(bf16* out, int m, int h, int l, float first, float second) const {
-        const Lane lane;
-        const int row = lane.i + 8 * l;
-        if (row >= left_tokens) return;
-        const uint32_t word = pack(first, second);
-        memcpy(out + at_token + row * stride + 16 * m + lane.j + 8 * h, &word, sizeof word);
+    // Two neighbouring numbers of a fragment, x[2 pair] and x[2 pair + 1]: their place in the chunk.
+    __device__ int row(int pair) const { return 16 * t + Lane().i + pair % 2 * 8; }
+    __device__ int column(int m, int pair) const { return 16 * (first_m + m) + Lane().j + pair / 2 * 8; }
+
+    __device__ void store(bf16* out, int m, int pair, float2 x) const {
+        const int row = Lane().i + pair % 2 * 8;
+        const uint32_t word = pack(x.x, x.y);
+        if (row < left_tokens) memcpy(out + at_token + row * stride + column(m, pair), &word, sizeof word);
     }
 
-    // dr dk da db, and what dw is made of but for the sums over the other 16 tokens.
-    __device__ void begin() {
-        const Lane lane;
+    // dr dk da db of 16 keys, and dg but for the other 16 tokens' part and the diagonal. dx: of q, a or of k, b.
+    __device__ void begin(int m) {
+        Block h, a_da, leaving;
         {
-            Block dQ[2][2];
+            Block dx[2];
+#pragma unroll
             for (int source = 0; source < 2; source++) {
                 for (int s = 0; s <= t; s++) {
-                    for (int m = 0; m < 2; m++) {
-                        const Factor k = right(tiles.K, L * source + 16 * s, 16 * (first_m + m));
-                        for (int half = 0; half < 2; half++) {
-                            dQ[half][m].add(left(tiles.A, L * half + 16 * t, L * source + 16 * s), k);
-                        }
-                    }
-                }
-            }
-            for (int n = 0; n < 4; n++) {
-                for (int m = 0; m < 2; m++) {
-                    const Factor s = right(tiles.S, 16 * n, 16 * (first_m + m));
-                    for (int half = 0; half < 2; half++) dQ[half][m].add(left(tiles.in, L * half + 16 * t, 16 * n), s);
-                }
-            }
-            for (int m = 0; m < 2; m++) {
-                for (int pair = 0; pair < 4; pair++) {
-                    const int row = 16 * t + lane.i + pair % 2 * 8, column = 16 * (first_m + m) + lane.j + pair / 2 * 8;
-                    const float2 q = pair_at(tiles.Q, row, column), a = pair_at(tiles.Q, row + L, column);
-                    const float2 e_a = *reinterpret_cast<const float2*>(&tiles.e[row][column]);
-                    const float2 e_q = *reinterpret_cast<const float2*>(&tiles.e[row + 1][column]);
-                    const float *dq = dQ[0][m].x + 2 * pair, *da = dQ[1][m].x + 2 * pair;
-                    store(x.dr, first_m + m, pair / 2, pair % 2, e_q.x * dq[0], e_q.y * dq[1]);
-                    store(x.da, first_m + m, pair / 2, pair % 2, e_a.x * da[0], e_a.y * da[1]);
-                    a_da[m].x[2 * pair] = a.x * da[0], a_da[m].x[2 * pair + 1] = a.y * da[1];
-                    h[m].x[2 * pair] = q.x * dq[0] + a.x * da[0], h[m].x[2 * pair + 1] = q.y * dq[1] + a.y * da[1];
-                }
-            }
-        }
-        Block dK[2][2];
-        for (int source = 0; source < 2; source++) {
-            for (int s = t; s < 2; s++) {
-                for (int m = 0; m < 2; m++) {
-                    const Factor q = right(tiles.Q, L * source + 16 * s, 16 * (first_m + m));
+                    const Factor k = right(tiles.K, L * source + 16 * s, 16 * (first_m + m));
+#pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        dK[half][m].add(left_t(tiles.A, L * source + 16 * s, L * half + 16 * t), q);
+                        dx[half].add(left(tiles.A, L * half + 16 * t, L * source + 16 * s), k);
                     }
                 }
             }
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const Factor s = right(tiles.S, 16 * n, 16 * (first_m + m));
+#pragma unroll
+                for (int half = 0; half < 2; half++) dx[half].add(left(tiles.in, L * half + 16 * t, 16 * n), s);
+            }
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++) {
+                const float2 q = pair_at(tiles.Q, row(pair), column(m, pair)),
+                             a = pair_at(tiles.Q, row(pair) + L, column(m, pair)),
+                             e_a = *reinterpret_cast<const float2*>(&tiles.e[row(pair)][column(m, pair)]),
+                             e_q = *reinterpret_cast<const float2*>(&tiles.e[row(pair) + 1][column(m, pair)]);
+                const float *dq = dx[0].x + 2 * pair, *da = dx[1].x + 2 * pair;
+                store(x.dr, m, pair, {e_q.x * dq[0], e_q.y * dq[1]});
+                store(x.da, m, pair, {e_a.x * da[0], e_a.y * da[1]});
+                a_da.x[2 * pair] = a.x * da[0], a_da.x[2 * pair + 1] = a.y * da[1];
+                h.x[2 * pair] = q.x * dq[0] + a.x * da[0], h.x[2 * pair + 1] = q.y * dq[1] + a.y * da[1];
+            }
         }
-        const auto times_K = [&](int m, int pair) {  // k~ dk~ + b~ db~, as dK stands now
-            const int row = 16 * t + lane.i + pair % 2 * 8, column = 16 * (first_m + m) + lane.j + pair / 2 * 8;
-            const float2 k = pair_at(tiles.K, row, column), b = pair_at(tiles.K, row + L, column);
-            const float *dk = dK[0][m].x + 2 * pair, *db = dK[1][m].x + 2 * pair;
+        Block dx[2];
+        const auto times_K = [&](int pair) {  // k~ dk~ + b~ db~, as they stand now
+            const float2 k = pair_at(tiles.K, row(pair), column(m, pair)),
+                         b = pair_at(tiles.K, row(pair) + L, column(m, pair));
+            const float *dk = dx[0].x + 2 * pair, *db = dx[1].x + 2 * pair;
             return float2{k.x * dk[0] + b.x * db[0], k.y * dk[1] + b.y * db[1]};
         };
-        for (int m = 0; m < 2; m++) {
-            for (int pair = 0; pair < 4; pair++) {
-                const float2 inside = times_K(m, pair);
-                leaving[m].x[2 * pair] = -inside.x, leaving[m].x[2 * pair + 1] = -inside.y;
-                h[m].x[2 * pair] -= inside.x, h[m].x[2 * pair + 1] -= inside.y;
-            }
-        }
-        for (int n = 0; n < 4; n++) {
-            for (int m = 0; m < 2; m++) {
-                const Factor d = right(tiles.D, 16 * n, 16 * (first_m + m));
-                for (int half = 0; half < 2; half++) dK[half][m].add(left(tiles.VU, L * half + 16 * t, 16 * n), d);
-            }
-        }
-        for (int m = 0; m < 2; m++) {
-            for (int pair = 0; pair < 4; pair++) {
-                const int row = 16 * t + lane.i + pair % 2 * 8, column = 16 * (first_m + m) + lane.j + pair / 2 * 8;
-                const float2 e_q = *reinterpret_cast<const float2*>(&tiles.e[row + 1][column]), all = times_K(m, pair);
-                const float2 e_k = {__fdividef(1.0f, e_q.x), __fdividef(1.0f, e_q.y)};
-                const float *dk = dK[0][m].x + 2 * pair, *db = dK[1][m].x + 2 * pair;
-                store(x.dk, first_m + m, pair / 2, pair % 2, e_k.x * dk[0], e_k.y * dk[1]);
-                store(x.db, first_m + m, pair / 2, pair % 2, e_k.x * db[0], e_k.y * db[1]);
-                leaving[m].x[2 * pair] += all.x, leaving[m].x[2 * pair + 1] += all.y;
-            }
-        }
-        for (int m = 0; m < 2; m++) {
-            for (int n : {0, 1, 4, 5}) {  // low in x[n], high in x[n + 2]
-                const int column = 16 * (first_m + m) + lane.j + n / 4 * 8 + n % 2;
-                const float behind = running_sums<false>(h[m].x[n], h[m].x[n + 2]);
-                const float before = running_sums<true>(leaving[m].x[n], leaving[m].x[n + 2]);
-                if (lane.i == 0) tiles.across[t][column] = t == 1 ? behind : before;
-            }
-        }
-    }
-    // dw, after a barrier.
-    __device__ void end() const {
-        const Lane lane;
-        for (int m = 0; m < 2; m++) {
-            for (int pair = 0; pair < 4; pair++) {
-                const int row = 16 * t + lane.i + pair % 2 * 8, column = 16 * (first_m + m) + lane.j + pair / 2 * 8;
-                const float2 logit = pair_at(w, row, column);
-                float dw[2];
-                for (int e = 0; e < 2; e++) {
-                    const int n = 2 * pair + e;
-                    const float dg = h[m].x[n] - a_da[m].x[n] + leaving[m].x[n] + tiles.diagonal[column + e] +
-                                     tiles.across[1 - t][column + e];
-                    const Sigmoid s = sigmoid(e ? logit.y : logit.x);
-                    dw[e] = dg * MINUS_RATE * s.plus * s.minus;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            for (int s = t; s < 2; s++) {
+                const Factor q = right(tiles.Q, L * half + 16 * s, 16 * (first_m + m));
+#pragma unroll
+                for (int source = 0; source < 2; source++) {
+                    dx[source].add(left_t(tiles.A, L * half + 16 * s, L * source + 16 * t), q);
                 }
-                store(x.dw, first_m + m, pair / 2, pair % 2, dw[0], dw[1]);
             }
+        }
+#pragma unroll
+        for (int pair = 0; pair < 4; pair++) {
+            const float2 inside = times_K(pair);
+            leaving.x[2 * pair] = -inside.x, leaving.x[2 * pair + 1] = -inside.y;
+            h.x[2 * pair] -= inside.x, h.x[2 * pair + 1] -= inside.y;
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const Factor d = right(tiles.D, 16 * n, 16 * (first_m + m));
+#pragma unroll
+            for (int source = 0; source < 2; source++) dx[source].add(left(tiles.VU, L * source + 16 * t, 16 * n), d);
+        }
+#pragma unroll
+        for (int pair = 0; pair < 4; pair++) {
+            const float2 all = times_K(pair),
+                         e_q = *reinterpret_cast<const float2*>(&tiles.e[row(pair) + 1][column(m, pair)]),
+                         e_k = {__fdividef(1.0f, e_q.x), __fdividef(1.0f, e_q.y)};
+            const float *dk = dx[0].x + 2 * pair, *db = dx[1].x + 2 * pair;
+            store(x.dk, m, pair, {e_k.x * dk[0], e_k.y * dk[1]});
+            store(x.db, m, pair, {e_k.x * db[0], e_k.y * db[1]});
+            leaving.x[2 * pair] += all.x, leaving.x[2 * pair + 1] += all.y;
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            if (n / 2 % 2) continue;  // a column has its upper 8 tokens in x[n], the lower 8 in x[n + 2]
+            const float behind = running_sums<false>(h.x[n], h.x[n + 2]);
+            const float before = running_sums<true>(leaving.x[n], leaving.x[n + 2]);
+            if (Lane().i == 0) tiles.across[t][column(m, n / 2) + n % 2] = t == 1 ? behind : before;
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++) dg[m].x[n] = h.x[n] - a_da.x[n] + leaving.x[n];
+    }
+
+    // dw, after a barrier.
+    __device__ void end(int m) const {
+#pragma unroll
+        for (int pair = 0; pair < 4; pair++) {
+            const int j = column(m, pair);
+            const float2 logit = pair_at(w, row(pair), j);
+            float2 dw;
+            dw.x = dg[m].x[2 * pair] + tiles.diagonal[j] + tiles.across[1 - t][j];
+            dw.y = dg[m].x[2 * pair + 1] + tiles.diagonal[j + 1] + tiles.across[1 - t][j + 1];
+            const Sigmoid x0 = sigmoid(logit.x), x1 = sigmoid(logit.y);
+            store(x.dw, m, pair, {dw.x * MINUS_RATE * x0.plus * x0.minus, dw.y * MINUS_RATE * x1.plus * x1.minus});
         }
     }
 };
@@ -527,9 +542,20 @@ struct Traits {
 };
 
 // A warp's 16 rows of a state [value,key] in fp32.
+__device__ inline void set_identity(Block (&S)[4], int warp) {
+    const Lane lane;
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        const bool on_it = lane.i + n / 2 % 2 * 8 == lane.j + n / 4 * 8 + n % 2;
+#pragma unroll
+        for (int m = 0; m < 4; m++) S[m].x[n] = on_it && m == warp ? 1.0f : 0.0f;
+    }
+}
 __device__ inline void load_state(Block (&S)[4], const float* state, int warp) {
     const Lane lane;
+#pragma unroll
     for (int m = 0; m < 4; m++) {
+#pragma unroll
         for (int pair = 0; pair < 4; pair++) {
             const float2 s = *reinterpret_cast<const float2*>(
                 state + (16 * warp + lane.i + pair % 2 * 8) * N + 16 * m + lane.j + pair / 2 * 8);
@@ -539,7 +565,9 @@ __device__ inline void load_state(Block (&S)[4], const float* state, int warp) {
 }
 __device__ inline void store_state(const Block (&S)[4], float* state, int warp) {
     const Lane lane;
+#pragma unroll
     for (int m = 0; m < 4; m++) {
+#pragma unroll
         for (int pair = 0; pair < 4; pair++) {
             *reinterpret_cast<float2*>(
                 state + (16 * warp + lane.i + pair % 2 * 8) * N + 16 * m + lane.j + pair / 2 * 8) =
@@ -551,6 +579,7 @@ __device__ inline void store_state(const Block (&S)[4], float* state, int warp) 
 __device__ inline void split(const Block& x, Factor& high, Factor& low) {
     high = x.round();
     Block rest;
+#pragma unroll
     for (int n = 0; n < 4; n++) {
         const float2 h = unpack(high.x[n]);
         rest.x[2 * n] = x.x[2 * n] - h.x, rest.x[2 * n + 1] = x.x[2 * n + 1] - h.y;
@@ -559,10 +588,13 @@ __device__ inline void split(const Block& x, Factor& high, Factor& low) {
 }
 __device__ inline void store_split(const Block (&S)[4], bf16* parts, int warp) {
     const Lane lane;
+#pragma unroll
     for (int m = 0; m < 4; m++) {
         Factor part[2];
         split(S[m], part[0], part[1]);
+#pragma unroll
         for (int p = 0; p < 2; p++) {
+#pragma unroll
             for (int n = 0; n < 4; n++) {
                 memcpy(parts + p * N * N + (16 * warp + lane.i + n % 2 * 8) * N + 16 * m + lane.j + n / 2 * 8,
                        &part[p].x[n], sizeof(uint32_t));
@@ -584,139 +616,106 @@ __global__ void __launch_bounds__(THREADS, 2) wkv7_walk_kernel(Sizes sizes, Tens
     const int64_t cell = head * sizes.segments() + segment;
     const int64_t first = segment * sizes.segment_chunks, end = lesser(first + sizes.segment_chunks, sizes.chunks());
     const int64_t T = sizes.T, stride = sizes.H * N, offset = sizes.offset(head);
-    const bf16* in = (M::mirror ? x.dy : x.v) + offset;
     Row* const reads = M::mirror ? tiles.K : tiles.Q;   // what the state is multiplied with
     Row* const writes = M::mirror ? tiles.Q : tiles.K;  // and what is written into it
     const float* e_before = M::mirror ? tiles.e_end : tiles.e_middle;
     const float* e_after = M::mirror ? tiles.e_middle : tiles.e_end;
 
-    const auto chunk_of = [&](int64_t n) { return M::mirror ? end - 1 - n : first + n; };
+    const auto token_of = [&](int64_t n) { return L * (M::mirror ? end - 1 - n : first + n); };
     const auto prefetch = [&](int64_t n) {
         if (first + n < end) {
-            const int64_t token = chunk_of(n) * L;
-            fetch(tiles.r, x.r + offset, stride, token, T), fetch(tiles.w[n % 2], x.w + offset, stride, token, T);
-            fetch(tiles.k, x.k + offset, stride, token, T), fetch(tiles.a, x.a + offset, stride, token, T);
-            fetch(tiles.b, x.b + offset, stride, token, T);
+            fetch(tiles.r, x.r + offset, stride, token_of(n), T), fetch(tiles.k, x.k + offset, stride, token_of(n), T);
+            fetch(tiles.a, x.a + offset, stride, token_of(n), T), fetch(tiles.b, x.b + offset, stride, token_of(n), T);
+            fetch(tiles.w[n % 2], x.w + offset, stride, token_of(n), T);
         }
         cp_async_commit();
     };
 
     Block S[4];  // mirrored: D
-    if (warp < WARPS) {
-        if (!M::transition) load_state(S, x.start + cell * N * N, warp);
-        const Lane lane;
-        for (int n = 0; n < 8; n++) {
-            const int row = lane.i + n / 2 % 2 * 8, column = lane.j + n / 4 * 8 + n % 2;
-            if (identity && row == column) {
-#pragma unroll
-                for (int m = 0; m < 4; m++) S[m].x[n] = m == warp ? 1.0f : 0.0f;
-            }
-        }
-    }
+    if (!M::transition) load_state(S, x.start + cell * N * N, warp);
+    if (identity) set_identity(S, warp);
     prefetch(0);
     for (int64_t n = 0; first + n < end; n++) {
-        const int64_t chunk = chunk_of(n), token = chunk * L;
+        const int64_t token = token_of(n);
         cp_async_wait<0>();
         __syncthreads();  // inputs are here; all is done with the chunk before
-        if (!M::transition && n > 0) write_out(tiles.out, x.out + offset, stride, chunk_of(n - 1) * L, T);
-        fetch(tiles.in, in, stride, token, identity ? 0 : T);
+        if (!M::transition && n > 0) write_out(tiles.out, x.out + offset, stride, token_of(n - 1), T);
+        fetch(tiles.in, (M::mirror ? x.dy : x.v) + offset, stride, token, identity ? 0 : T);
         if constexpr (M::gradients) fetch(tiles.VU, x.v + offset, stride, token, T);
         cp_async_commit();
         factors(tiles, tiles.w[n % 2], static_cast<int>(lesser(T - token, L)));
         __syncthreads();
         prefetch(n + 1);
-        if (warp < WARPS) products(tiles, warp);
+        products(tiles, warp);
         cp_async_wait<1>();
         __syncthreads();
 
-        Factor u[2], S_before[4];  // S~, D~ (saved: S~)
-        Block out[2], rhs[2], rhs_u[2];
-        if (warp == WARPS) {
-            invert(tiles);
-        } else {
-            const Factor input[2] = {left_t(tiles.in, 0, 16 * warp), left_t(tiles.in, 16, 16 * warp)};
+        uint4* saved = x.saved + ((head * sizes.chunks() + token / L) * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
+        Factor before[4];  // S~; mirrored: D~
+        if constexpr (M::gradients) {
+#pragma unroll
             for (int m = 0; m < 4; m++) {
-                S[m].scale_columns(e_before + 16 * m);
-                S_before[m] = S[m].round();
+                const uint4 s = saved[32 * m];
+                before[m] = {{s.x, s.y, s.z, s.w}};
+                put(tiles.S, 16 * warp, 16 * m, before[m]);
             }
-            if (!M::transition) Direction::begin(out, 0, S_before, input, reads, tiles.A);
-            Direction::begin(rhs, 1, S_before, input, reads, tiles.A);
-            for (int m = 0; m < 4; m++) {
-                for (int t = 0; t < 2; t++) S[m].add(input[t], right(writes, 16 * t, 16 * m));
-            }
-            uint4* saved = x.saved + ((head * sizes.chunks() + chunk) * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
-            if constexpr (MODE == FORWARD) {
-                for (int m = 0; m < 4 && x.saved; m++) {
-                    const uint32_t(&s)[4] = S_before[m].x;
-                    saved[32 * m] = {s[0], s[1], s[2], s[3]};
-                }
-            }
-            if constexpr (M::gradients) {
-                Factor state[4];
-                const Lane lane;
-                for (int m = 0; m < 4; m++) {
-                    const uint4 s = saved[32 * m];
-                    state[m] = {{s.x, s.y, s.z, s.w}};
-                    for (int p = 0; p < 4; p++) {
-                        const int row = 16 * warp + lane.i + p % 2 * 8, column = 16 * m + lane.j + p / 2 * 8;
-                        put_pair(tiles.S, row, column, state[m].x[p]);
-                        put_pair(tiles.D, row, column, S_before[m].x[p]);
-                    }
-                }
-                const Factor v[2] = {left_t(tiles.VU, 0, 16 * warp), left_t(tiles.VU, 16, 16 * warp)};
-                Walk<false>::begin(rhs_u, 1, state, v, tiles.Q, tiles.A);
+            Block X[2], U[2];
+            const Factor V[2] = {left_t(tiles.VU, 0, 16 * warp), left_t(tiles.VU, 16, 16 * warp)};
+            Walk<false>::begin(X, 1, before, V, tiles.Q, tiles.A);
+            Walk<false>::solve(U, X, tiles.A);
+            put_transposed(tiles.VU, L, 16 * warp, U);
+        }
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            S[m].scale_columns(e_before + 16 * m);
+            before[m] = S[m].round();
+            if constexpr (M::gradients) put(tiles.D, 16 * warp, 16 * m, before[m]);
+            if (MODE == FORWARD && x.saved) {
+                const uint32_t(&s)[4] = before[m].x;
+                saved[32 * m] = {s[0], s[1], s[2], s[3]};
             }
         }
-        __syncthreads();
-        if (warp < WARPS) {
-            Block solution[2];
-            Direction::solve(solution, rhs, tiles.A);
-            for (int t = 0; t < 2; t++) u[t] = solution[t].round();
-            for (int m = 0; m < 4; m++) {
-                for (int t = 0; t < 2; t++) S[m].add(u[t], right(writes, L + 16 * t, 16 * m));
-                S[m].scale_columns(e_after + 16 * m);
+        const Factor in[2] = {left_t(tiles.in, 0, 16 * warp), left_t(tiles.in, 16, 16 * warp)};
+        Block X[2], U[2];  // mirrored: dU, Z
+        Direction::begin(X, 1, before, in, reads, tiles.A);
+        Direction::solve(U, X, tiles.A);
+        const Factor u[2] = {U[0].round(), U[1].round()};
+        if constexpr (M::gradients) put_transposed(tiles.in, L, 16 * warp, U);
+        if constexpr (!M::transition) {
+            Block Y[2];  // mirrored: dV
+            Direction::begin(Y, 0, before, in, reads, tiles.A);
+            Direction::end(Y, u, tiles.A);
+            put_transposed(tiles.out, 0, 16 * warp, Y);
+        }
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                S[m].add(in[t], right(writes, 16 * t, 16 * m));
+                S[m].add(u[t], right(writes, L + 16 * t, 16 * m));
             }
-            if (!M::transition) {
-                for (int t = 0; t < 2; t++) {
-                    for (int s = 0; s <= t; s++) {
-                        out[Direction::nth(t)].add(u[Direction::nth(s)],
-                                                   Direction::link(tiles.A, 0, Direction::nth(t), 1, Direction::nth(s)));
-                    }
-                }
-                for (int t = 0; t < 2; t++) out[t].put_transposed(tiles.out, 16 * t, 16 * warp);
-            }
-            if constexpr (M::gradients) {
-                for (int t = 0; t < 2; t++) solution[t].put_transposed(tiles.in, L + 16 * t, 16 * warp);
-                Block U[2];
-                Walk<false>::solve(U, rhs_u, tiles.A);
-                for (int t = 0; t < 2; t++) U[t].put_transposed(tiles.VU, L + 16 * t, 16 * warp);
-            }
+            S[m].scale_columns(e_after + 16 * m);
         }
         if constexpr (M::gradients) {
             __syncthreads();
-            if (warp == WARPS) diagonal(tiles);
-            if (warp < WARPS) gradient_of_A(tiles, warp % 2, warp / 2);
+            gradient_of_A(tiles, warp % 2, warp / 2);
             __syncthreads();
-            const int t = warp % 2;
-            const int64_t behind = token + 16 * t;
-            Gradients gradients{tiles, x, tiles.w[n % 2], t, warp / 2 * 2, offset + behind * stride, stride, T - behind};
-            if (warp < WARPS) gradients.begin();
+            const int64_t place = token + warp % 2 * 16;
+            Gradients d{tiles, x, tiles.w[n % 2], warp % 2, warp / 2 * 2, offset + place * stride, stride, T - place};
+            d.begin(0), d.begin(1);
             __syncthreads();
-            if (warp < WARPS) gradients.end();
+            d.end(0), d.end(1);
         }
     }
     cp_async_wait<0>();
-    if (M::transition) {
+    if constexpr (M::transition) {
         float* to = x.transitions + cell * 2 * N * N;
-        if (warp < WARPS) {
-            if (identity) store_split(S, reinterpret_cast<bf16*>(to + N * N), warp);
-            else store_state(S, to, warp);
-        }
-        return;
+        identity ? store_split(S, reinterpret_cast<bf16*>(to + N * N), warp) : store_state(S, to, warp);
+    } else {
+        __syncthreads();
+        write_out(tiles.out, x.out + offset, stride, token_of(end - first - 1), T);
+        if (segment == (M::mirror ? 0 : sizes.segments() - 1)) store_state(S, x.end + head * N * N, warp);
     }
-    __syncthreads();
-    write_out(tiles.out, x.out + offset, stride, (M::mirror ? first : end - 1) * L, T);
-    if (warp < WARPS && segment == (M::mirror ? 0 : sizes.segments() - 1)) store_state(S, x.end + head * N * N, warp);
 }
 
 // ---------------------------------------------------------------------------------------------- joining segments
@@ -748,12 +747,15 @@ __global__ void __launch_bounds__(32 * WARPS) wkv7_scan_kernel(Sizes sizes, cons
         store_state(S, start + cell(n) * N * N, warp);
         fetch_M(n + 1);
         Factor high[4], low[4];
+#pragma unroll
         for (int m = 0; m < 4; m++) split(S[m], high[m], low[m]);
         load_state(S, transitions + 2 * cell(n) * N * N, warp);
         cp_async_wait<1>();
         __syncthreads();
         const Row *M_high = tiles.M[n % 2][0], *M_low = tiles.M[n % 2][1];
+#pragma unroll
         for (int m = 0; m < 4; m++) {
+#pragma unroll
             for (int i = 0; i < 4; i++) {
                 const Factor M = right(M_high, 16 * i, 16 * m);
                 S[m].add(high[i], M), S[m].add(low[i], M), S[m].add(high[i], right(M_low, 16 * i, 16 * m));
