@@ -417,7 +417,8 @@ struct Gradients {
     const Tensors& x;
     const Row* w;
     const int t, first_m;
-    const int64_t at_token, stride, left_tokens;  // of the first of the 16; from it to the end of the sequence
+    const int64_t at_chunk;     // the chunk's first token in [B,T,H,N]
+    const int stride, tokens;  // from a token to the next; of the chunk that exist
     Block dg[2] = {};
 
     // Two neighbouring numbers of a fragment, x[2 pair] and x[2 pair + 1]: their place in the chunk.
@@ -425,9 +426,8 @@ struct Gradients {
     __device__ int column(int m, int pair) const { return 16 * (first_m + m) + Lane().j + pair / 2 * 8; }
 
     __device__ void store(bf16* out, int m, int pair, float2 x) const {
-        const int row = Lane().i + pair % 2 * 8;
         const uint32_t word = pack(x.x, x.y);
-        if (row < left_tokens) memcpy(out + at_token + row * stride + column(m, pair), &word, sizeof word);
+        if (row(pair) < tokens) memcpy(out + at_chunk + (row(pair) * stride + column(m, pair)), &word, sizeof word);
     }
 
     // dr dk da db of 16 keys, and dg but for the other 16 tokens' part and the diagonal. dx: of q, a or of k, b.
@@ -445,7 +445,7 @@ struct Gradients {
                     }
                 }
             }
-#pragma unroll
+#pragma unroll 2  // all 4 at once take more registers than there are
             for (int n = 0; n < 4; n++) {
                 const Factor s = right(tiles.S, 16 * n, 16 * (first_m + m));
 #pragma unroll
@@ -487,7 +487,7 @@ struct Gradients {
             leaving.x[2 * pair] = -inside.x, leaving.x[2 * pair + 1] = -inside.y;
             h.x[2 * pair] -= inside.x, h.x[2 * pair + 1] -= inside.y;
         }
-#pragma unroll
+#pragma unroll 2  // all 4 at once take more registers than there are
         for (int n = 0; n < 4; n++) {
             const Factor d = right(tiles.D, 16 * n, 16 * (first_m + m));
 #pragma unroll
@@ -637,13 +637,14 @@ __global__ void __launch_bounds__(THREADS, 2) wkv7_walk_kernel(Sizes sizes, Tens
     prefetch(0);
     for (int64_t n = 0; first + n < end; n++) {
         const int64_t token = token_of(n);
+        const int tokens = static_cast<int>(lesser(T - token, L));
         cp_async_wait<0>();
         __syncthreads();  // inputs are here; all is done with the chunk before
         if (!M::transition && n > 0) write_out(tiles.out, x.out + offset, stride, token_of(n - 1), T);
         fetch(tiles.in, (M::mirror ? x.dy : x.v) + offset, stride, token, identity ? 0 : T);
         if constexpr (M::gradients) fetch(tiles.VU, x.v + offset, stride, token, T);
         cp_async_commit();
-        factors(tiles, tiles.w[n % 2], static_cast<int>(lesser(T - token, L)));
+        factors(tiles, tiles.w[n % 2], tokens);
         __syncthreads();
         prefetch(n + 1);
         products(tiles, warp);
@@ -700,8 +701,8 @@ __global__ void __launch_bounds__(THREADS, 2) wkv7_walk_kernel(Sizes sizes, Tens
             __syncthreads();
             gradient_of_A(tiles, warp % 2, warp / 2);
             __syncthreads();
-            const int64_t place = token + warp % 2 * 16;
-            Gradients d{tiles, x, tiles.w[n % 2], warp % 2, warp / 2 * 2, offset + place * stride, stride, T - place};
+            Gradients d{tiles, x, tiles.w[n % 2], warp % 2, warp / 2 * 2, offset + token * stride,
+                        static_cast<int>(stride), tokens};
             d.begin(0), d.begin(1);
             __syncthreads();
             d.end(0), d.end(1);
