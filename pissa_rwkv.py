@@ -1845,9 +1845,9 @@ def merge_files(
         scale = given
     if scale is None:
         raise Fatal(f"{checkpoint} does not say by what LoRA was scaled; give --lora_alpha")
-    if quant not in ("", about.get("quant", quant)):
-        raise Fatal(f"--quant {quant}: {checkpoint} was trained on {about['quant']}; leave the flag out")
     row = pick(formats, "--quant", quant or about.get("quant", "none"))
+    if quant not in ("", about.get("quant", quant)):
+        raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
     # What was not quantised is merged as before it was rounded. (RWKV-PEFT, which describes nothing, computes in bf16.)
     dtype = getattr(torch, about.get("dtype", "bfloat16")) if row.lossy else torch.float32
     write(Path(output), merge(tensors, taken, trained, scale, lambda W_res: row.through(W_res, dtype)))

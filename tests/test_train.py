@@ -189,6 +189,8 @@ VARIANTS = {
     "pissa": "", "lora with dropout": "--peft lora --lora_dropout 0.3", "accumulation": "--accumulate_grad_batches 2",
     "bf16": "--precision bf16 --grad_cp 1", "fp16": "--precision fp16",
     "all parameters": "--peft none --precision bf16",
+    "int8": "--quant int8 --peft lora", "nf4": "--quant nf4 --qpissa_iters 3 --precision bf16 --grad_cp 1",
+    "nf4dq": "--quant nf4dq", "lora on nf4": "--quant nf4 --peft lora --precision bf16",
     "windows": "--dataload get --lr_schedule wsd --warmup_steps 2 --weight_decay 0.1",
 }  # fmt: skip
 
