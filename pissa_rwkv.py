@@ -818,9 +818,12 @@ def hold_int8(W: Tensor, dtype: torch.dtype) -> Parts:
     """
     blocks = in_blocks(W, BLOCK)                                                          # (n/64,64)
     scale = (blocks.abs().amax(1) / 127).half()
-    codes = in_slabs(torch.empty_like(blocks, dtype=torch.int8), lambda w, s: (
-        w / torch.where(s > 0, s.float(), 1)[:, None]).round_().clamp_(-127, 127), blocks, scale)
-    return {"codes": codes.view(-1)[:W.numel()].clone(), "scale": scale}
+
+    def whole(w: Tensor, s: Tensor) -> Tensor:
+        return (w / torch.where(s > 0, s.float(), 1)[:, None]).round_().clamp_(-127, 127)
+
+    codes = in_slabs(torch.empty_like(blocks, dtype=torch.int8), whole, blocks, scale)
+    return {"codes": codes.view(-1)[:W.numel()], "scale": scale}
 
 
 def read_int8(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -845,7 +848,7 @@ def hold_nf4(W: Tensor, dtype: torch.dtype) -> Parts:
         return code[:, ::2] << 4 | code[:, 1::2]                                          # (n/64,32)
 
     codes = in_slabs(torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=W.device), pairs, blocks, absmax)
-    return {"codes": codes.view(-1)[:-(-W.numel() // 2)].clone(), "absmax": absmax}
+    return {"codes": codes.view(-1)[:-(-W.numel() // 2)], "absmax": absmax}
 
 
 def read_nf4(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -859,20 +862,20 @@ def read_nf4(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def hold_nf4dq(W: Tensor, dtype: torch.dtype) -> Parts:
-    """4.127 bits a weight: nf4 with its absmax held in 8 bits, too ("double quantisation"; bitsandbytes' format).
+    """4.127 bits a weight: nf4 with its absmax quantised as well (bitsandbytes' double quantisation, to the bit).
 
-        absmax ~ dynamic[absmax_codes] * absmax_max + mean of all absmax
+        offset = mean of absmax,  absmax_max = max |absmax - offset| of 256 in a row;
+        absmax_code = the dynamic level nearest to (absmax - offset) / absmax_max
 
-    absmax_codes (n/64) uint8: nearest levels of `dynamic_levels` to what is left of absmax without the mean `offset` ()
-    fp32, over the largest magnitude of it in a block of 256, absmax_max (n/16384) fp32.
+    codes as in nf4, chosen with the exact absmax; absmax_codes (n/64) uint8, absmax_max (n/16384) and offset () fp32.
     """
     parts = hold_nf4(W, dtype)
     absmax = parts.pop("absmax")
-    offset = absmax.mean()
-    blocks = in_blocks(absmax - offset, 256)
-    largest = blocks.abs().amax(1)
-    codes = nearest_level(blocks, largest, dynamic_levels(W.device)).to(torch.uint8).view(-1)[:len(absmax)].clone()
-    return parts | {"absmax_codes": codes, "absmax_max": largest, "offset": offset}
+    offset = absmax.double().mean().float()                           # (in fp64: the same bits in whatever order)
+    blocks = in_blocks(absmax - offset, 256)                                              # (n/16384,256)
+    absmax_max = blocks.abs().amax(1)
+    codes = nearest_level(blocks, absmax_max, dynamic_levels(W.device)).to(torch.uint8)
+    return parts | {"absmax_codes": codes.view(-1)[:len(absmax)], "absmax_max": absmax_max, "offset": offset}
 
 
 def read_nf4dq(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -1039,8 +1042,8 @@ class Factors(NamedTuple):
 def residual(W: Tensor, A0: Tensor, B0: Tensor) -> Tensor:
     """W - B0 A0, for W (out,in), in W's dtype.
 
-    Computed in float64 and rounded once, so that a GPU, a CPU and another number of threads find the same bits, hence
-    the same codes: merging has to meet the matrix that was trained on.
+    Computed in float64 and rounded once, so that a GPU, a CPU and another number of threads find the same numbers (but
+    for one in 10^8), hence the same codes: merging has to meet the matrix that was trained on.
     """
     A0 = A0.double()
     return in_slabs(torch.empty_like(W), lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
@@ -1078,9 +1081,9 @@ def saved_pair(tensors: dict[str, Tensor], prefix: str, W: Tensor, rank: int, pa
     return [entry(tensors, prefix + x, shape, path).to(W) for x, shape in shapes.items()]
 
 
-def start_errors(name: str, W: Tensor, frozen: FrozenLinear, A: Tensor, B: Tensor, quant: str) -> Tensor:
+def start_errors(name: str, W: Tensor, frozen: FrozenLinear, factors: Factors, quant: str) -> Tensor:
     """(3) float64, the squared Frobenius norms of W - (W_res + B A), of W - W held like W_res, and of W."""
-    left = residual(W - frozen.weight, A, B).norm()
+    left = residual(W - frozen.weight, factors.A, factors.B).norm()
     plain = (W - QUANT[quant].through(W, frozen.dtype)).norm()
     if not (left + plain).isfinite():
         raise Fatal(f"--quant {quant}: {name} reaches {W.abs().max():.1e}, too much for it in {frozen.dtype};"
@@ -1098,7 +1101,7 @@ def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[s
     """
     for name, p in model.named_parameters():
         p.requires_grad_(any(part in name for part in cfg.train_parts))
-    device, dtype, kind, r = model.emb.weight.device, model.emb.weight.dtype, ADAPTER[cfg.peft], cfg.rank
+    device, dtype, kind, r = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft], cfg.rank
     draw, taken, unsplit, squares = torch.Generator().manual_seed(cfg.random_seed), {}, [], {}
     for name, linear in tqdm(adapted(model).items(), f"{cfg.peft}: start", leave=False, disable=None):
         W = linear.weight.to(device, torch.promote_types(linear.weight.dtype, torch.float32))
@@ -1107,8 +1110,7 @@ def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[s
         factors = saved_factors(W, name, cfg, init) if init else new_factors(W, dtype, cfg, draw)
         frozen = FrozenLinear(residual(W, factors.A0, factors.B0), dtype, cfg.quant)
         layer_type = name.split(".", 2)[2]                                                # att.key, ffn.value, ...
-        errors = start_errors(name, W, frozen, factors.A, factors.B, cfg.quant)
-        squares[layer_type] = squares.get(layer_type, 0) + errors
+        squares[layer_type] = squares.get(layer_type, 0) + start_errors(name, W, frozen, factors, cfg.quant)
         A, B = saved_pair(load, f"{name}.lora_", W, r, cfg.adapter_load) if load else factors[2:]
         model.set_submodule(name, kind(cfg, frozen, *(x.to(device, dtype, copy=True) for x in (A, B))))
         taken |= factors.named(name)
@@ -2050,7 +2052,7 @@ def adapt(
     if not load and not resumed:
         say(f"loss of the first batch: base {before:.6f}, with adapters {loss():.6f}")
     about_adapters = {"rank": cfg.rank, "scale": kind.scale_of(cfg)}
-    about_adapters |= {"dtype": str(model.emb.weight.dtype).removeprefix("torch.")}       # what W_res is rounded to
+    about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
     if cfg.peft == "pissa":
         about_adapters |= {"svd_niter": cfg.svd_niter, "qpissa_iters": cfg.qpissa_iters, "seed": cfg.random_seed,
                            "init": fingerprint(taken)}

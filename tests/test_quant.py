@@ -249,6 +249,13 @@ def test_quantised_without_its_main_part_a_matrix_loses_less(decay, rank, quant)
     torch.testing.assert_close((W - held - B @ A).norm(), wanted, rtol=0.03, atol=0)
 
 
+def test_the_residual_does_not_depend_on_the_order_of_summing():
+    """So another device, another number of threads, finds the same codes. (A product in fp32 would not.)"""
+    W, A0, B0, order = normal(300, 400), normal(16, 400, seed=1), normal(300, 16, seed=2), torch.arange(16).flip(0)
+    assert torch.equal(P.residual(W, A0, B0), P.residual(W, A0[order], B0[:, order]))
+    assert not torch.equal(W - B0 @ A0, W - B0[:, order] @ A0[order])
+
+
 @pytest.mark.parametrize("T", [2, 3, 5])
 def test_the_refit_is_the_best_there_is_for_its_codes(T):
     """B A is the main part of W - W_res; the codes are those of W without the factors of one iteration before."""
