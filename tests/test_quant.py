@@ -439,15 +439,15 @@ def test_merging_with_another_quantisation_is_refused(change, words, place, caps
 
 @pytest.mark.parametrize("quant", P.QUANT)
 def test_dry_run_counts_what_a_matrix_is_held_as(quant, capsys):
-    """Of a model of 1.5 billion parameters, 24 layers of width 2048, from shapes alone."""
-    cfg = P.Config(data_type="dummy", data_file="base", ctx_len=64, micro_bsz=1, n_layer=24, n_embd=2048, quant=quant,
+    """Of a model of 0.9 billion parameters, 12 layers of width 2048, from shapes alone."""
+    cfg = P.Config(data_type="dummy", data_file="base", ctx_len=64, micro_bsz=1, n_layer=12, n_embd=2048, quant=quant,
                    vocab_size=65536, tokenizer="byte")
     with torch.device("meta"):
         model = P.RWKV(P.new_arch(cfg), P.load_wkv("x070", 64, "chunk", "cpu"), True).to(torch.bfloat16)
     tokenizer = P.load_tokenizer(cfg, 65536)
     loader = P.Loader(P.read_corpus(cfg, cfg.data_file, tokenizer), tokenizer, cfg)
-    rest = sum(p.numel() for p in model.parameters()) - 24 * 12 * 2048**2
+    rest = sum(p.numel() for p in model.parameters()) - 12 * 12 * 2048**2
     P.dry_run(cfg, model, loader, 1, "cuda")
     a_weight = {"none": 2, "int8": 1 + 2 / 64, "nf4": 0.5 + 4 / 64, "nf4dq": 0.5 + 1 / 64 + 4 / 16384}[quant]
-    wanted = 24 * 12 * 2048**2 * a_weight + 2 * rest + 2 * 24 * 576 * 2048  # and the adapters
+    wanted = 12 * 12 * 2048**2 * a_weight + 2 * rest + 2 * 12 * 576 * 2048  # and the adapters
     assert float(re.search(r"([\d.]+) weights", capsys.readouterr().out)[1]) == pytest.approx(wanted / 1e9, abs=0.006)
