@@ -4,8 +4,9 @@
                     --output merged.pth
     python merge.py --type lora  --base_model M.pth --lora_checkpoint out/rwkv-0.pth --lora_alpha 32 --output merged.pth
 
-An output named .st is written for web-rwkv, Ai00 and RWKV Runner (extra `export`). The formula is `pissa_rwkv.merge`;
-here are its command line and that format.
+An output named .st is written for web-rwkv, Ai00 and RWKV Runner (extra `export`). Adapters trained on a quantised base
+are merged into what was trained on: ours say what that was, for RWKV-PEFT's --quant does. The formula is
+`pissa_rwkv.merge`; here are its command line, that format, and RWKV-PEFT's old int8.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import pissa_rwkv as P
 from pissa_rwkv import Fatal, Parser, merge_files, pick, save, write_whole
 
 LOW_RANK = tuple(f".{m}{i}" for m in "wavg" for i in "12")  # stored (in,out); web-rwkv wants these as (out,in)
@@ -38,6 +40,22 @@ def save_st(path: Path, tensors: dict[str, Tensor]) -> None:
 FORMAT = {".pth": save, ".st": save_st}  # how a file is named -> what writes it
 
 
+def hold_legacy_int8(W: Tensor, dtype: torch.dtype) -> P.Parts:
+    """What RWKV-PEFT called int8, a code that bitsandbytes has since removed: the nearest of the 256 dynamic levels to
+    w / absmax, with one absmax for the whole matrix. codes (1,n) uint8, absmax (1) fp32."""
+    absmax = W.abs().amax().float()[None]
+    codes = P.nearest_level(W.view(1, -1), absmax, P.dynamic_levels(W.device))
+    return {"codes": codes.to(torch.uint8), "absmax": absmax}
+
+
+def read_legacy_int8(parts: P.Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return (P.dynamic_levels(parts["codes"].device)[parts["codes"].int()] * parts["absmax"]).to(dtype).view(shape)
+
+
+# what adapters may have been trained on, here or with RWKV-PEFT
+QUANT = P.QUANT | {"legacy_int8": P.Quant(hold_legacy_int8, read_legacy_int8)}
+
+
 def parser() -> argparse.ArgumentParser:
     p = Parser("merge.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lora_init", "--pissa_init", default="", help="PiSSA: init_pissa.pth of the run")
     p.add_argument("--lora_checkpoint", "--pissa_checkpoint", required=True, help="rwkv-<N>.pth of the run")
     p.add_argument("--output", required=True, help="where the full model goes")
+    p.add_argument("--quant", default="", help=f"what the base was held as: {', '.join(QUANT)}; ours know that")
     p.add_argument("--lora_alpha", type=float, help="LoRA: alpha; a checkpoint of pissa_rwkv knows its own")
     return p
 
@@ -61,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         if not Path(args.output).resolve().parent.is_dir():
             raise Fatal(f"--output {args.output}: there is no folder {Path(args.output).parent}")
         merge_files(args.type, args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha,
-                    pick(FORMAT, "--output ends in", Path(args.output).suffix))
+                    pick(FORMAT, "--output ends in", Path(args.output).suffix), args.quant, QUANT)
         print(f"merged: {args.output}")
         return 0
     except Fatal as e:

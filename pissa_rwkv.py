@@ -14,7 +14,7 @@ The file follows a run; a section uses only what stands above it:
      1 configuration    the options, once: default, help                    Config, parse
      2 the operator     the delta-rule memory as a recurrence               wkv7_ref, WKV
      3 the model        time mixing, channel mixing, loading, detection     RWKV, TimeMix_x070, detect, fill
-     4 frozen weights   how untrained matrices are held                     FrozenLinear, QUANT
+     4 frozen weights   how untrained matrices are held; nf4, int8          QUANT, FrozenLinear
      5 adapters         PiSSA, LoRA                                         PiSSALinear, top_singular, add_adapters
      6 data             readers -> one stream; samplers; masks              Corpus, Loader
      7 loss             cross-entropy without all the logits                HeadLoss
@@ -40,11 +40,12 @@ Names. Parameters are called as in the files of the RWKV world; locals bear the 
     ln_x                    group norm, one group a head        (A)
     lora_A, lora_B          an adapter's factors A, B           (r,in), (out,r) A, B
     sigma                   singular values (S is taken)        (r)             S
+    codes; absmax, scale    what a quantised matrix is held as  (n/2); (n/64)
     row; micro-batch; step  what one sequence, one backward, one update take
     n                       learnt tokens of an optimiser step
 
 References: RWKV-7 "Goose" arXiv 2503.14456 - RWKV-5/6 "Eagle and Finch" 2404.05892 - PiSSA 2404.02948 - LoRA 2106.09685
-- randomised SVD 0909.4061 - AdamW 1711.05101 - ZeRO 1910.02054.
+- nf4, QLoRA 2305.14314 - dynamic 8-bit code 1511.04561 - randomised SVD 0909.4061 - AdamW 1711.05101 - ZeRO 1910.02054.
 """
 
 from __future__ import annotations
@@ -70,12 +71,12 @@ import tempfile
 import time
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -186,7 +187,8 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     train_parts: tuple = opt(("time", "ln"), "also trained: parameters named so (emb, head, time, ln), or nothing")
-    quant: str = opt("none", "how frozen matrices are stored: none")
+    quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
+    qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start, 1 to 5; more lessen quantisation's error")
     # the machine
     accelerator: str = opt("", "gpu or cpu; gpu where there is one")
     devices: int = opt(1, "number of devices")
@@ -408,6 +410,16 @@ def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None
         module.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
 
+class Linear(nn.Linear):
+    """y = x W^T. Until adapters are put on it, W may lie in the file it came from: then it is fetched to be used."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x))
+
+
 class TimeMix(nn.Module):
     """What all versions share: token shift, the WKV memory, a norm per head, the gate, the output projection.
 
@@ -420,10 +432,10 @@ class TimeMix(nn.Module):
         self.arch, self.layer, self.wkv = arch, layer, wkv
         C, A = arch.n_embd, arch.dim_att
         parameters_of(self, self.shapes())
-        self.receptance = nn.Linear(C, A, bias=False)
-        self.key = nn.Linear(C, A, bias=False)
-        self.value = nn.Linear(C, A, bias=False)
-        self.output = nn.Linear(A, C, bias=False)
+        self.receptance = Linear(C, A)
+        self.key = Linear(C, A)
+        self.value = Linear(C, A)
+        self.output = Linear(A, C)
         self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)
 
     def bonus(self, *inputs: Tensor) -> Tensor | float:
@@ -505,8 +517,8 @@ class ChannelMix_x070(nn.Module):
         super().__init__()
         self.arch, self.layer = arch, layer
         parameters_of(self, {"x_k": (1, 1, arch.n_embd)})
-        self.key = nn.Linear(arch.n_embd, arch.dim_ffn, bias=False)
-        self.value = nn.Linear(arch.dim_ffn, arch.n_embd, bias=False)
+        self.key = Linear(arch.n_embd, arch.dim_ffn)
+        self.value = Linear(arch.dim_ffn, arch.n_embd)
 
     def forward(self, x: Tensor, last: Tensor) -> Tensor:
         """x (B,T,C), last (B,C) -> the update (B,T,C)."""
@@ -568,9 +580,6 @@ class RWKV(nn.Module):
                 x, v_first, state = block(x, v_first, state)
             after.append(state)
         return self.ln_out(x), after
-
-    def num_parameters(self, trained: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trained)
 
     @torch.no_grad()
     def initialise(self) -> RWKV:
@@ -698,8 +707,13 @@ def check_arch(cfg: Config, arch: Arch) -> None:
             raise Fatal(f"--{name} {flag}: {cfg.load_model} has {name} {found}; leave the flag out")
 
 
-def fill(model: RWKV, tensors: dict[str, Tensor], path: str, device: str, dtype: torch.dtype) -> RWKV:
-    """Puts a file's tensors into a model built on the meta device: every key, no other, every shape."""
+def fill(
+    model: RWKV, tensors: dict[str, Tensor], path: str, device: str, dtype: torch.dtype, in_file: Container[str] = ()
+) -> RWKV:
+    """Puts a file's tensors into a model built on the meta device: every key, no other, every shape.
+
+    The modules named in `in_file` are given theirs as it lies in the file, memory-mapped: that takes no memory.
+    """
     wanted = dict(model.named_parameters())
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys() - set(UNUSED)
     if missing or unknown:
@@ -712,8 +726,9 @@ def fill(model: RWKV, tensors: dict[str, Tensor], path: str, device: str, dtype:
         if not t.isfinite().all():
             raise Fatal(f"--load_model {path}: {name} holds NaN or infinity; the file is of no use")
         module, _, leaf = name.rpartition(".")
-        t = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format).view(p.shape)
-        model.get_submodule(module).register_parameter(leaf, nn.Parameter(t))
+        if module not in in_file:
+            t = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        model.get_submodule(module).register_parameter(leaf, nn.Parameter(t.reshape(p.shape)))
     return model
 
 
@@ -728,22 +743,194 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 # ======================================================================================================================
-# 4. Frozen weights: matrices that are multiplied with and never trained. `QUANT` says how they are stored.
+# 4. Frozen weights: matrices that are multiplied with and never trained. `QUANT` says how they are held: as they are,
+#    or as codes of 8 or 4 bits, from which a matrix is made whenever it is needed, one at a time.
 # ======================================================================================================================
+
+BLOCK = 64                                                            # weights, in row-major order, that share a scale
+SLABS = 8                                                             # in so many pieces a matrix is worked through
+
+# The sixteen levels of nf4, quantiles of the normal distribution (QLoRA, arXiv 2305.14314): the very float32 numbers of
+# bitsandbytes, since the formula does not give them to the last bit.
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+
+
+@lru_cache
+def nf4_levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The levels (16), and for each byte the two levels it stands for (256,2), the high nibble's first."""
+    levels = torch.tensor(NF4, device=device)
+    return levels, torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
+
+
+@lru_cache
+def dynamic_levels(device: torch.device) -> Tensor:
+    """The 256 levels of bitsandbytes' dynamic 8-bit numbers (arXiv 1511.04561), ascending, fp32: for i = 0..6 the
+    midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6), of both signs; and 0 and 1."""
+    levels = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        part = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        levels += [part, -part]
+    return torch.cat(levels).sort().values.to(device)
+
+
+def in_blocks(x: Tensor, size: int) -> Tensor:
+    """x, row after row, as (blocks,size); the last block is filled up with zeros."""
+    flat = x.reshape(-1)
+    return (F.pad(flat, (0, -len(flat) % size)) if len(flat) % size else flat).view(-1, size)
+
+
+def in_slabs(out: Tensor, rows_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Fills `out` with rows_of(rows of the inputs), an eighth at a time: on the way there is never a second matrix."""
+    height = -(-len(out) // SLABS)
+    for rows in (slice(i, i + height) for i in range(0, len(out), height)):
+        out[rows] = rows_of(*(x[rows] for x in inputs))
+    return out
+
+
+def nearest_level(x: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
+    """For x (blocks,size) and absmax (blocks): the number of the level nearest to x / absmax, the lower of two."""
+    scaled = torch.where(absmax > 0, absmax, 1)[:, None].reciprocal() * x                 # (zeros stay zeros)
+    return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True)
+
+
+Parts = dict[str, Tensor]                                             # a matrix as it is held
+
+
+def hold_dense(W: Tensor, dtype: torch.dtype) -> Parts:
+    """W itself, rounded to the compute dtype."""
+    return {"dense": W.to(dtype)}
+
+
+def read_dense(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return parts["dense"]
+
+
+def hold_int8(W: Tensor, dtype: torch.dtype) -> Parts:
+    """8.25 bits a weight. codes (n) int8, from -127 to 127, and scale (n/64) fp16:
+
+        scale = fp16(max |w| / 127),  code = round(w / scale);   w ~ code * scale
+
+    n = out * in weights in row-major order; a block is 64 in a row, and the last may be shorter. Magnitudes above 8.3e6
+    overflow the scale; below 4e-6 they are lost.
+    """
+    blocks = in_blocks(W, BLOCK)                                                          # (n/64,64)
+    scale = (blocks.abs().amax(1) / 127).half()
+
+    def whole(w: Tensor, s: Tensor) -> Tensor:
+        return (w / torch.where(s > 0, s.float(), 1)[:, None]).round_().clamp_(-127, 127)
+
+    codes = in_slabs(torch.empty_like(blocks, dtype=torch.int8), whole, blocks, scale)
+    return {"codes": codes.view(-1)[:W.numel()], "scale": scale}
+
+
+def read_int8(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    codes, scale = in_blocks(parts["codes"], BLOCK), parts["scale"]
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    return in_slabs(out, lambda c, s: c * s.float()[:, None], codes, scale).view(-1)[:shape.numel()].view(shape)
+
+
+def hold_nf4(W: Tensor, dtype: torch.dtype) -> Parts:
+    """4.5 bits a weight, bitsandbytes' format to the bit. codes (n/2) uint8 and absmax (n/64) fp32:
+
+        absmax = max |w|,  code = the level of NF4 nearest to w / absmax, the lower of two;   w ~ NF4[code] * absmax
+
+    n = out * in weights in row-major order; a block is 64 in a row, the last may be shorter. A byte holds two codes,
+    the first in its high four bits; where n is odd, the last low ones are 7, the code of 0. Of zeros absmax is 0.
+    """
+    blocks, (levels, _) = in_blocks(W, BLOCK), nf4_levels(W.device)                       # (n/64,64)
+    absmax = blocks.abs().amax(1).float()
+
+    def pairs(w: Tensor, m: Tensor) -> Tensor:
+        code = nearest_level(w.float(), m, levels)
+        return code[:, ::2] << 4 | code[:, 1::2]                                          # (n/64,32)
+
+    codes = in_slabs(torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=W.device), pairs, blocks, absmax)
+    return {"codes": codes.view(-1)[:-(-W.numel() // 2)], "absmax": absmax}
+
+
+def read_nf4(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    codes = in_blocks(parts["codes"], BLOCK // 2)                                         # (n/64,32)
+    out, (_, pairs) = torch.empty(len(codes), BLOCK, dtype=dtype, device=codes.device), nf4_levels(codes.device)
+
+    def weights(c: Tensor, m: Tensor) -> Tensor:
+        return pairs.index_select(0, c.reshape(-1).int()).view(-1, BLOCK).mul_(m[:, None])
+
+    return in_slabs(out, weights, codes, parts["absmax"]).view(-1)[:shape.numel()].view(shape)
+
+
+def hold_nf4dq(W: Tensor, dtype: torch.dtype) -> Parts:
+    """4.127 bits a weight: nf4 with its absmax quantised as well (bitsandbytes' double quantisation, to the bit).
+
+        offset = mean of absmax,  absmax_max = max |absmax - offset| of 256 in a row;
+        absmax_code = the dynamic level nearest to (absmax - offset) / absmax_max
+
+    codes as in nf4, chosen with the exact absmax; absmax_codes (n/64) uint8, absmax_max (n/16384) and offset () fp32.
+    """
+    parts = hold_nf4(W, dtype)
+    absmax = parts.pop("absmax")
+    offset = absmax.double().mean().float()                           # (in fp64: the same bits in whatever order)
+    blocks = in_blocks(absmax - offset, 256)                                              # (n/16384,256)
+    absmax_max = blocks.abs().amax(1)
+    codes = nearest_level(blocks, absmax_max, dynamic_levels(W.device)).to(torch.uint8)
+    return parts | {"absmax_codes": codes.view(-1)[:len(absmax)], "absmax_max": absmax_max, "offset": offset}
+
+
+def read_nf4dq(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    blocks = in_blocks(parts["absmax_codes"], 256)
+    absmax = dynamic_levels(blocks.device)[blocks.int()] * parts["absmax_max"][:, None]   # (n/16384,256)
+    absmax = absmax.view(-1)[:len(parts["absmax_codes"])] + parts["offset"]
+    return read_nf4({"codes": parts["codes"], "absmax": absmax}, shape, dtype)
+
+
+class Quant(NamedTuple):
+    """A way to hold a matrix: into parts and back. (A program that does it faster for a device has the same parts, the
+    same values, and takes the place of `read`.)"""
+
+    hold: Callable[[Tensor, torch.dtype], Parts]                      # W (out,in) fp32, compute dtype -> its parts
+    read: Callable[[Parts, torch.Size, torch.dtype], Tensor]          # parts -> W in fp32, rounded to the compute dtype
+    lossy: bool = True
+
+    def through(self, W: Tensor, dtype: torch.dtype) -> Tensor:
+        """W as it is multiplied with when held so: in the compute dtype."""
+        return self.read(self.hold(W, dtype), W.shape, dtype)
+
+
+QUANT = {"none": Quant(hold_dense, read_dense, lossy=False), "int8": Quant(hold_int8, read_int8),
+         "nf4": Quant(hold_nf4, read_nf4), "nf4dq": Quant(hold_nf4dq, read_nf4dq)}
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T. For backward it keeps what W is held as, and neither x nor W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: FrozenLinear) -> Tensor:
+        ctx.frozen = frozen
+        return F.linear(x, frozen.weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.frozen.weight, None
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T for W (out,in) in the compute dtype. It gets no gradient, so nothing of x is kept for one."""
+    """y = x W^T for W (out,in), held as QUANT[quant] says, multiplied with in the compute dtype. W gets no gradient."""
 
-    def __init__(self, W: Tensor):
+    def __init__(self, W: Tensor, dtype: torch.dtype, quant: str):
         super().__init__()
-        self.weight = nn.Parameter(W, requires_grad=False)
+        self.shape, self.dtype, self.read = W.shape, dtype, QUANT[quant].read
+        for name, part in QUANT[quant].hold(W, dtype).items():
+            self.register_buffer(name, part)
+
+    @property
+    def weight(self) -> Tensor:
+        """W in the compute dtype; where it is held as codes, a new one each time."""
+        return self.read(dict(self.named_buffers()), self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
-
-
-QUANT: dict[str, Callable[[Tensor], nn.Module]] = {"none": FrozenLinear}
+        return FrozenProduct.apply(x, self)
 
 
 # ======================================================================================================================
@@ -828,42 +1015,111 @@ class PiSSALinear(LoRALinear):
 ADAPTER: dict[str, type[LoRALinear] | None] = {"pissa": PiSSALinear, "lora": LoRALinear, "none": None}
 
 
-def adapted(model: RWKV) -> dict[str, nn.Linear]:
-    """The matrices that get adapters: every linear map of the blocks. (Not emb, not head, not the low-rank factors.)"""
-    return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, nn.Linear)}
+def adapted(model: RWKV) -> dict[str, Linear]:
+    """The matrices that get adapters and are quantised: every linear map of the blocks, most of a model's weights.
+
+    Not emb, of which a step reads a few rows, not head, whose errors are the logits', and not the built-in low-rank
+    factors, which are small and decide how memory decays.
+    """
+    return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, Linear)}
+
+
+class Factors(NamedTuple):
+    """Of a matrix (out,in): A0 (r,in), B0 (out,r), whose product is taken out of it; A, B, where training starts."""
+
+    A0: Tensor
+    B0: Tensor
+    A: Tensor
+    B: Tensor
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """As init_pissa.pth has them: init_lora_A and B; start_lora_A and B where training starts elsewhere."""
+        elsewhere = not all(map(torch.equal, self[:2], self[2:]))
+        pairs = {"init": self[:2]} | ({"start": self[2:]} if elsewhere else {})
+        return {f"{name}.{pair}_lora_{x}": t.cpu() for pair, AB in pairs.items() for x, t in zip("AB", AB, strict=True)}
+
+
+def residual(W: Tensor, A0: Tensor, B0: Tensor) -> Tensor:
+    """W - B0 A0, for W (out,in), in W's dtype.
+
+    Computed in float64 and rounded once, so that a GPU, a CPU and another number of threads find the same numbers (but
+    for one in 10^8), hence the same codes: merging has to meet the matrix that was trained on.
+    """
+    A0 = A0.double()
+    return in_slabs(torch.empty_like(W), lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
+
+
+def new_factors(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generator) -> Factors:
+    """A new start, in numbers of the compute dtype. Training starts at what is taken out of W (out,in), unless PiSSA's
+    start is fitted to a quantised residual (QPiSSA with T = qpissa_iters > 1, arXiv 2404.02948): with q what quantising
+    makes of a matrix, and SVD_r its first r triplets,
+
+        B_1 A_1 = SVD_r(W),   B_t A_t = SVD_r(W - q(W - B_{t-1} A_{t-1}))
+
+    Pair T-1 is taken out of W, which settles the codes; training starts at pair T, which mends part of their error.
+    """
+    def pair(W: Tensor) -> list[Tensor]:
+        return [x.to(dtype).to(W) for x in ADAPTER[cfg.peft].start(W, cfg, draw)]
+
+    taken = start = pair(W)
+    for _ in range(cfg.qpissa_iters - 1):
+        taken, start = start, pair(W - QUANT[cfg.quant].through(residual(W, *start), dtype))
+    return Factors(*taken, *start)
+
+
+def saved_factors(W: Tensor, name: str, cfg: Config, init: dict[str, Tensor]) -> Factors:
+    """The start of an earlier run, from its init_pissa.pth."""
+    taken = start = saved_pair(init, f"{name}.init_lora_", W, cfg.rank, cfg.adapter_init)
+    if f"{name}.start_lora_A" in init:
+        start = saved_pair(init, f"{name}.start_lora_", W, cfg.rank, cfg.adapter_init)
+    return Factors(*taken, *start)
+
+
+def saved_pair(tensors: dict[str, Tensor], prefix: str, W: Tensor, rank: int, path: str) -> list[Tensor]:
+    """A (r,in) and B (out,r) for W (out,in), from an adapter file."""
+    shapes = {"A": (rank, W.shape[1]), "B": (W.shape[0], rank)}
+    return [entry(tensors, prefix + x, shape, path).to(W) for x, shape in shapes.items()]
+
+
+def start_errors(name: str, W: Tensor, frozen: FrozenLinear, factors: Factors, quant: str) -> Tensor:
+    """(3) float64, the squared Frobenius norms of W - (W_res + B A), of W - W held like W_res, and of W."""
+    left = residual(W - frozen.weight, factors.A, factors.B).norm()
+    plain = (W - QUANT[quant].through(W, frozen.dtype)).norm()
+    if not (left + plain).isfinite():
+        raise Fatal(f"--quant {quant}: {name} reaches {W.abs().max():.1e}, too much for it in {frozen.dtype};"
+                    " take nf4 and --precision bf16")
+    return torch.stack([left, plain, W.norm()]).double().square().cpu()
 
 
 @torch.no_grad()
 def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Freezes the model, puts adapters on its matrices, returns what was taken out of these: init_lora_A, init_lora_B.
+    """Freezes the model, puts adapters on its matrices, and returns what init_pissa.pth holds.
 
-    `init` and `load` are an earlier run's init_pissa.pth and rwkv-<N>.pth, or empty for a new start. The factors are
-    rounded to the compute dtype *before* their product is taken out of W: so the two parts still sum to W.
+    One matrix after another goes to the device, is decomposed, held as cfg.quant says, and let go. `init` and `load`
+    are an earlier run's init_pissa.pth and rwkv-<N>.pth, or empty for a new start. Factors are rounded to the compute
+    dtype *before* their product is taken out of W: so the parts still sum to W. Only what is left is quantised.
     """
     for name, p in model.named_parameters():
         p.requires_grad_(any(part in name for part in cfg.train_parts))
-    kind, draw = ADAPTER[cfg.peft], torch.Generator().manual_seed(cfg.random_seed)
-    taken, unsplit, error = {}, [], 0.0
+    device, dtype, kind, r = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft], cfg.rank
+    draw, taken, unsplit, squares = torch.Generator().manual_seed(cfg.random_seed), {}, [], {}
     for name, linear in tqdm(adapted(model).items(), f"{cfg.peft}: start", leave=False, disable=None):
-        dtype, W = linear.weight.dtype, linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
-        r, shapes = cfg.rank, {"A": (cfg.rank, W.shape[1]), "B": (W.shape[0], cfg.rank)}
+        W = linear.weight.to(device, torch.promote_types(linear.weight.dtype, torch.float32))
         if not 1 <= r <= min(W.shape):
             raise Fatal(f"--rank {r}: {name} is {W.shape[0]} x {W.shape[1]}; take a rank from 1 to {min(W.shape)}")
-        if init:
-            A0, B0 = (entry(init, f"{name}.init_lora_{x}", shapes[x], cfg.adapter_init).to(W) for x in "AB")
-        else:
-            A0, B0 = (x.to(dtype).to(W) for x in kind.start(W, cfg, draw))
-        A, B = (entry(load, f"{name}.lora_{x}", shapes[x], cfg.adapter_load) for x in "AB") if load else (A0, B0)
-        R = (W - B0 @ A0).to(dtype)
-        error = max(error, ((W - (R + B0 @ A0)).abs().max() / W.abs().max().clamp_min(1e-30)).item())
-        parent, _, leaf = name.rpartition(".")
-        adapter = kind(cfg, QUANT[cfg.quant](R), *(x.to(W.device, dtype, copy=True) for x in (A, B)))
-        setattr(model.get_submodule(parent), leaf, adapter)
-        taken |= {f"{name}.init_lora_A": A0.cpu(), f"{name}.init_lora_B": B0.cpu()}
-        unsplit += [] if B0.any() else [name]
+        factors = saved_factors(W, name, cfg, init) if init else new_factors(W, dtype, cfg, draw)
+        frozen = FrozenLinear(residual(W, factors.A0, factors.B0), dtype, cfg.quant)
+        layer_type = name.split(".", 2)[2]                                                # att.key, ffn.value, ...
+        squares[layer_type] = squares.get(layer_type, 0) + start_errors(name, W, frozen, factors, cfg.quant)
+        A, B = saved_pair(load, f"{name}.lora_", W, r, cfg.adapter_load) if load else factors[2:]
+        model.set_submodule(name, kind(cfg, frozen, *(x.to(device, dtype, copy=True) for x in (A, B))))
+        taken |= factors.named(name)
+        unsplit += [] if factors.B.any() else [name]
     if cfg.peft == "pissa" and unsplit:
-        say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
-    say(f"{cfg.peft} of rank {cfg.rank} on {len(taken) // 2} matrices: max |W - (W_res + B A)| / max |W| = {error:.1e}")
+        say(f"{len(unsplit)} matrices have no rank-{r} part and start as LoRA does: {some(unsplit)}")
+    shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
+    say(f"{cfg.peft} of rank {r}, quant {cfg.quant}: |W - (W_res + B A)| / |W| by type, in brackets that of W quantised"
+        " itself: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
 
 
@@ -1532,12 +1788,14 @@ def write_binidx(prefix: str, corpus: Corpus) -> None:
 
 
 def merge(
-    base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], scale: float = 1.0
+    base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], scale: float = 1.0,
+    held: Callable[[Tensor], Tensor] = lambda W_res: W_res,
 ) -> dict[str, Tensor]:
-    """The full model: W' = (W - B0 A0) + scale B A in fp32, rounded once to W's dtype; other trained parts replaced.
+    """The full model: W' = held(W - B0 A0) + scale B A in fp32, rounded once to W's dtype; other trained parts as such.
 
-    `init` holds init_lora_A/B (empty for LoRA), `trained` lora_A/B and whole parameters. Names, order, shapes and
-    dtypes are the base's: that is what other programs read a model from.
+    `init` holds init_lora_A/B (empty for LoRA), `trained` lora_A/B and whole parameters; `held` makes of W_res what
+    training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is what other
+    programs read a model from.
     """
     left, merged = dict(trained), {}
     for name, W in tqdm(base.items(), "merging", leave=False, disable=None):
@@ -1554,8 +1812,8 @@ def merge(
             if init:
                 A0 = entry(init, f"{module}.init_lora_A", A.shape, "--lora_init").float()
                 B0 = entry(init, f"{module}.init_lora_B", B.shape, "--lora_init").float()
-                new = new - B0 @ A0
-            new = new + scale * (B @ A)
+                new = residual(new, A0, B0)
+            new = held(new) + scale * (B @ A)
         if new.numel() != W.numel():
             raise Fatal(f"{name} is {list(W.shape)} in the base, {list(new.shape)} in the checkpoint")
         merged[name] = new.reshape(W.shape).to(W.dtype).contiguous()
@@ -1565,11 +1823,13 @@ def merge(
 
 
 def merge_files(
-    kind: str, base: str, init: str, checkpoint: str, output: str, alpha: float | None = None, write: Callable = save
+    kind: str, base: str, init: str, checkpoint: str, output: str, alpha: float | None = None, write: Callable = save,
+    quant: str = "", formats: dict[str, Quant] = QUANT,
 ) -> None:
     """`merge` from files to a file, for --type pissa and lora. Refuses a base that was not trained on.
 
-    alpha is LoRA's, where the checkpoint does not say; `write(path, tensors)` makes the file.
+    alpha is LoRA's, and quant, of formats, what the base was held as: both only where the checkpoint does not say;
+    `write(path, tensors)` makes the file.
     """
     tensors = read_pth(base, "--base_model")
     trained, about = read_described(checkpoint, "--lora_checkpoint")
@@ -1587,7 +1847,12 @@ def merge_files(
         scale = given
     if scale is None:
         raise Fatal(f"{checkpoint} does not say by what LoRA was scaled; give --lora_alpha")
-    write(Path(output), merge(tensors, taken, trained, scale))
+    row = pick(formats, "--quant", quant or about.get("quant", "none"))
+    if quant not in ("", about.get("quant", quant)):
+        raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
+    # What was not quantised is merged as before it was rounded. (RWKV-PEFT, which describes nothing, computes in bf16.)
+    dtype = getattr(torch, about.get("dtype", "bfloat16")) if row.lossy else torch.float32
+    write(Path(output), merge(tensors, taken, trained, scale, lambda W_res: row.through(W_res, dtype)))
 
 
 # ======================================================================================================================
@@ -1647,6 +1912,13 @@ def check(cfg: Config) -> None:
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
     if cfg.peft == "pissa" and bool(cfg.adapter_load) > bool(cfg.adapter_init):
         raise Fatal(f"pissa_load {cfg.adapter_load} needs pissa_init too: the init_pissa.pth of the same run")
+    if QUANT[cfg.quant].lossy and not ADAPTER[cfg.peft]:
+        raise Fatal(f"--quant {cfg.quant}: --peft {cfg.peft} trains every matrix, and only frozen ones are quantised")
+    if not 1 <= cfg.qpissa_iters <= 5:
+        raise Fatal(f"--qpissa_iters {cfg.qpissa_iters}: a number from 1 to 5 is wanted")
+    if cfg.qpissa_iters > 1 and not (cfg.peft == "pissa" and QUANT[cfg.quant].lossy):
+        raise Fatal(f"--qpissa_iters {cfg.qpissa_iters} fits PiSSA's start to a quantised base, and this is --peft"
+                    f" {cfg.peft} with --quant {cfg.quant}")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
     if cfg.peft == "pissa" and cfg.lr_init > 1e-4:
@@ -1733,7 +2005,7 @@ def build(cfg: Config) -> Run | None:
         dry_run(cfg, model.to(dtype), loader, epoch_steps, device)
         return None
     if tensors:
-        fill(model, tensors, cfg.load_model, device, dtype)
+        fill(model, tensors, cfg.load_model, device, dtype, adapted(model) if ADAPTER[cfg.peft] else ())
     else:
         model = model.to_empty(device="cpu").initialise().to(device, dtype)
     base = fingerprint(tensors) if tensors else "new"
@@ -1754,7 +2026,7 @@ def adapt(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Puts adapters on the model, new ones or those of an earlier run. Returns what describes them, and that file.
 
-    Prints the loss of one batch with and without: a new start computes what the base computes.
+    Prints the loss of one batch with and without: a new start computes what the base computes, but for quantisation.
     """
     folder, kind = Path(cfg.proj_dir), ADAPTER[cfg.peft]
     init_path, load_path = cfg.adapter_init, cfg.adapter_load
@@ -1780,8 +2052,10 @@ def adapt(
     if not load and not resumed:
         say(f"loss of the first batch: base {before:.6f}, with adapters {loss():.6f}")
     about_adapters = {"rank": cfg.rank, "scale": kind.scale_of(cfg)}
+    about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
     if cfg.peft == "pissa":
-        about_adapters |= {"svd_niter": cfg.svd_niter, "seed": cfg.random_seed, "init": fingerprint(taken)}
+        about_adapters |= {"svd_niter": cfg.svd_niter, "qpissa_iters": cfg.qpissa_iters, "seed": cfg.random_seed,
+                           "init": fingerprint(taken)}
         if init_path != str(folder / "init_pissa.pth"):
             save(folder / "init_pissa.pth", taken, about | about_adapters)
     return about_adapters, load
@@ -2047,6 +2321,7 @@ class Peak(TorchDispatchMode):
 def dry_run(cfg: Config, model: RWKV, loader: Loader, epoch_steps: int, device: str) -> None:
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded."""
     named = dict(model.named_parameters())
+    every = sum(p.numel() for p in named.values())
     trained = {n for n in named if cfg.peft == "none" or any(part in n for part in cfg.train_parts)}
     for p in (named[n] for n in named.keys() - trained):
         p.requires_grad_(False)
@@ -2056,19 +2331,19 @@ def dry_run(cfg: Config, model: RWKV, loader: Loader, epoch_steps: int, device: 
         if not 1 <= cfg.rank <= min(rows, columns):
             raise Fatal(f"--rank {cfg.rank}: {name} is {rows} x {columns}; take a rank from 1 to {min(rows, columns)}")
         A, B = (torch.empty(s, dtype=dtype, device="meta") for s in ((cfg.rank, columns), (rows, cfg.rank)))
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, ADAPTER[cfg.peft](cfg, QUANT[cfg.quant](linear.weight.data), A, B))
+        frozen = FrozenLinear(linear.weight.detach(), dtype, cfg.quant)
+        model.set_submodule(name, ADAPTER[cfg.peft](cfg, frozen, A, B))
         adapters += A.numel() + B.numel()
-    every, learning = model.num_parameters(), model.num_parameters(trained=True)
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers()))
     optimiser = learning * (16 if next(model.parameters()).itemsize < 4 else 12)          # master, m, v, gradient
     B, T, accumulate = loader.bsz, cfg.ctx_len, cfg.accumulate_grad_batches
     positions = torch.arange(B * T, device="meta")
     with Peak() as peak:
         batch_loss(model, Batch(positions.view(B, T), positions, positions, []), 1).backward()
     steps, GB = epoch_steps * cfg.epoch_count, 1e9
-    say(f"would train {learning:,} of {every:,} parameters: {adapters:,} in adapters, {learning - adapters:,} in"
-        f" {'the model' if cfg.peft == 'none' else ' '.join(cfg.train_parts)}\n"
+    say(f"would train {learning:,} of {every + adapters:,} parameters: {adapters:,} in adapters,"
+        f" {learning - adapters:,} in {'the model' if cfg.peft == 'none' else ' '.join(cfg.train_parts)}\n"
         f"would make {steps:,} steps of {B * accumulate} rows: at most {steps * B * T * accumulate:,} tokens\n"
         f"would hold {(weights + optimiser + peak.most) / GB:.2f} GB on the {device}: {weights / GB:.2f} weights,"
         f" {optimiser / GB:.2f} optimiser, {peak.most / GB:.2f} activations and gradients at their peak")

@@ -21,7 +21,7 @@ setup(
     package_data={"wkv7_cuda": ["*.cu", "*.cuh", "*.cpp", "*.md"]},
     install_requires=["torch>=2.10", "ninja", "numpy", "tqdm"],
     extras_require={
-        "test": ["pytest", "rwkv==0.8.32", "ruff==0.17.6", "safetensors", "matplotlib"],
+        "test": ["pytest", "rwkv==0.8.32", "ruff==0.17.6", "safetensors", "matplotlib", "bitsandbytes==0.50.2"],
         "tokenizer": ["rwkv"],
         "plot": ["matplotlib"],
         "wandb": ["wandb"],

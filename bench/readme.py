@@ -9,6 +9,7 @@ import re
 from dataclasses import fields
 
 import record
+import torch
 
 import pissa_rwkv as P
 
@@ -42,8 +43,8 @@ def sections() -> str:
 
 WHAT = {
     1: "a command line from a dataclass", 2: "the delta rule as a recurrence, 15 lines",
-    3: "time mixing, channel mixing, state as an argument", 4: "what is multiplied with and never trained",
-    5: "the randomised SVD, PiSSA, LoRA", 6: "nine lines a reader; rows as spans of one stream",
+    3: "time mixing, channel mixing, state as an argument", 4: "nf4 and int8, bit by bit",
+    5: "the randomised SVD, PiSSA, QPiSSA, LoRA", 6: "nine lines a reader; rows as spans of one stream",
     7: "cross-entropy that never holds the logits", 8: "AdamW by hand on one flat buffer",
     9: "atomic files, the merge formula", 10: "a loop of fifteen lines, and resuming to the bit",
 }
@@ -72,6 +73,58 @@ def learning() -> str:
     return "\n".join(lines) + f"\n\nThe base has {before:.3f}. {source(rows)}"
 
 
+def quants() -> str:
+    """The rows of QUANT, with their size and error measured on the spot."""
+    W = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    lines = ["| `--quant` | bits a weight | error, gaussian W | what |", "|---|---|---|---|"]
+    for name, quant in P.QUANT.items():
+        bits = 8 * sum(part.nbytes for part in quant.hold(W, torch.bfloat16).values()) / W.numel()
+        error = (quant.through(W, torch.bfloat16) - W).norm() / W.norm()
+        lines.append(f"| `{name}` | {bits:.4g} | {error:.2%} | {HELD[name]} |")
+    return "\n".join(lines)
+
+
+HELD = {
+    "none": "the compute dtype, here bf16",
+    "int8": "64 weights share a scale, max / 127 in fp16",
+    "nf4": "bitsandbytes' format: 16 levels, 64 weights share an absmax in fp32",
+    "nf4dq": "the same, the absmax in 8 bits (double quantisation)",
+}
+
+
+def qerror() -> str:
+    """By how much QPiSSA and LoftQ lessen nf4's error; the better of two in bold."""
+    rows = [r for r in record.read("qerror") if "T" in r]
+    at = {(r["matrix"], r["rank"], r["T"], r["method"]): r for r in rows}
+    columns = [(8, 1, "cut"), (8, 2, "cut"), (8, 5, "cut"), (8, 5, "nuclear_cut"), (32, 1, "cut"), (32, 5, "cut")]
+    heads = [f"r {r}, T {T}{', nuclear' if kind == 'nuclear_cut' else ''}" for r, T, kind in columns]
+    lines = ["| matrix | nf4's error | QPiSSA-1, r 8 (theory) | " + " | ".join(heads) + " |",
+             "|---" * (len(heads) + 3) + "|"]
+    for name in dict.fromkeys(r["matrix"] for r in rows):
+        first = at[name, 8, 1, "QPiSSA"]
+        cells = [f"{first['plain']:.4f}", f"{first['error']:.4f} ({first['oracle']:.4f})"]
+        for rank, T, kind in columns:
+            q, loft = (at[name, rank, T, method][kind] for method in ("QPiSSA", "LoftQ"))
+            cells.append(f"**{q:.1%}** / {loft:.1%}" if q > loft else f"{q:.1%} / **{loft:.1%}**")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    pairs = [(r["cut"], at[r["matrix"], r["rank"], r["T"], "LoftQ"]["cut"], r) for r in rows if r["method"] == "QPiSSA"]
+    won = sorted({r["matrix"] for q, loft, r in pairs if loft > q})
+    return "\n".join(lines) + (f"\n\nOf all {len(pairs)} pairs (rank 4 to 32, T 1 to 5) QPiSSA errs less in"
+                               f" {sum(q > loft for q, loft, _ in pairs)}; LoftQ wins on: {', '.join(won)}."
+                               f" {source(rows)}")
+
+
+def int8() -> str:
+    rows = [r for r in record.read("qerror") if "factor" in r]
+    factors = sorted({r["factor"] for r in rows})
+    lines = ["| 8 of 1024 columns larger by | " + " | ".join(f"x{f}" for f in factors) + " |",
+             "|---" * (len(factors) + 1) + "|"]
+    for method, name in (("int8", "`int8`"), ("dynamic", "bitsandbytes' 8-bit code, block 64")):
+        errors = [next(r["error"] for r in rows if (r["method"], r["factor"]) == (method, f)) for f in factors]
+        lines.append(f"| {name} | " + " | ".join(f"{e:.2%}" for e in errors) + " |")
+    return "\n".join(lines)
+
+
 def source(rows: list[dict]) -> str:
     r = rows[0]
     return f"({r['machine']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}, {r['date']}.)"
@@ -85,7 +138,7 @@ def reliability() -> str:
             f" {r['diverged_runs']} with other losses or weights than the undisturbed run, to the bit. {source([r])}")
 
 
-TABLES = (demo, options, sections, ops, learning, reliability)
+TABLES = (demo, options, sections, ops, learning, reliability, quants, qerror, int8)
 
 
 def filled(text: str) -> str:

@@ -189,6 +189,8 @@ VARIANTS = {
     "pissa": "", "lora with dropout": "--peft lora --lora_dropout 0.3", "accumulation": "--accumulate_grad_batches 2",
     "bf16": "--precision bf16 --grad_cp 1", "fp16": "--precision fp16",
     "all parameters": "--peft none --precision bf16",
+    "int8": "--quant int8 --peft lora", "nf4": "--quant nf4 --qpissa_iters 3 --precision bf16 --grad_cp 1",
+    "nf4dq": "--quant nf4dq", "lora on nf4": "--quant nf4 --peft lora --precision bf16",
     "windows": "--dataload get --lr_schedule wsd --warmup_steps 2 --weight_decay 0.1",
 }  # fmt: skip
 
@@ -452,14 +454,16 @@ def test_validation_and_sample(command, out, capsys, monkeypatch):
 
 @pytest.mark.parametrize("options", [
     "", "--peft lora --rank 7", "--peft none", "--train_parts emb head time ln", "--precision bf16 --grad_cp 1"])
-def test_dry_run_counts_right_and_writes_nothing(command, out, capsys, options):
+def test_dry_run_counts_right_and_writes_nothing(command, place, out, capsys, options):
     assert P.main(command(f"{options} --epoch_steps 5 --epoch_count 3 --dry_run")) == 0
     said = capsys.readouterr().out
     assert not out.exists()
     trained, every = (int(n.replace(",", "")) for n in re.search(r"train ([\d,]+) of ([\d,]+)", said).groups())
     run = P.build(P.parse(command(f"{options} --epoch_steps 5 --epoch_count 3")))
-    assert trained == run.optimiser.master.numel() == run.model.num_parameters(trained=True)
-    assert every == run.model.num_parameters()
+    assert trained == run.optimiser.master.numel() == sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    base = torch.load(place / "base.pth", weights_only=True)
+    assert every == sum(t.numel() for t in base.values()) + sum(
+        p.numel() for name, p in run.model.named_parameters() if ".lora_" in name)
     assert "would make 15 steps of 2 rows: at most 240 tokens" in said and run.steps == 15
 
 
