@@ -14,7 +14,6 @@ from . import build, op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N = 64  # head size
-L = 32  # tokens of a chunk
 VALUES = 16  # rows of a state that one program of `walk` carries
 
 
@@ -50,6 +49,7 @@ def kernels(source: ModuleType):
         """Through all chunks, forwards from S_0 or mirrored from dL/dS_T: S~ or D~ of each chunk, the end, J."""
         r = inputs[0]
         batch, time, heads, _ = r.shape
+        L = chunk_length(r)
         chunks = -(-time // L)
         count = batch * heads * chunks
         M, centred, J = new_saved(r, start), new_saved(r, start), new_saved(r, start, L)
@@ -68,7 +68,9 @@ def kernels(source: ModuleType):
         y = torch.empty_like(r)
         with on(r.device):
             centred, state_T, J = states([r, w, k, v, a, b], state, False)
-            source.outputs[(len(J),)](r, w, k, v, a, b, centred, J, y, *r.shape[1:3], N=N, L=L, num_warps=4)
+            source.outputs[(len(J),)](
+                r, w, k, v, a, b, centred, J, y, *r.shape[1:3], N=N, L=chunk_length(r), num_warps=4
+            )  # fmt: skip
         return y, state_T, centred if save else state.new_empty(0)
 
     def backward(r, w, k, v, a, b, state, saved, dy, dstate):
@@ -76,7 +78,7 @@ def kernels(source: ModuleType):
         with on(r.device):
             D, dstate0, J = states([r, w, k, dy, a, b], dstate, True)
             source.gradients[(len(J),)](
-                r, w, k, v, a, b, dy, saved, D, J, *grads, *r.shape[1:3], N=N, L=L, num_warps=8
+                r, w, k, v, a, b, dy, saved, D, J, *grads, *r.shape[1:3], N=N, L=chunk_length(r), num_warps=8
             )  # fmt: skip
         return *grads, dstate0
 
@@ -87,7 +89,12 @@ def new_saved(r: Tensor, state: Tensor, size: int = N) -> Tensor:
     """Uninitialised: a matrix of operands per chunk, (B H chunks, size, size); S~ of every chunk is what is saved."""
     batch, time, heads, _ = r.shape
     dtype = torch.bfloat16 if r.dtype == torch.bfloat16 else torch.float32
-    return state.new_empty(batch * heads * -(-time // L), size, size, dtype=dtype)
+    return state.new_empty(batch * heads * -(-time // chunk_length(r)), size, size, dtype=dtype)
+
+
+def chunk_length(r: Tensor) -> int:
+    """Tokens of a chunk: 32, or 16 where operands are fp32, whose tiles of 32 tokens spill out of the registers."""
+    return 32 if r.dtype == torch.bfloat16 else 16
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

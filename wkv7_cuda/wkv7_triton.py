@@ -1,7 +1,7 @@
 """WKV-7 in Triton: four kernels that do what chunk.py does, in its letters. triton.py launches them.
 
-Definitions and derivation stand in chunk.py and README.md, "The chunk algebra". As there a chunk is L = 32 tokens, rows
-are tokens, S is the state before the chunk and D the gradient of the one after it, both [value, key], and
+Definitions and derivation stand in chunk.py and README.md, "The chunk algebra". Rows are tokens, S is the state before
+the chunk and D the gradient of the one after it, both [value, key], and
 
     q~ a~ k~ b~    r a k b, decayed to the chunk's middle (m = G there): a~ = a o e^(E-m), k~ = k o e^(m-G) ...
     S~ = S o e^m    D~ = D o e^(G_L-m)    A_ab = stril(a~ b~^T)    A_ak = stril(a~ k~^T)    A_qb = tril(q~ b~^T)
@@ -19,16 +19,18 @@ The chunk as a map of the state, and its mirror image that carries the gradient 
 | `outputs` | a chunk of a head | inputs, S~, J | Y |
 | `gradients` | a chunk of a head | inputs, dY, S~, D~, J | dr dw dk dv da db |
 
-forward = transitions, walk, outputs; backward = transitions and walk mirrored, gradients. Only `walk` is sequential, and
-a step of it is one product. Each number is written by one program, and there are no atomics: same bits in every run.
+forward = transitions, walk, outputs; backward = transitions and walk mirrored, gradients. Only `walk` is sequential,
+and a step of it is one product. Each number is written by one program, no atomics: the same bits in every run.
 
-**Numerics.** All sums, the carried state, exponents, A_ab, J and dw are fp32. Factors of products, called operands, are
+**Numerics.** A chunk is L = 32 tokens, or 16 where operands are fp32: larger tiles would not fit the registers, and no
+exponent then exceeds 5, whose rounding to fp32 is an error of 2e-7. All sums, the carried state, exponents, A_ab, the
+substitution that finds J, and dw are fp32. Factors of products, called operands, are
 
 | inputs | operands | because |
 |---|---|---|
-| fp32 | fp32, products exact ("ieee") | the precise mode; exponents then come from fp64: rounded to fp32, one near 10 is an error of 3e-7 in all that it scales |
+| fp32 | fp32, products exact ("ieee") | the precise mode |
 | bf16 | bf16 | the tensor core's type; rounding the inputs to it has cost as much already |
-| fp16 | fp32 rounded to 11 bits, products in TF32 | k~ reaches e^10 |k|: too much for fp16; bf16 would drop 3 of fp16's 11 bits |
+| fp16 | fp32 rounded to 11 bits, in TF32 | fp16 is too narrow for k~, up to e^5 k, and gradients; bf16 drops 3 bits |
 
 In dw pairs of terms must cancel; they do if q~, k~ ... and P are the very numbers that entered the products: hence all
 terms use the rounded ones. J is found by substitution, never by powers of A_ab (see README.md, step 4).
@@ -45,15 +47,16 @@ def operand(x, IO: tl.constexpr):
     """fp32 -> what a product may read, for inputs of dtype IO."""
     if IO == tl.bfloat16:
         return x.to(tl.bfloat16)
-    if IO == tl.float16:  # the nearest number with 11 significant bits
+    elif IO == tl.float16:  # the nearest number with 11 significant bits
         return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x
+    else:
+        return x
 
 
 @triton.jit
 def dot(x, y, IO: tl.constexpr):
-    """Product of two operands, accumulated in fp32."""
-    return tl.dot(x, y, input_precision="tf32" if IO == tl.float16 else "ieee")
+    """Product of two operands (or, in `solved`, of two fp32 matrices), accumulated in fp32."""
+    return tl.dot(x, y, input_precision="ieee" if IO == tl.float32 else "tf32")
 
 
 @triton.jit
@@ -73,21 +76,12 @@ def row(x, i, L: tl.constexpr):
 @triton.jit
 def decays(w, at, exists, L: tl.constexpr):
     """e^(G-m), e^(E-m), e^(m-G), all (L,N); e^m, e^(G_L-m), (N). A token that does not exist has g = 0."""
-    g = tl.where(exists, 1 / (1 + tl.exp(-wide(w, at, exists))) * -C, 0.0)
+    g = tl.where(exists, 1 / (1 + tl.exp(-tl.load(w + at, exists, 0.0).to(tl.float32))) * -C, 0.0)
     G = tl.cumsum(g, 0)
     m = row(G, L // 2, L)
     from_m = G - m[None, :]
     e_q, e_a, e_k = tl.exp(from_m), tl.exp(from_m - g), tl.exp(-from_m)
-    e_m, e_end = tl.exp(m), tl.exp(row(from_m, L - 1, L))
-    return e_q.to(tl.float32), e_a.to(tl.float32), e_k.to(tl.float32), e_m.to(tl.float32), e_end.to(tl.float32)
-
-
-@triton.jit
-def wide(x, at, exists):
-    """The tile at `at` in the dtype of exponents, zero where there is no token."""
-    if x.dtype.element_ty == tl.float32:
-        return tl.load(x + at, exists, 0.0).to(tl.float64)
-    return tl.load(x + at, exists, 0.0).to(tl.float32)
+    return e_q, e_a, e_k, tl.exp(m), tl.exp(row(from_m, L - 1, L))
 
 
 @triton.jit
@@ -104,10 +98,10 @@ def lower(x, L: tl.constexpr, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def solved(A, L: tl.constexpr):
-    """J = (I - A)^-1 for A strictly lower triangular (L,L), in fp32, for L = 32.
+def solved(A, L: tl.constexpr, IO: tl.constexpr):
+    """J = (I - A)^-1 for A strictly lower triangular (L,L), in fp32, for L = 16 or 32.
 
-    First its two diagonal blocks of 16 by substitution, both at once: row i of each is e_i + sum_j A[i,j] (row j).
+    First its diagonal blocks of 16 by substitution, all at once: row i of each is e_i + sum_j A[i,j] (row j).
     With these as J_0, I - A = J_0^-1 - A_o, A_o the block below them; (J_0 A_o)^2 = 0, so J = J_0 + J_0 A_o J_0.
     """
     i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
@@ -118,8 +112,10 @@ def solved(A, L: tl.constexpr):
         weights = tl.sum(tl.where(j % 16 == s, A_T, 0.0), 1)  # (L): A[s,j], each j within its block
         new = tl.sum(weights[:, None] * J, 0)[None, :]  # (1,L)
         J += tl.where((i % 16 == s) & same_block, new, 0.0)
-    A_o = tl.where(same_block, 0.0, A)
-    return J + tl.dot(tl.dot(J, A_o, input_precision="ieee"), J, input_precision="ieee")
+    if L > 16:
+        A_o = tl.where(same_block, 0.0, A)
+        J += dot(dot(J, A_o, IO), J, IO)
+    return J
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -134,7 +130,7 @@ def transitions(
     e_q, e_a, e_k, e_m, e_end = decays(w, at, exists, L)
     a_, b_ = tile(a, at, exists, e_a), tile(b, at, exists, e_k)
     V = tile(v, at, exists, 1.0)
-    J_ = solved(lower(dot(a_, tl.trans(b_), IO), L, False), L)
+    J_ = solved(lower(dot(a_, tl.trans(b_), IO), L, False), L, IO)
     i, j, keys = tl.arange(0, L), tl.arange(0, L), tl.arange(0, N)
     tl.store(J + chunk * L * L + i[:, None] * L + j[None, :], J_.to(J.dtype.element_ty))
     if MIRRORED:
