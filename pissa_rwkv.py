@@ -194,7 +194,7 @@ class Config:
     devices: int = opt(1, "number of devices")
     strategy: str = opt("", "how several devices share the work; one device needs none")
     precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
-    op: str = opt("", "the WKV operator: cuda, cpu, chunk or torch; the fastest that is there")
+    op: str = opt("", "the WKV operator: cuda, triton, fla, cpu, chunk or torch; the fastest that is there")
     grad_cp: bool = opt(True, "keep only each block's input and compute the rest again in backward")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
     # results
@@ -230,7 +230,6 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
     **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
     **dict.fromkeys(["pre_ffn", "head_qk"], "RWKV-7 has no such part"),
     "merge": "--auto_merge does that",
-    "fla": "--op chooses the operator",
     "train_type": "--peft says what is trained",
     "chunk_ctx": "--ctx_len is the length of a row",
     "sft_split": "--data_file names the file",
@@ -256,6 +255,7 @@ def parser() -> Parser:
         p.add_argument(*names, dest=f.name, default=f.default, help=f.metadata["help"], **kind)
     for name in WITHOUT_EFFECT:
         p.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
+    p.add_argument("--fla", type=switch, nargs="?", const=True, default=False, help=argparse.SUPPRESS)
     return p
 
 
@@ -275,6 +275,10 @@ def parse(argv: list[str]) -> Config:
         known = [*given, *(f.metadata["also"] for f in fields(Config))]
         name = flag.lstrip("-").partition("=")[0]
         raise Fatal(f"unknown option {flag}{nearest(name, known, '--')}; --help lists them all")
+    if given.pop("fla"):  # the tutorial's word for it
+        if given["op"] not in ("", "fla"):
+            raise Fatal(f"--fla is short for --op fla, and --op {given['op']} is given too: give one of them")
+        given["op"] = "fla"
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name) is not None:
             say(f"--{name} has no effect here: {reason}")
@@ -334,12 +338,14 @@ def wkv7_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s
 
 WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what loads it
     ("x070", "cuda"): partial(wkv7_cuda.load, "cuda"),
+    ("x070", "triton"): partial(wkv7_cuda.load, "triton"),
+    ("x070", "fla"): partial(wkv7_cuda.load, "fla"),
     ("x070", "cpu"): partial(wkv7_cuda.load, "cpu"),
     ("x070", "chunk"): partial(wkv7_cuda.load, "chunk"),
     ("x070", "torch"): lambda: wkv7_ref,
 }
-FOR_HEADS_OF_64 = ("cuda", "cpu")                                     # what is compiled, is compiled for these
-FASTEST_FIRST = {"cuda": ("cuda", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
+FOR_HEADS_OF_64 = ("cuda", "triton", "fla", "cpu")                    # what is compiled, is compiled for these
+FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
 
 
 def load_wkv(version: str, head_size: int, op: str, device: str) -> Callable:

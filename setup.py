@@ -21,12 +21,13 @@ setup(
     package_data={"wkv7_cuda": ["*.cu", "*.cuh", "*.cpp", "*.md"]},
     install_requires=["torch>=2.10", "ninja", "numpy", "tqdm"],
     extras_require={
-        "test": ["pytest", "rwkv==0.8.32", "ruff==0.17.6", "safetensors", "matplotlib", "bitsandbytes==0.50.2"],
+        "test": ["pytest", "rwkv==0.8.32", "triton", "ruff==0.17.6", "safetensors", "matplotlib", "bitsandbytes==0.50.2"],
         "tokenizer": ["rwkv"],
         "plot": ["matplotlib"],
         "wandb": ["wandb"],
         "export": ["safetensors"],
-        "fla": ["flash-linear-attention"],  # a peer that the GPU benchmarks measure
+        "triton": ["triton"],
+        "fla": ["flash-linear-attention"],
     },
     entry_points={"console_scripts": ["pissa_rwkv=pissa_rwkv:main", "pissa_rwkv_merge=merge:main"]},
 )

@@ -26,6 +26,8 @@ OPS = {  # name -> (devices, what loads it); the first is what the others are co
     "chunk": (("cpu", "cuda"), lambda: wkv7_cuda.load("chunk")),
     "cpu": (("cpu",), lambda: wkv7_cuda.load("cpu")),
     "cuda": (("cuda",), lambda: wkv7_cuda.load("cuda")),
+    "triton": (("cuda",), lambda: wkv7_cuda.load("triton")),
+    "fla": (("cuda",), lambda: wkv7_cuda.load("fla")),
 }
 SHAPES = {"cpu": ["1,512,12", "1,128,12", "4,128,12", "1,1,12"], "cuda": ["1,512,12", "8,512,32", "1,1024,40"]}
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.float32, torch.bfloat16]}

@@ -95,6 +95,13 @@ def test_json_takes_no_half_rank(capsys):
     assert "8.7" in capsys.readouterr().err
 
 
+def test_fla_is_short_for_op_fla():
+    assert P.parse(["--fla"]).op == P.parse(["--fla", "1", "--op", "fla"]).op == "fla"
+    assert P.parse(["--fla", "0"]).op == "" and P.parse(["--fla", "0", "--op", "chunk"]).op == "chunk"
+    with pytest.raises(P.Fatal, match="--fla is short for --op fla, and --op cuda is given too: give one of them"):
+        P.parse(["--fla", "--op", "cuda"])
+
+
 @pytest.mark.parametrize("name", P.WITHOUT_EFFECT)
 def test_flags_without_effect_say_so_in_one_line(name, capsys):
     for text in (f"--{name} 1", f"--{name}"):

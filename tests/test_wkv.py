@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_interpreter import INTERPRETED
 
 import wkv7_cuda
 from pissa_rwkv import wkv7_ref
@@ -29,6 +30,8 @@ OPS = [  # (op, device)
     pytest.param(("chunk", "cpu"), id="chunk"),
     pytest.param(("chunk", "cuda"), id="chunk-on-cuda", marks=gpu),
     pytest.param(("cuda", "cuda"), id="cuda", marks=gpu),
+    pytest.param(("triton", "cuda"), id="triton", marks=gpu),
+    pytest.param(("triton", "cpu"), id="triton-interpreted", marks=INTERPRETED),
 ]
 each_op = pytest.mark.parametrize("op", OPS)
 cpu_op = pytest.mark.parametrize("op", OPS[:2])  # float64, raw kernels: what the cuda op lacks or others test
@@ -121,7 +124,7 @@ def test_float32_accuracy(op, B, T, H, regime):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@each_op
+@pytest.mark.parametrize("op", OPS[:4])  # triton multiplies in half types too: test_wkv_triton.py
 def test_half_types(op, dtype):
     """Half-precision inputs cost the rounding of the outputs and no more: half types travel, float32 computes."""
     inputs, dy, dstate = make(1, 33, 2, dtype=dtype, device=op[1])
@@ -302,5 +305,5 @@ def test_head_sizes():
 
 
 def test_unknown_op():
-    with pytest.raises(ValueError, match=r"no operator 'triton'; it has \['cuda', 'cpu', 'chunk'\]"):
-        wkv7_cuda.load("triton")
+    with pytest.raises(ValueError, match=r"no operator 'tile'; it has \['cuda', 'triton', 'fla', 'cpu', 'chunk'\]"):
+        wkv7_cuda.load("tile")

@@ -5,6 +5,8 @@
 | op | what | needs |
 |---|---|---|
 | `cuda` | the recurrence in fp32, wkv7.cu | an NVIDIA GPU, nvcc |
+| `triton` | the chunk algorithm in Triton, wkv7_triton.py | a GPU, the package triton |
+| `fla` | chunk_rwkv7 of flash-linear-attention | a GPU, that package |
 | `cpu` | the recurrence in C++, wkv7_cpu.cpp | a C++ compiler |
 | `chunk` | the chunk algorithm in PyTorch, chunk.py | nothing; any device and head size |
 
@@ -19,7 +21,7 @@ from .op import WKV7
 
 __all__ = ["OPS", "BuildError", "load"]
 
-OPS = ("cuda", "cpu", "chunk")
+OPS = ("cuda", "triton", "fla", "cpu", "chunk")
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """From a pair of plain kernels to an operator that autograd, torch.compile and FakeTensorMode know.
 
-A kernel module (cpu.py, chunk.py, cuda.py) supplies two functions over ordinary tensors:
+A kernel module (cpu.py, chunk.py, cuda.py, triton.py) supplies two functions over ordinary tensors:
 
     forward(r, w, k, v, a, b, state, save: bool) -> (y, state_T, saved)
     backward(r, w, k, v, a, b, state, saved, dy, dstate) -> (dr, dw, dk, dv, da, db, dstate0)
@@ -79,7 +79,7 @@ def register(
 
     def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         inputs = (r, w, k, v, a, b, state)
-        _check(name, inputs, device, dtypes, head_size)
+        check(name, inputs, device, dtypes, head_size)
         save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         y, state_T, _ = forward_op(*inputs, save)
         return y, state_T
@@ -88,7 +88,7 @@ def register(
     return wkv7
 
 
-def _check(
+def check(
     name: str, inputs: Sequence[Tensor], device: str | None, dtypes: Sequence[torch.dtype], head_size: int | None
 ) -> None:
     """Raise ValueError with one line that names the value, the choices and the way out."""

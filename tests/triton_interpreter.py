@@ -1,0 +1,34 @@
+"""Triton's interpreter, which runs kernels on the CPU if TRITON_INTERPRET=1 stood in the environment before triton was
+first imported. tests/test_wkv_triton.py starts a second pytest so, which runs the tests marked INTERPRETED."""
+
+import os
+
+import pytest
+
+ON = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = pytest.mark.skipif(not ON, reason="no GPU; test_wkv_triton.py runs this in Triton's interpreter")
+
+
+def mend() -> None:
+    """Triton 3.9 holds bfloat16 as uint16: it rounds towards zero, and multiplies matrices of these integers."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def to_nearest(self, x, to):
+        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, to)
+        bits = x.data.view(np.uint32)
+        return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), tl.bfloat16)
+
+    def of_floats(self, a, b, *rest):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = to_nearest, of_floats
+
+
+if ON:
+    mend()
