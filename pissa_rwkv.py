@@ -194,7 +194,7 @@ class Config:
     devices: int = opt(1, "number of devices")
     strategy: str = opt("", "how several devices share the work; one device needs none")
     precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
-    op: str = opt("", "the WKV operator: cuda, triton, fla, cpu, chunk or torch; the fastest that is there")
+    op: str = opt("", "the WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk or torch; the fastest that is there")
     grad_cp: bool = opt(True, "keep only each block's input and compute the rest again in backward")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
     # results
@@ -338,13 +338,14 @@ def wkv7_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s
 
 WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what loads it
     ("x070", "cuda"): partial(wkv7_cuda.load, "cuda"),
+    ("x070", "cuda_precise"): partial(wkv7_cuda.load, "cuda_precise"),
     ("x070", "triton"): partial(wkv7_cuda.load, "triton"),
     ("x070", "fla"): partial(wkv7_cuda.load, "fla"),
     ("x070", "cpu"): partial(wkv7_cuda.load, "cpu"),
     ("x070", "chunk"): partial(wkv7_cuda.load, "chunk"),
     ("x070", "torch"): lambda: wkv7_ref,
 }
-FOR_HEADS_OF_64 = ("cuda", "triton", "fla", "cpu")                    # what is compiled, is compiled for these
+FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
 
 

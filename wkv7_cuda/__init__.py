@@ -4,7 +4,8 @@
 
 | op | what | needs |
 |---|---|---|
-| `cuda` | the recurrence in fp32, wkv7.cu | an NVIDIA GPU, nvcc |
+| `cuda` | bf16: chunks on tensor cores, wkv7_fast.cu; else `cuda_precise` | an NVIDIA GPU, nvcc |
+| `cuda_precise` | the recurrence in fp32, wkv7.cu | an NVIDIA GPU, nvcc |
 | `triton` | the chunk algorithm in Triton, wkv7_triton.py | a GPU, the package triton |
 | `fla` | chunk_rwkv7 of flash-linear-attention | a GPU, that package |
 | `cpu` | the recurrence in C++, wkv7_cpu.cpp | a C++ compiler |
@@ -21,12 +22,15 @@ from .op import WKV7
 
 __all__ = ["OPS", "BuildError", "load"]
 
-OPS = ("cuda", "triton", "fla", "cpu", "chunk")
+OPS = ("cuda", "cuda_precise", "triton", "fla", "cpu", "chunk")
 
 
 @functools.cache
-def load(op: str) -> WKV7:
-    """The operator of that name, compiled if need be. ValueError: no such op; BuildError: it cannot be built here."""
+def load(op: str, **options: bool) -> WKV7:
+    """The operator of that name, compiled if need be. ValueError: no such op; BuildError: it cannot be built here.
+
+    load("cuda", ready=False) compiles nothing and needs no GPU: for meta and fake tensors, that is for counting bytes.
+    """
     if op not in OPS:
         raise ValueError(f"wkv7 has no operator {op!r}; it has {list(OPS)}")
-    return importlib.import_module(f".{op}", __name__).load()
+    return importlib.import_module(f".{op}", __name__).load(**options)

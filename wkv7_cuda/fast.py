@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cuda import aligned, call
+from .cuda_precise import aligned, call, open_library
 
 SOURCE = Path(__file__).with_name("wkv7_fast.cu")
+CAPABILITY = (8, 0)  # bf16 on tensor cores, cp.async
 N = 64  # head size
 L = 32  # tokens of a chunk
 WHOLE = 128  # from so many heads on, a head is not cut into segments
@@ -27,6 +28,11 @@ def bind(library: ctypes.CDLL) -> ctypes.CDLL:
     library.wkv7_fast_backward.argtypes = [*sizes, *[pointer] * 8]
     library.wkv7_fast_error.argtypes, library.wkv7_fast_error.restype = [ctypes.c_int], ctypes.c_char_p
     return library
+
+
+def library(device: torch.device) -> ctypes.CDLL:
+    """The library for a GPU, bound."""
+    return open_library(SOURCE, bind, torch.cuda.get_device_capability(device))
 
 
 def segment_chunks(heads: int, chunks: int) -> int:
