@@ -26,11 +26,11 @@ each_device = pytest.mark.parametrize(
 
 def test_in_the_interpreter():
     """The tests marked INTERPRETED, all of them and none skipped."""
-    here = Path(__file__).parent
+    here, one_thread = Path(__file__).parent, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted", "--no-header",
          here / "test_wkv.py", here / "test_wkv_triton.py"],
-        cwd=here.parent, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        cwd=here.parent, env={**os.environ, "TRITON_INTERPRET": "1", **one_thread},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0 and "skipped" not in done.stdout.splitlines()[-1], done.stdout + done.stderr
