@@ -15,6 +15,7 @@ from . import build, op
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N = 64  # head size
 VALUES = 16  # rows of a state that one program of `walk` carries
+FUSED = dict(enable_fp_fusion=True)  # x y + z rounded once; Triton's own default differs from version to version
 
 
 def load() -> op.WKV7:
@@ -56,11 +57,11 @@ def kernels(source: ModuleType):
         gain, decays = start.new_empty(count, N, N), start.new_empty(2, count, N)
         end = torch.empty_like(start)
         source.transitions[(count,)](
-            *inputs, M, gain, *decays, J, time, heads, N=N, L=L, MIRRORED=mirrored, num_warps=4
+            *inputs, M, gain, *decays, J, time, heads, N=N, L=L, MIRRORED=mirrored, num_warps=4, **FUSED
         )  # fmt: skip
         source.walk[(batch * heads * (N // VALUES),)](
             start, M, gain, *decays, centred, end, chunks, r, N=N, VALUES=VALUES, MIRRORED=mirrored,
-            num_warps=4, num_stages=3,
+            num_stages=3, num_warps=4, **FUSED,
         )  # fmt: skip
         return centred, end, J
 
@@ -69,7 +70,7 @@ def kernels(source: ModuleType):
         with on(r.device):
             centred, state_T, J = states([r, w, k, v, a, b], state, False)
             source.outputs[(len(J),)](
-                r, w, k, v, a, b, centred, J, y, *r.shape[1:3], N=N, L=chunk_length(r), num_warps=4
+                r, w, k, v, a, b, centred, J, y, *r.shape[1:3], N=N, L=chunk_length(r), num_warps=4, **FUSED
             )  # fmt: skip
         return y, state_T, centred if save else state.new_empty(0)
 
@@ -78,7 +79,7 @@ def kernels(source: ModuleType):
         with on(r.device):
             D, dstate0, J = states([r, w, k, dy, a, b], dstate, True)
             source.gradients[(len(J),)](
-                r, w, k, v, a, b, dy, saved, D, J, *grads, *r.shape[1:3], N=N, L=chunk_length(r), num_warps=8
+                r, w, k, v, a, b, dy, saved, D, J, *grads, *r.shape[1:3], N=N, L=chunk_length(r), num_warps=8, **FUSED
             )  # fmt: skip
         return *grads, dstate0
 
