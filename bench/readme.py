@@ -75,11 +75,9 @@ def wkv_rows(device: str) -> list[dict]:
 
 
 def wkv_shapes(device: str) -> list[tuple]:
-    """(shape, dtype) of all timings, in the order in which wkv.py wants them."""
-    have = dict.fromkeys((tuple(r["shape"]), r["dtype"]) for r in wkv_rows(device) if not r["regime"])
-    wanted = [(shape, str(dtype).removeprefix("torch.")) for shape, dtype, regimes in wkv.jobs(device, False)
-              if not regimes]  # fmt: skip
-    return sorted(have, key=lambda x: wanted.index(x) if x in wanted else len(wanted))
+    """(shape, dtype) of all timings but those for the picture alone."""
+    have = {(tuple(r["shape"]), r["dtype"]) for r in wkv_rows(device) if not r["regime"]}
+    return [x for dtype in ("bfloat16", "float32") for shape in wkv.tabled(device) if (x := (shape, dtype)) in have]
 
 
 def wkv_table(device: str, shapes: list[tuple]) -> str:
@@ -96,8 +94,8 @@ def wkv_table(device: str, shapes: list[tuple]) -> str:
             lines.append(f"{first} {r['failed'].replace('|', '&#124;')} |" + " |" * (4 + len(others)))
             continue
         share = r["rates"]["both"]["floor_ms"] / wkv.best(r, "both")
-        ratios = [f"{r['faster_than'][name]:.2g}" if name in r["faster_than"] else "" for name in others]
-        lines.append(f"{first} {wkv.best(r, 'forward'):.3g} | {wkv.best(r, 'both'):.3g} | {share:.1%} | "
+        ratios = [short(r["faster_than"][name]) if name in r["faster_than"] else "" for name in others]
+        lines.append(f"{first} {short(wkv.best(r, 'forward'))} | {short(wkv.best(r, 'both'))} | {share:.1%} | "
                      f"{' | '.join(ratios)} | {wkv_error(r)} |")  # fmt: skip
     return "\n".join(lines) + f"\n\n{ON[device]}. {sources(shown)}"
 
@@ -112,6 +110,11 @@ def regimes_table(device: str) -> str:
     for op, dtype in dict.fromkeys((op, dtype) for op, dtype, _ in cells):
         lines.append(f"| `{op}` | {dtype} | " + " | ".join(cells.get((op, dtype, x), "") for x in wkv.REGIMES) + " |")
     return "\n".join(lines) + f"\n\n{ON[device]}. {sources(rows)}"
+
+
+def short(x: float) -> str:
+    """Three significant digits, more where the whole part has more, never an exponent."""
+    return f"{x:.3g}" if x < 999.5 else f"{x:.0f}"
 
 
 def wkv_error(row: dict) -> str:
@@ -241,6 +244,7 @@ def wkv_picture() -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward, ms")
     axes.set_xticks([T for T, _ in floor], [str(T) for T, _ in floor])
     axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     low, high = axes.get_ylim()
     for (op, colour, T, _), y in zip(ends, apart([y for *_, y in ends], (high / low) ** 0.05), strict=True):

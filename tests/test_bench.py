@@ -195,5 +195,6 @@ def test_its_steps_are_logged_limited_and_resumed(tmp_path, monkeypatch, capsys)
     assert re.search(r"^build: 0, \S+ s, two$", capsys.readouterr().out, re.M)
 
 
-def test_labels_of_the_picture_do_not_overlap():
+def test_figures_are_short_and_labels_of_the_picture_do_not_overlap():
+    assert [readme.short(x) for x in (0.01234, 12.34, 999.4, 1234.5)] == ["0.0123", "12.3", "999", "1234"]
     assert readme.apart([1.0, 8.0, 1.01, 1.02], 1.1) == pytest.approx([1.0, 8.0, 1.1, 1.21])
