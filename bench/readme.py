@@ -7,13 +7,15 @@ A table stands in README between `<!-- NAME -->` and `<!-- /NAME -->`; here a fu
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import record
 import torch
+import wkv
 
 import pissa_rwkv as P
 
-README = record.ROOT / "README.md"
+README, OPS_README = record.ROOT / "README.md", record.ROOT / "wkv7_cuda" / "README.md"
 
 
 def demo() -> str:
@@ -51,12 +53,101 @@ WHAT = {
 
 
 def ops() -> str:
-    rows = record.read("wkv-cpu")
-    lines = ["| op | (B,T,heads) | forward, ms | forward + backward, ms | speed-up | largest error |", "|---" * 6 + "|"]
-    for r in rows:
-        lines.append(f"| `{r['op']}` | {', '.join(map(str, r['shape']))} | {r['forward_ms']:.2f} | {r['both_ms']:.2f} |"
-                     f" {r['ratio']:.1f} | {max(r['error'].values()):.0e} |")
-    return "\n".join(lines) + f"\n\n{source(rows)} CUDA: not yet measured."
+    """The operators on one shape per device, and the picture."""
+    parts = [wkv_table(device, wkv_shapes(device)[:1]) for device in ("cuda", "cpu")]
+    return "\n\n".join([*parts, wkv_caption("bench/results/wkv.svg")])
+
+
+def measured() -> str:
+    """The same on all shapes, for the operators' own README; errors by regime."""
+    parts = [part for device in ("cuda", "cpu") for part in
+             (wkv_table(device, wkv_shapes(device)), regimes_table(device)) if part]  # fmt: skip
+    return "\n\n".join([*parts, wkv_caption("../bench/results/wkv.svg")])
+
+
+ON = {"cuda": "On a GPU", "cpu": "On a CPU"}
+AGAINST = {"cuda": ("sequential", "fla"), "cpu": ("torch",)}  # whose time is divided by an operator's
+
+
+def wkv_rows(device: str) -> list[dict]:
+    """The rows of the machine measured last, without those that only say what does not run there at all."""
+    rows = record.read(f"wkv-{device}")
+    return [r for r in rows if r["machine"] == rows[-1]["machine"] and r["shape"]]
+
+
+def wkv_shapes(device: str) -> list[tuple]:
+    """(shape, dtype) of all timings but those for the picture alone."""
+    have = {(tuple(r["shape"]), r["dtype"]) for r in wkv_rows(device) if not r["regime"]}
+    return [x for dtype in ("bfloat16", "float32") for shape in wkv.tabled(device) if (x := (shape, dtype)) in have]
+
+
+def wkv_table(device: str, shapes: list[tuple]) -> str:
+    if not shapes:
+        return f"{ON[device]}: not yet measured."
+    others, rows = AGAINST[device], wkv_rows(device)
+    lines = ["| op | (B,T,heads) | dtype | forward, ms | forward + backward, ms | share of the floor's speed | "
+             + " | ".join(f"times faster than `{name}`" for name in others)
+             + " | error of y, of the worst gradient |", "|---" * (7 + len(others)) + "|"]  # fmt: skip
+    shown = [r for shape in shapes for r in rows if (tuple(r["shape"]), r["dtype"]) == shape and not r["regime"]]
+    for r in shown:
+        first = f"| `{r['op']}` | {', '.join(map(str, r['shape']))} | {r['dtype']} |"
+        if r["failed"]:
+            lines.append(f"{first} {r['failed'].replace('|', '&#124;')} |" + " |" * (4 + len(others)))
+            continue
+        share = r["rates"]["both"]["floor_ms"] / wkv.best(r, "both")
+        ratios = [short(r["faster_than"][name]) if name in r["faster_than"] else "" for name in others]
+        lines.append(f"{first} {short(wkv.best(r, 'forward'))} | {short(wkv.best(r, 'both'))} | {share:.1%} | "
+                     f"{' | '.join(ratios)} | {wkv_error(r)} |")  # fmt: skip
+    return "\n".join(lines) + f"\n\n{ON[device]}. {sources(shown)}"
+
+
+def regimes_table(device: str) -> str:
+    rows = [r for r in wkv_rows(device) if r["regime"] and not r["failed"]]
+    if not rows:
+        return ""
+    cells = {(r["op"], r["dtype"], r["regime"]): wkv_error(r) for r in rows}
+    lines = ["| error of y, of the worst gradient | dtype | " + " | ".join(wkv.REGIMES) + " |",
+             "|---" * (2 + len(wkv.REGIMES)) + "|"]  # fmt: skip
+    for op, dtype in dict.fromkeys((op, dtype) for op, dtype, _ in cells):
+        lines.append(f"| `{op}` | {dtype} | " + " | ".join(cells.get((op, dtype, x), "") for x in wkv.REGIMES) + " |")
+    return "\n".join(lines) + f"\n\n{ON[device]}. {sources(rows)}"
+
+
+def short(x: float) -> str:
+    """Three significant digits, more where the whole part has more, never an exponent."""
+    return f"{x:.3g}" if x < 999.5 else f"{x:.0f}"
+
+
+def wkv_error(row: dict) -> str:
+    return f"{row['error']['y']:.0e}, {max(e for name, e in row['error'].items() if name != 'y'):.0e}"
+
+
+def wkv_caption(path: str) -> str:
+    device, rows = curves()
+    if not rows:
+        return "No picture yet: `python bench/wkv.py` measures it."
+    return (f"![Time of forward and backward against the number of tokens, one line per operator]({path})\n\n"
+            f"*Forward + backward, B = 1, {rows[0]['shape'][2]} heads, {rows[0]['dtype']}; dashed: the time to move "
+            f"inputs and outputs. `python bench/wkv.py --device {device}`; {sources(rows)[1:-1]}*")  # fmt: skip
+
+
+def curves() -> tuple[str, list[dict]]:
+    """The device of the picture, a GPU if there is one, and its rows: B = 1, one number of heads, every T."""
+    for device in ("cuda", "cpu"):
+        rows = [r for r in wkv_rows(device) if not r["regime"] and not r["failed"]
+                and r["shape"][0] == 1 and r["shape"][2] == wkv.CURVE_HEADS[device]]  # fmt: skip
+        if rows:
+            return device, [r for r in rows if r["dtype"] == rows[0]["dtype"]]
+    return "cpu", []
+
+
+def sources(rows: list[dict]) -> str:
+    """`source` of rows that may come from several commits and days; the load average while they were measured."""
+    commits, dates = (", ".join(dict.fromkeys(r[name] for r in rows)) for name in ("commit", "date"))
+    low, high = (f(r["load"] for r in rows) for f in (min, max))
+    r = rows[0]
+    return (f"({r['machine']}, {r['threads']} threads, load {low} to {high}, torch {r['torch']}, commit {commits}, "
+            f"{dates}.)")  # fmt: skip
 
 
 def learning() -> str:
@@ -138,31 +229,37 @@ def reliability() -> str:
             f" {r['diverged_runs']} with other losses or weights than the undisturbed run, to the bit. {source([r])}")
 
 
-TABLES = (demo, options, sections, ops, learning, reliability, quants, qerror, int8)
+TABLES = {README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8), OPS_README: (measured,)}
 
 
-def filled(text: str) -> str:
-    """README with its tables made anew."""
-    for table in TABLES:
+def filled(path: Path) -> str:
+    """The file with its tables made anew."""
+    text = path.read_text("utf-8")
+    for table in TABLES[path]:
         name = table.__name__
         before, begin, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
-        assert begin and end, f"README has no place for {name}"
+        assert begin and end, f"{path.name} has no place for {name}"
         text = f"{before}{begin}{table()}\n{end}{after}"
     return text
 
 
-def picture() -> None:
-    """loss.svg: every step's loss of PiSSA and LoRA at one learning rate; held-out loss against the learning rate."""
+def pyplot():
+    """matplotlib's, so set that the same figures give the same file."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pissa_rwkv"  # the same figures give the same file
-    from matplotlib import pyplot as plt
+    matplotlib.rcParams["svg.hashsalt"] = "pissa_rwkv"
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def loss_picture() -> None:
+    """loss.svg: every step's loss of PiSSA and LoRA at one learning rate; held-out loss against the learning rate."""
     rows = [r for r in record.read("pissa_vs_lora") if r["method"] in ("pissa", "lora")]
     style = {"pissa": dict(color="#c0392b", label="PiSSA"), "lora": dict(color="#2c6fbb", label="LoRA")}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     for r in rows:
         if r["lr"] == SHOWN_RATE:
             left.plot(r["losses"], **style[r["method"]])
@@ -180,6 +277,44 @@ def picture() -> None:
 SHOWN_RATE = 2e-3
 
 
+COLOURS = {"torch": "#888888", "chunk": "#2c6fbb", "cpu": "#c0392b", "cuda": "#c0392b", "cuda_precise": "#e67e22",
+           "triton": "#27ae60", "fla": "#8e44ad", "sequential": "#555555"}  # fmt: skip
+
+
+def wkv_picture() -> None:
+    """wkv.svg: time of forward + backward against T, both logarithmic; a line per operator, and the floor."""
+    _, rows = curves()
+    if not rows:
+        return
+    figure, axes = pyplot().subplots(figsize=(7, 4.2), constrained_layout=True)
+    floor = sorted({r["shape"][1]: r["rates"]["both"]["floor_ms"] for r in rows}.items())
+    axes.plot(*zip(*floor, strict=True), color="black", linestyle="--", linewidth=1)
+    ends = [("memory floor", "black", *floor[-1])]
+    for op in dict.fromkeys(r["op"] for r in rows):
+        points = sorted((r["shape"][1], wkv.best(r, "both")) for r in rows if r["op"] == op)
+        axes.plot(*zip(*points, strict=True), color=COLOURS.get(op), marker="o", markersize=3.5)
+        ends.append((op, axes.lines[-1].get_color(), *points[-1]))
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward, ms")
+    axes.set_xticks([T for T, _ in floor], [str(T) for T, _ in floor])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    low, high = axes.get_ylim()
+    for (op, colour, T, _), y in zip(ends, apart([y for *_, y in ends], (high / low) ** 0.05), strict=True):
+        axes.annotate(f" {op}", (T, y), (5, 0), textcoords="offset points", color=colour, va="center")
+    figure.savefig(record.RESULTS / "wkv.svg", metadata={"Date": None})
+
+
+def apart(ys: list[float], ratio: float) -> list[float]:
+    """Heights of labels, moved up where one would stand less than `ratio` above the one below it."""
+    placed, last = [0.0] * len(ys), 0.0
+    for i in sorted(range(len(ys)), key=ys.__getitem__):
+        placed[i] = last = max(ys[i], last * ratio)
+    return placed
+
+
 if __name__ == "__main__":
-    picture()
-    README.write_text(filled(README.read_text("utf-8")), "utf-8")
+    loss_picture()
+    wkv_picture()
+    for path in TABLES:
+        path.write_text(filled(path), "utf-8")

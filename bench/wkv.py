@@ -1,133 +1,486 @@
-"""Time and error of every WKV-7 operator that runs on this machine.
+"""Time and error of every WKV-7 operator that runs on this machine, ours and others', side by side.
 
-    python bench/wkv.py                 # CPU, or CUDA if there is a GPU -> bench/results/wkv-<device>.json and a table
-    python bench/wkv.py --device cpu --shapes 1,512,12
+    python bench/wkv.py                         # on the GPU if there is one -> bench/results/wkv-<device>.json
+    python bench/wkv.py --quick                 # three shapes
+    python bench/wkv.py --minutes 8             # the most important first; the next run goes on where this one stopped
 
-One row per operator and shape (B,T,H), head size 64: median time of a forward pass without gradients and of forward
-plus backward (all seven gradients, also through the final state), how many times faster the latter is than that of the
-plain recurrence `torch` (pissa_rwkv.wkv7_ref with autograd), peak memory on CUDA, and the relative error of y and each
-gradient against the plain recurrence in float64 on the same inputs. float32, and on CUDA bfloat16 too. Figures from a
-machine with other work (see `load`, the load average at the start) mean little.
+WHAT IS MEASURED, for a shape (B,T,H) with heads of 64, an initial state of zero and no gradient of the final one:
+
+    forward     y alone, without autograd
+    save        forward with what a backward will need
+    both        forward, and backward to all six inputs
+
+each called from Python, GPU idle before the call (so that launching counts), and on a GPU also replayed as a CUDA graph
+(what the kernels themselves take). Contestants take turns call by call, on several sets of random inputs that together
+exceed the L2 twice. A time is {ms: the median, low, high: 10 % and 90 %, n: calls}.
+
+Floors: `forward` must move 7 tensors [B,T,H,64] through memory (r w k v a b in, y out), `both` 20 (those; again the six
+and dy in, six gradients out), at the copy bandwidth measured in the same run. The definition's arithmetic is 9 * 64^2
+operations per token and head forward and 19 * 64^2 backward, whatever an algorithm does instead.
+
+Errors are relative (Frobenius), against the recurrence in float64 on the same inputs, by the `chunk` operator (which is
+that, shows tests/test_wkv.py): per shape for the first 4 heads, and for a small shape in five regimes of decays and
+keys, then also with an initial state, its gradient, and a gradient of the final state, where a contestant has them.
+
+A row whose `failed` is not empty says why there is no figure. A row of this commit and machine is not measured again
+without --again. Status 3: a contestant broke the CUDA context; run again and it goes on without that one.
 """
 
 import argparse
+import itertools
+import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
+import contestants
 import record
 import torch
+from torch import Tensor
 
 import wkv7_cuda
-from pissa_rwkv import wkv7_ref
 
-OPS = {  # name -> (devices, what loads it); the first is what the others are compared with
-    "torch": (("cpu", "cuda"), lambda: wkv7_ref),
-    "chunk": (("cpu", "cuda"), lambda: wkv7_cuda.load("chunk")),
-    "cpu": (("cpu",), lambda: wkv7_cuda.load("cpu")),
-    "cuda": (("cuda",), lambda: wkv7_cuda.load("cuda")),
-    "triton": (("cuda",), lambda: wkv7_cuda.load("triton")),
-    "fla": (("cuda",), lambda: wkv7_cuda.load("fla")),
-}
-SHAPES = {"cpu": ["1,512,12", "1,128,12", "4,128,12", "1,1,12"], "cuda": ["1,512,12", "8,512,32", "1,1024,40"]}
-DTYPES = {"cpu": [torch.float32], "cuda": [torch.float32, torch.bfloat16]}
-NAMES = ("y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
+N = 64
+S1, S2, S3 = (1, 1024, 40), (8, 512, 32), (1, 4096, 64)
+MODELS = {"0.1B": 12, "0.4B": 16, "1.5B": 32, "2.9B": 40}  # RWKV-7 -> heads
+BF16, FP32 = torch.bfloat16, torch.float32
+REGIMES = ("fast", "slow", "mix", "normal", "equal keys")
+ERROR_SHAPE = {"cpu": (1, 256, 4), "cuda": (1, 1024, 4)}
+NAMES = ("y", "dr", "dw", "dk", "dv", "da", "db", "state", "dstate0")
+PASSES = {"forward": (7, 9), "save": (7, 9), "both": (20, 28)}  # -> tensors moved, operations / N^2 per token and head
+DEFINITION_LIMIT = {"cpu": 2**13, "cuda": 2**17}  # tokens x heads up to which `torch` takes a few seconds at most
+CURVE_HEADS = {"cpu": 32, "cuda": 40}  # of the picture: time against T at B = 1
+KEY = ("op", "shape", "dtype", "regime")
 
-
-def make(B, T, H, dtype, device):
-    """Inputs as a trained model makes them: r k v ~ N(0,1), kappa of length 1, decays from 0.55 to nearly 1."""
-    generator = torch.Generator().manual_seed(0)
-    r, w, k, v, u, eta, dy = (torch.randn(B, T, H, 64, generator=generator) for _ in range(7))
-    state, dstate = (torch.randn(B, H, 64, 64, generator=generator) for _ in range(2))
-    kappa, eta = u / u.norm(dim=-1, keepdim=True), eta.sigmoid()
-    inputs = [x.to(device, dtype) for x in (r, 3 * w - 3, k * eta, v, -kappa, kappa * eta)] + [state.to(device)]
-    return [x.requires_grad_() for x in inputs], dy.to(device, dtype), dstate.to(device)
+Job = tuple[tuple[int, int, int], torch.dtype, bool]  # shape; dtype; whether it is the regimes
 
 
-def both(f, inputs, dy, dstate):
-    """Forward and backward; the nine results, as NAMES."""
-    y, state = f(*inputs)
-    return y, state, *torch.autograd.grad((y, state), inputs, (dy, dstate))
+class ContextLost(Exception):
+    """A contestant (args[0]) left the GPU unusable for this process (args[1]: how)."""
 
 
-def milliseconds(call, device, seconds):
-    """Median over as many calls as fit into `seconds`, at least 3; the first call is not counted."""
-    times, deadline = [], None
-    while len(times) < 4 or time.perf_counter() < deadline:
+def curve(device: str) -> list[tuple]:
+    """The shapes of the picture."""
+    return [(1, 2**e, CURVE_HEADS[device]) for e in (range(4, 12) if device == "cpu" else range(6, 15))]
+
+
+def tabled(device: str) -> list[tuple]:
+    """The shapes of the tables, the most important first."""
+    if device == "cpu":
+        return [(1, 512, 12), (1, 128, 12), (4, 128, 12), (1, 1, 12)]
+    models = [(B, T, H) for T, B in ((1024, 1), (1024, 8), (4096, 1), (4096, 8)) for H in MODELS.values()]
+    return list(dict.fromkeys((S1, S2, S3, *models)))
+
+
+def jobs(device: str, quick: bool) -> list[Job]:
+    """What is to be measured, the most important first."""
+    dtype, many = (FP32, 4) if device == "cpu" else (BF16, 3)
+    first, regimes = [(shape, dtype, False) for shape in tabled(device)[:many]], (ERROR_SHAPE[device], dtype, True)
+    rest = [(shape, dtype, False) for shape in (*curve(device), *tabled(device)[many:])]
+    in_fp32 = [*((shape, FP32, False) for shape in (S1, S2, S3)), (ERROR_SHAPE[device], FP32, True)]
+    wanted = [*first, regimes] + ([] if quick else rest) + ([] if quick or device == "cpu" else in_fp32)
+    return list(dict.fromkeys(wanted))
+
+
+# ---------------------------------------------------------------------------------------------------- inputs
+
+
+def make(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: int = 0, regime: str = "") -> list[Tensor]:
+    """r w k v a b, the initial state, dy, and the gradient of the final state.
+
+    As a trained model makes them: r k v ~ N(0,1), kappa of length 1, decays from 0.55 to nearly 1. Regimes: decay at
+    its floor; near 1; of its own strength per channel; of N(0,1); near 1 with keys equal up to a tenth and eta near 1.
+    """
+    B, T, H = shape
+    draw = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, N, generator=draw, device=device)
+
+    r, w, k, v, u, eta, dy = (normal(B, T, H) for _ in range(7))
+    state, dstate = (normal(B, H, N) for _ in range(2))
+    logit = {"": 3 * w - 3, "fast": torch.full_like(w, 20), "slow": w - 6, "normal": w, "equal keys": w - 6,
+             "mix": torch.empty_like(w[:1, :1]).uniform_(-8, 6, generator=draw).expand_as(w)}[regime]
+    eta = eta.sigmoid()
+    if regime == "equal keys":
+        u, eta = normal(B, 1, H) + 0.1 * u, torch.full_like(eta, 0.98)
+    kappa = u / u.norm(dim=-1, keepdim=True)
+    six = [x.to(dtype).contiguous() for x in (r, logit, k * eta, v, -kappa, kappa * eta)]
+    return [*six, state, dy.to(dtype), dstate]
+
+
+def forward(f: Callable, case: list[Tensor]) -> object:
+    with torch.no_grad():
+        return f(*case[:7])
+
+
+def save(f: Callable, case: list[Tensor]) -> object:
+    return f(*case[:7])
+
+
+def both(f: Callable, case: list[Tensor]) -> object:
+    return torch.autograd.grad(f(*case[:7])[0], case[:6], case[7])
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """One call, from an idle device until the device has finished."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def spread(times: list[float], parts: int = 1) -> dict:
+    """Seconds of calls that each did the work `parts` times -> the figures of a row."""
+    times = sorted(1e3 * t / parts for t in times)
+    tenth = len(times) // 10
+    return {"ms": statistics.median(times), "low": times[tenth], "high": times[-1 - tenth], "n": len(times)}
+
+
+def take_turns(calls: dict[object, Callable], device: str, seconds: float) -> dict[object, list[float]]:
+    """Times of each warmed call, which gets about `seconds`, 3 to 200 times, spread over the whole run."""
+    times = {key: [] for key in calls}
+    wanted = {key: min(200, max(3, int(seconds / seconds_of(call, device)))) for key, call in calls.items()}
+    rounds = max(wanted.values(), default=0)
+    for i in range(rounds):
+        for key, call in calls.items():
+            if (i + 1) * wanted[key] // rounds > i * wanted[key] // rounds:
+                times[key].append(seconds_of(call, device))
+    return times
+
+
+def rotating(f: Callable, run: Callable, cases: list[list[Tensor]]) -> Callable[[], object]:
+    """A call without arguments that uses the next set of inputs each time."""
+    turn = itertools.cycle(cases)
+    return lambda: run(f, next(turn))
+
+
+def captured(f: Callable, run: Callable, cases: list[list[Tensor]], pool: object) -> Callable[[], object]:
+    """A CUDA graph that does it once on each set of inputs; its replay. Nobody reads what a replay computes, and none
+    runs beside another: so all graphs of a shape can share the memory of one pool."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for case in (cases[0], *cases):
+            run(f, case)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        for case in cases:
+            run(f, case)
+    return graph.replay
+
+
+def ceilings(device: str) -> dict:
+    """Bytes per second of a large copy, read plus written; operations per second of a large product."""
+    size, side, dtype = (2**30, 8192, BF16) if device == "cuda" else (2**27, 1024, FP32)
+    source, x = torch.randn(size // 4, device=device), torch.randn(side, side, device=device).to(dtype)
+    target = torch.empty_like(source)
+    target.copy_(source), x @ x  # warm
+    times = take_turns({"copy": lambda: target.copy_(source), "product": lambda: x @ x}, device, 0.3)
+    return {"copy_bytes_per_s": 2 * size / statistics.median(times["copy"]),
+            "product_flop_per_s": 2 * side**3 / statistics.median(times["product"])}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- error
+
+
+def exact(case: list[Tensor], stateful: bool) -> list[Tensor]:
+    """What NAMES name, in float64; without a state the last two are left out."""
+    wide = [x.detach().double() for x in case]
+    return results(wkv7_cuda.load("chunk"), wide if stateful else stateless(wide), stateful)
+
+
+def results(f: Callable, case: list[Tensor], stateful: bool) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_(i < 6 or stateful) for i, x in enumerate(case[:7])]
+    y, state = f(*leaves)
+    outputs, grads = ((y, state), (case[7], case[8])) if stateful else ((y,), (case[7],))
+    grads = torch.autograd.grad(outputs, leaves if stateful else leaves[:6], grads)
+    return [x.detach() for x in (y, *grads[:6], *((state, grads[6]) if stateful else ()))]
+
+
+def stateless(case: list[Tensor]) -> list[Tensor]:
+    return [*case[:6], torch.zeros_like(case[6]), *case[7:]]
+
+
+def errors(found: list[Tensor], true: list[Tensor]) -> dict[str, float]:
+    """Name -> relative error. Of what is zero there is none: from a zero state the first token has no da, db, dw."""
+    pairs = zip(NAMES, found, true, strict=False)
+    return {name: ((x.double() - e).norm() / e.norm()).item() for name, x, e in pairs if e.norm() > 1e-12}
+
+
+def first_heads(tensors: list[Tensor]) -> list[Tensor]:
+    """Of batch entry 0: up to 4 heads, of [B,T,H,N] and of the state [B,H,N,N] at place 6 and 8."""
+    return [x[:1, :4] if i in (6, 8) else x[:1, :, :4] for i, x in enumerate(tensors)]
+
+
+# ---------------------------------------------------------------------------------------------------- jobs
+
+
+def attempt(name: str, failed: dict[str, str], action: Callable, device: str) -> object:
+    """action(), or None and a line in `failed`."""
+    try:
+        return action()
+    except Exception as error:  # other people's code may raise anything
+        failed[name] = contestants.one_line(error)
+        check(name, error, device)
+
+
+def check(name: str, error: Exception, device: str) -> None:
+    """After an error: ContextLost if the GPU can no longer be used."""
+    try:
         if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-        deadline = deadline or time.perf_counter() + seconds
-    return statistics.median(times[1:])
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except Exception:
+        raise ContextLost(name, contestants.one_line(error)) from error
 
 
-def measure(f, shape, dtype, device, seconds, exact):
-    """The numbers of one row."""
-    case = make(*shape, dtype, device)
-
-    def forward():
-        with torch.no_grad():
-            f(*case[0])
-
-    row = {"forward_ms": milliseconds(forward, device, seconds)}
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    row["both_ms"] = milliseconds(lambda: both(f, *case), device, seconds)
-    if device == "cuda":
-        row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    found = both(f, *case)
-    row["error"] = {
-        name: ((x.double() - e).norm() / e.norm()).item() for name, x, e in zip(NAMES, found, exact, strict=True)
-    }
-    return row
+def regime_rows(fs: dict[str, Callable], shape: tuple, dtype: torch.dtype, device: str) -> list[dict]:
+    rows = []
+    for regime in REGIMES:
+        case = make(shape, dtype, device, regime=regime)
+        truth = {stateful: exact(case, stateful) for stateful in {name in contestants.STATEFUL for name in fs}}
+        for name, f in fs.items():
+            stateful, failed = name in contestants.STATEFUL, {}
+            used = case if stateful else stateless(case)
+            found = attempt(name, failed, partial(results, f, used, stateful), device)
+            found = found and errors(found, truth[stateful])
+            rows.append({"op": name, "regime": regime, "error": found, "failed": failed.get(name, "")})
+    return rows
 
 
-def rows_of(shape, dtype, device, seconds):
-    """One row per operator; one that cannot be built here says so on stderr and has none."""
-    inputs, dy, dstate = make(*shape, dtype, device)
-    exact = both(wkv7_ref, [x.detach().double().requires_grad_() for x in inputs], dy.double(), dstate.double())
-    exact, plain = [x.detach() for x in exact], None
-    for op, (devices, load) in OPS.items():
-        if device not in devices:
-            continue
+def sets_of_inputs(shape: tuple, dtype: torch.dtype, device: str) -> list[list[Tensor]]:
+    """As many as it takes to exceed the GPU's L2 twice, at least one."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
+    volume = 7 * math.prod(shape) * N * dtype.itemsize
+    return [stateless(make(shape, dtype, device, seed)) for seed in range(max(1, math.ceil(2 * cache / volume)))]
+
+
+def time_rows(fs: dict[str, Callable], shape: tuple, dtype: torch.dtype, device: str, seconds: float,
+              ceiling: dict) -> list[dict]:
+    """A row per contestant: errors, times of every pass, eager and as a graph, memory; and ratios among them."""
+    on_gpu, cases = device == "cuda", sets_of_inputs(shape, dtype, device)
+    pool = torch.cuda.graph_pool_handle() if on_gpu else None
+    failed, rows, calls = {}, {name: {"op": name, "regime": ""} for name in fs}, {}
+    truth = exact(first_heads(cases[0]), False)
+    for name, f in fs.items():
+        found = attempt(name, failed, partial(results, f, cases[0], False), device)
+        if found:
+            rows[name]["error"] = errors([x[:1, :, :4] for x in found], truth)
+            rows[name]["peak_mib"] = attempt(name, failed, partial(peak_mib, f, cases[0], device), device)
+    for case in cases:
+        for x in case[:6]:
+            x.requires_grad_()
+    for label, run in (("forward", forward), ("save", save), ("both", both)):
+        for name, f in fs.items():
+            if name in failed:
+                continue
+            calls[name, label] = rotating(f, run, cases)
+            attempt(name, failed, calls[name, label], device)
+            if name in failed:
+                continue
+            if on_gpu and name != "torch":  # whose graph would have 10 T nodes and more
+                notes = {}
+                replay = attempt(name, notes, partial(captured, f, run, cases, pool), device)
+                if replay:
+                    calls[name, f"{label}_graph"] = replay
+                rows[name] |= {"no_graph": notes[name]} if notes else {}
+    calls = {key: call for key, call in calls.items() if key[0] not in failed}
+    for (name, label), times in take_turns(calls, device, seconds).items():
+        rows[name][label] = spread(times, len(cases) if label.endswith("_graph") else 1)
+    return [derived(rows[name] | {"failed": failed.get(name, "")}, rows, shape, dtype, ceiling) for name in fs]
+
+
+def peak_mib(f: Callable, case: list[Tensor], device: str) -> float | None:
+    """Memory that forward and backward take beyond their inputs, MiB; None on a CPU."""
+    if device == "cpu":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results(f, case, False)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def best(row: dict, label: str) -> float | None:
+    """Milliseconds of a pass: of the graph where there is one."""
+    figure = row.get(f"{label}_graph") or row.get(label)
+    return figure and figure["ms"]
+
+
+def derived(row: dict, rows: dict[str, dict], shape: tuple, dtype: torch.dtype, ceiling: dict) -> dict:
+    """The row with floors, rates, and how many times faster `both` is than the other contestants' of this run."""
+    token_heads, rates = math.prod(shape), {}
+    for label, (tensors, operations) in PASSES.items():
+        moved = token_heads * N * dtype.itemsize * tensors
+        rates[label] = {"floor_ms": 1e3 * moved / ceiling["copy_bytes_per_s"]}
+        if ms := best(row, label):
+            rates[label] |= {"bytes_per_s": 1e3 * moved / ms, "flop_per_s": 1e3 * token_heads * N * N * operations / ms}
+    mine = best(row, "both")
+    faster = {name: best(other, "both") / mine for name, other in rows.items() if mine and best(other, "both")}
+    return row | {"rates": rates, "faster_than": faster} | ceiling
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    if row["failed"]:
+        return f"  {row['op']:13} {row['failed'][:100]}"
+    worst = max((name for name in row["error"] if name != "y"), key=lambda n: row["error"][n])
+    accuracy = f"{row['error']['y']:.1e} {row['error'][worst]:.1e} {worst}"
+    if row["regime"]:
+        return f"  {row['op']:13} {row['regime']:11} {accuracy}"
+    cells = [f"{row[label]['ms']:8.3f}" if label in row else "       -" for label in
+             ("forward", "both", "forward_graph", "both_graph")]  # fmt: skip
+    share = 100 * row["rates"]["both"]["floor_ms"] / best(row, "both")
+    return f"  {row['op']:13}{' '.join(cells)} {share:4.0f} {accuracy}"
+
+
+HEADING = "ms             forward     both  as graphs: both  % of floor, error of y, worst gradient"
+
+
+def name_of(job: Job) -> str:
+    shape, dtype, regimes = job
+    return f"{','.join(map(str, shape))} {str(dtype).removeprefix('torch.')}{' regimes' if regimes else ''}"
+
+
+def rows_of(job: Job, fs: dict[str, Callable], device: str, seconds: float, ceiling: dict) -> list[dict]:
+    shape, dtype, regimes = job
+    if regimes:
+        rows = regime_rows(fs, shape, dtype, device)
+    else:
+        rows = time_rows(fs, shape, dtype, device, seconds, ceiling)
+    return [{"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")} | row for row in rows]
+
+
+def left_to_do(job: Job, fs: dict[str, Callable], old: list[dict], device: str) -> dict[str, Callable]:
+    """Those to be measured now: none if all have their rows, else all (ratios are of one run) but those that failed."""
+    shape, dtype, regimes = job
+    have = {row["op"]: row["failed"] for row in old if row["shape"] == list(shape)
+            and row["dtype"] == str(dtype).removeprefix("torch.") and bool(row["regime"]) == regimes}  # fmt: skip
+    small = math.prod(shape) <= DEFINITION_LIMIT[device]
+    todo = {name: f for name, f in fs.items() if not have.get(name) and (small or name != "torch")}
+    return {} if all(name in have for name in todo) else todo
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """What stays the same from job to job: where rows go, who takes part, the ceilings, the time that is left."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, args.device
+        self.path = args.out / f"wkv-{args.device}.json"
+        self.deadline = time.monotonic() + 60 * args.minutes
+        self.about = record.circumstances(args.device, args.commit)
+        self.ceiling, self.contestants, self.printed = ceilings(args.device), {}, 0
+
+    def old(self) -> list[dict]:
+        """Rows of this machine and commit, which need not be measured again."""
+        same = [all(row[x] == self.about[x] for x in ("machine", "commit")) for row in record.load(self.path)]
+        return [] if self.args.again else [r for r, s in zip(record.load(self.path), same, strict=True) if s]
+
+    def ready(self, dtype: torch.dtype) -> dict[str, Callable]:
+        """Who takes part; who does not says why, and has a row for it unless there is no reason that it should."""
+        if dtype not in self.contestants:
+            works, fails = contestants.ready(self.device, dtype)
+            for name, reason in fails.items():
+                print(f"  without {name}: {reason}")
+            expected = self.device == "cuda"
+            self.keep([{"op": name, "shape": [], "dtype": str(dtype).removeprefix("torch."), "regime": "",
+                        "failed": reason} for name, reason in fails.items()
+                       if expected and not reason.startswith(("ImportError", "ModuleNotFoundError", "ValueError"))])
+            asked = self.args.ops or works
+            self.contestants[dtype] = {name: f for name, f in works.items() if name in asked}
+        return self.contestants[dtype]
+
+    def keep(self, rows: list[dict]) -> None:
+        about = self.about | {"load": record.circumstances(self.device, self.args.commit)["load"]}
+        record.update(self.path, [row | about for row in rows], KEY)
+
+    def do(self, job: Job) -> None:
+        fs = left_to_do(job, self.ready(job[1]), self.old(), self.device)
+        if not fs:
+            return
         try:
-            row = measure(load(), shape, dtype, device, seconds, exact)
-        except wkv7_cuda.BuildError as error:
-            print(f"{op}: {error}", file=sys.stderr)
-            continue
-        plain = plain or row["both_ms"]
-        yield {"op": op, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), **row,
-               "ratio": plain / row["both_ms"]}  # fmt: skip
+            rows = rows_of(job, fs, self.device, self.args.seconds, self.ceiling)
+        except ContextLost as lost:
+            shape, dtype, regimes = job
+            name, reason = lost.args
+            self.keep([{"op": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "regime": regime,
+                        "failed": reason} for regime in (REGIMES if regimes else [""])])
+            raise
+        except Exception as error:  # of no single contestant; what went wrong once may not the next time
+            print(f"{name_of(job)}: {contestants.one_line(error)}", flush=True)
+            return check(name_of(job), error, self.device)
+        self.keep(rows)
+        floor = "" if job[2] else f", floor {rows[0]['rates']['both']['floor_ms']:.3f} ms"
+        self.show([name_of(job) + floor, *map(line, rows)])
+
+    def show(self, lines: list[str], limit: int = 10_500) -> None:
+        """The lines; of late shapes only the first, so that all that is printed fits into 12,000 characters."""
+        if self.printed + sum(map(len, lines)) > limit:
+            lines = lines[:1]
+        self.printed += sum(map(len, lines))
+        print(*lines, sep="\n", flush=True)
 
 
-def main():
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
-    parser.add_argument("--shapes", nargs="+", help="each B,T,H")
-    parser.add_argument("--seconds", type=float, default=2, help="spent on each median")
-    args = parser.parse_args()
-    about, rows = record.circumstances(args.device), []
-    print("{machine}, {threads} threads, load {load:.1f}, torch {torch}, commit {commit}".format(**about))
-    print("op          B,T,H     dtype  forward ms   both ms   ratio  error y    worst gradient")
-    for shape in args.shapes or SHAPES[args.device]:
-        for dtype in DTYPES[args.device]:
-            for row in rows_of(tuple(map(int, shape.split(","))), dtype, args.device, args.seconds):
-                rows.append(row)
-                worst = max(NAMES[2:], key=row["error"].get)
-                print(f"{row['op']:6} {shape:>10} {row['dtype']:>9} {row['forward_ms']:11.2f} {row['both_ms']:9.2f} "
-                      f"{row['ratio']:7.1f} {row['error']['y']:8.1e} {worst:>8} {row['error'][worst]:.1e}")  # fmt: skip
-    print(record.write(f"wkv-{args.device}", rows, args.device))
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--quick", action="store_true", help="the first shapes and errors only")
+    p.add_argument("--shapes", nargs="+", help="these instead, each B,T,H")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], help="with --shapes; float32, and bfloat16 on a GPU")
+    p.add_argument("--ops", nargs="+", help="only these contestants")
+    p.add_argument("--seconds", type=float, default=0.3, help="for each contestant and pass of a shape")
+    p.add_argument("--minutes", type=float, default=1e6, help="begin no shape that would not end in this time")
+    p.add_argument("--again", action="store_true", help="measure what this commit has rows for, too")
+    p.add_argument("--threads", type=int, help="CPU threads; on a machine with other work 1 is steadier")
+    p.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
+    p.add_argument("--commit", default="", help="name of the sources where git does not tell")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    wanted = jobs(args.device, args.quick)
+    if args.shapes:
+        dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+        wanted = [(tuple(map(int, shape.split(","))), dtype, False) for shape in args.shapes]
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    run, longest = Run(args), 0.0
+    print("{machine}, {threads} threads, load {load:.1f}, torch {torch}, commit {commit}".format(**run.about))
+    print("copy {copy_bytes_per_s:.3g} bytes/s, product {product_flop_per_s:.3g} FLOP/s".format(**run.ceiling))
+    print(HEADING, flush=True)
+    status = 0
+    for i, job in enumerate(wanted):
+        start = time.monotonic()
+        if start + longest > run.deadline:
+            print(f"out of time: {len(wanted) - i} of {len(wanted)} left")
+            break
+        try:
+            run.do(job)
+        except ContextLost as lost:
+            print("the CUDA context is lost, run again to go on: {}: {}".format(*lost.args), file=sys.stderr)
+            status = 3
+            break
+        longest = max(longest, time.monotonic() - start)
+    print(run.path.name)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Who takes part in the WKV-7 benchmark: our operators as wkv7_cuda lists them, and what others have made.
+
+A contestant is a function f(r, w, k, v, a, b, state) -> (y, state_T or None); shapes as in wkv7_cuda/op.py, w the raw
+decay logit. Peers are given a zero state and may ignore it. What a peer needs done to its inputs is part of its time.
+"""
+
+import math
+from collections.abc import Callable
+
+import sequential
+import torch
+import torch.nn.functional as F
+
+import wkv7_cuda
+from pissa_rwkv import wkv7_ref
+
+
+def fla() -> Callable:
+    """flash-linear-attention's chunked kernels, with the arguments that keep them off their slow path."""
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    floor = -math.exp(-0.5)  # of the log decay
+
+    def f(r, w, k, v, a, b, state):
+        y, end = chunk_rwkv7(r, floor * torch.sigmoid(w), k, v, a, b, scale=1.0, initial_state=state.mT.contiguous(),
+                             output_final_state=True, safe_gate=True, lower_bound=floor, chunk_size=64)
+        return y, end.mT  # theirs is [key, value]
+
+    return f
+
+
+def log_log(w: torch.Tensor) -> torch.Tensor:
+    """w' with d = exp(-exp(w')): the form in which older kernels take the decay."""
+    return (-F.softplus(-w.float()) - 0.5).to(w.dtype)
+
+
+def wind_rwkv() -> Callable:
+    """johanwind/wind_rwkv: chunks of 16 on tensor cores; bf16, also the state."""
+    from wind_rwkv.rwkv7 import attn_chunked_cuda, load_chunked_cuda
+
+    load_chunked_cuda(64)
+    return lambda r, w, k, v, a, b, state: attn_chunked_cuda(r, log_log(w), k, v, a, b, state.to(r.dtype))
+
+
+def rwkv_ops() -> Callable:
+    """The package rwkv-ops: a sequential kernel in bf16 whose chunk is 16 tokens."""
+    from rwkv_ops import generalized_delta_rule
+
+    return lambda r, w, k, v, a, b, state: generalized_delta_rule(
+        r=r, w=log_log(w), k=k, v=v, a=a, b=b, initial_state=state, output_final_state=True)  # fmt: skip
+
+
+PEERS = {  # name -> (devices, dtypes, what loads it); an operator of ours with that name takes its place
+    "torch": (("cpu", "cuda"), (torch.float32, torch.bfloat16), lambda: wkv7_ref),
+    "sequential": (("cuda",), (torch.float32, torch.bfloat16), sequential.load),
+    "fla": (("cuda",), (torch.bfloat16,), fla),
+    "wind_rwkv": (("cuda",), (torch.bfloat16,), wind_rwkv),
+    "rwkv_ops": (("cuda",), (torch.bfloat16,), rwkv_ops),
+}
+STATEFUL = {*wkv7_cuda.OPS, "torch"}  # these take an initial state and give gradients to it
+
+
+def loaders(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Callable]]:
+    """Name -> what loads it, for all that may run on the device."""
+    ours = {op: lambda op=op: wkv7_cuda.load(op) for op in wkv7_cuda.OPS}
+    peers = {name: load for name, (devices, dtypes, load) in PEERS.items() if device in devices and dtype in dtypes}
+    return peers | ours
+
+
+def ready(device: str, dtype: torch.dtype) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Those that load and survive 16 tokens on this device, and one line on each that does not."""
+    works, fails = {}, {}
+    x = torch.zeros(1, 16, 1, 64, device=device, dtype=dtype)
+    for name, load in loaders(device, dtype).items():
+        try:
+            f = load()
+            with torch.no_grad():
+                f(x, x, x, x, x, x, torch.zeros(1, 1, 64, 64, device=device))
+            works[name] = f
+        except Exception as error:  # other people's code may raise anything
+            fails[name] = one_line(error)
+    return works, fails
+
+
+def one_line(error: BaseException) -> str:
+    """The error in at most 160 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]

@@ -1,0 +1,153 @@
+"""Everything that needs a GPU, in one command, for someone who has one for half an hour.
+
+    python bench/gpu.py OUT                          # builds, tests, sanitizers, bench/wkv.py: 25 minutes
+    python bench/gpu.py OUT --minutes 9 --only build tests bench
+    python bench/gpu.py OUT --list                   # what would be done, and what is missing; does nothing
+
+Into OUT, which need not exist: log.txt (all output), steps.json (what happened and how long it took) and wkv-cuda.json,
+which begins as bench/results/wkv-cuda.json where that exists: copy it back there, then `python bench/readme.py`. A step
+that cannot run says why in one line, and the next begins. Sources without git: give --commit.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import record
+
+TABLE = 11_000  # characters of the benchmark's output that are shown
+
+
+class Step(NamedTuple):
+    """A command; the program it needs; the most it may take, s (0: what is left); statuses after which it runs again"""
+
+    command: list[str]
+    needs: str = ""
+    seconds: float = 300
+    again_after: tuple[int, ...] = ()
+
+
+BUILD = """
+import wkv7_cuda, sequential
+for name, load in [*((op, lambda op=op: wkv7_cuda.load(op)) for op in wkv7_cuda.OPS), ("sequential", sequential.load)]:
+    try:
+        load()
+        print(name, "built", flush=True)
+    except Exception as error:
+        print(name, "not built:", str(error).splitlines()[0][:200], flush=True)
+"""
+SMALL = """
+import contestants, torch, wkv, wkv7_cuda
+for dtype in (torch.bfloat16, torch.float32):
+    for name in (op for op in wkv7_cuda.OPS if op.startswith("cuda")):
+        f = wkv7_cuda.load(name)
+        for shape in ((1, 1, 1), (1, 33, 2), (2, 80, 1)):
+            wkv.results(f, wkv.make(shape, dtype, "cuda"), True)
+        torch.cuda.synchronize()
+        print(name, dtype, "ran", flush=True)
+"""
+
+
+def steps(out: Path, commit: str) -> dict[str, Step]:
+    python, bench = sys.executable, record.ROOT / "bench"
+    run = f"import sys; sys.path[:0] = [{str(record.ROOT)!r}, {str(bench)!r}]\n"
+    checker = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    measure = [python, str(bench / "wkv.py"), "--device", "cuda", "--out", str(out), "--minutes", "{minutes}"]
+    return {
+        "machine": Step(["nvidia-smi"], "nvidia-smi", 60),
+        "build": Step([python, "-c", run + BUILD], "", 600),
+        "tests": Step([python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], "", 400),
+        "memcheck": Step([*checker, "memcheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
+        "racecheck": Step([*checker, "racecheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
+        "bench": Step([*measure, *(["--commit", commit] if commit else [])], "", 0, (3,)),
+    }
+
+
+def missing(step: Step) -> str:
+    """Why a step cannot run, or nothing."""
+    places = [step.needs, f"/usr/local/cuda/bin/{step.needs}"]
+    if step.needs and not any(map(shutil.which, places)):
+        return f"{step.needs} is not there"
+    if not shutil.which("nvidia-smi"):
+        return "no NVIDIA GPU: nvidia-smi is not there"
+    return ""
+
+
+def run(name: str, step: Step, seconds: float, log: Path) -> dict:
+    """The step's command, its output at the end of the log; status, seconds and last lines."""
+    program = shutil.which(step.command[0]) or f"/usr/local/cuda/bin/{step.command[0]}"
+    command = [program, *(word.replace("{minutes}", f"{seconds / 60 - 0.5:.1f}") for word in step.command[1:])]
+    start = time.monotonic()
+    with open(log, "a") as file:
+        print(f"\n==== {name}", file=file, flush=True)
+        begin = file.tell()
+        try:
+            status = subprocess.run(command, cwd=record.ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                    timeout=seconds).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {seconds:.0f} s"
+    text = log.read_bytes()[begin:].decode(errors="replace").strip()
+    return {"step": name, "status": status, "seconds": round(time.monotonic() - start, 1), "text": text}
+
+
+def perform(name: str, step: Step, deadline: float, log: Path) -> list[dict]:
+    """Rows of steps.json: one, or one for each time that the step went on after a failure it can go on from."""
+    reason = missing(step)
+    if reason:
+        return [{"step": name, "status": f"left out: {reason}", "seconds": 0, "text": ""}]
+    rows = []
+    while not rows or rows[-1]["status"] in step.again_after and len(rows) < 5:
+        left = deadline - time.monotonic()
+        if left < 40:
+            return rows or [{"step": name, "status": "left out: no time is left", "seconds": 0, "text": ""}]
+        rows.append(run(name, step, min(step.seconds or left, left), log))
+    return rows
+
+
+def show(row: dict) -> None:
+    """One line; of the benchmark all that it printed."""
+    lines = row["text"].splitlines()
+    if row["step"] == "bench":
+        print(row["text"][-TABLE:])
+    print(f"{row['step']}: {row['status']}, {row['seconds']} s" + (f", {lines[-1][:120]}" if lines else ""), flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("out", type=Path, help="folder for all that comes out")
+    p.add_argument("--minutes", type=float, default=25, help="for everything")
+    p.add_argument("--only", nargs="+", choices=list(steps(Path(), "")), help="these steps alone")
+    p.add_argument("--commit", default="", help="name of the sources where git does not tell")
+    p.add_argument("--list", action="store_true", help="list the steps and what is missing")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Status 0 if every step that could run ended well."""
+    args = parser().parse_args(argv)
+    out, deadline = args.out.resolve(), time.monotonic() + 60 * args.minutes
+    todo = {name: step for name, step in steps(out, args.commit).items() if name in (args.only or [name])}
+    if args.list:
+        for name, step in todo.items():
+            print(f"{name}: {missing(step) or 'can run'}")
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "wkv-cuda.json").exists() and (record.RESULTS / "wkv-cuda.json").exists():
+        shutil.copy(record.RESULTS / "wkv-cuda.json", out)
+    rows = []
+    for name, step in todo.items():
+        for row in perform(name, step, deadline, out / "log.txt"):
+            show(row)
+            rows.append({k: v for k, v in row.items() if k != "text"})
+            (out / "steps.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any(row["status"] not in (0, *todo[row["step"]].again_after)
+                   and not str(row["status"]).startswith("left out") for row in rows))  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""The benchmark's own parts: its sequential kernel is right, its rows are kept, its commands know what to do."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cuda_on_cpu import CPU_FLAGS, SHADOW
+from test_wkv_cuda import NVCC, by_loop, needs_cpp, needs_nvcc, one_torch_thread  # noqa: F401
+
+from wkv7_cuda import build
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+import gpu  # noqa: E402
+import readme  # noqa: E402
+import record  # noqa: E402
+import sequential  # noqa: E402
+import wkv  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------- the kernel
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    headers = [*sequential.HEADERS, *sorted(SHADOW.glob("*.h"))]
+    return sequential.operator(sequential.bind(
+        build.load("wkv7_sequential_on_cpu", sequential.SOURCE, "g++", CPU_FLAGS, headers)))  # fmt: skip
+
+
+def problem(time: int, dtype: torch.dtype, heads: int = 3):
+    """r w k v a b and dy; the heads' decays are ordinary, near 1, at the floor (which stepping back bears worst)."""
+    draw = torch.Generator().manual_seed(time)
+    r, w, k, v, u, eta, dy = (torch.randn(2, time, heads, 64, generator=draw) for _ in range(7))
+    w[:, :, 1], w[:, :, 2] = w[:, :, 1] - 6, 20
+    kappa, eta = torch.nn.functional.normalize(u, dim=-1), eta.sigmoid()
+    return [x.to(dtype) for x in (r, w, k * eta, v, -kappa, kappa * eta)], dy.to(dtype)
+
+
+@needs_cpp
+@pytest.mark.parametrize(("dtype", "bars"), [(torch.float32, (3e-5, 2e-6, 1e-3)), (torch.bfloat16, (3e-3,) * 3)])
+@pytest.mark.parametrize("time", [16, 48])
+def test_the_sequential_kernel(on_cpu, time, dtype, bars, monkeypatch):
+    inputs, dy = problem(time, dtype)
+    zero = torch.zeros(2, 3, 64, 64)
+    exact = by_loop([*inputs, zero], [dy, zero], torch.float64)
+    leaves = [x.requires_grad_() for x in inputs]
+    results = []
+    for order in ("0", "1", "2", "3"):
+        monkeypatch.setenv("CUDA_CPU_ORDER", order)
+        y, _ = on_cpu(*leaves, zero)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+        assert all(x.equal(first) for x, first in zip(results[-1], results[0], strict=True))
+    names = ("y", "dr", "dw", "dk", "dv", "da", "db")
+    for name, out, e in zip(names, results[0], [exact[0], *exact[2:8]], strict=True):
+        for head, bar in enumerate(bars):
+            difference, size = (out.double() - e)[:, :, head].norm(), e[:, :, head].norm()
+            assert difference < bar * size, (name, head, difference / size)
+    with torch.no_grad():
+        assert on_cpu(*leaves, zero)[0].equal(results[0][0])
+
+
+@needs_nvcc
+def test_nvcc_compiles_it_and_nothing_spills(tmp_path):
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "120")]
+    run = subprocess.run(
+        [NVCC, *sequential.FLAGS, *archs, f"-I{sequential.HEADERS[0].parent}", "--threads", "2", "-Xptxas", "-v",
+         sequential.SOURCE, "-o", tmp_path / "sequential.so"], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    spills = re.findall(r"(\d+) bytes (?:spill|stack)", run.stdout + run.stderr)
+    assert spills and set(spills) == {"0"}
+
+
+# ---------------------------------------------------------------------------------------------------- its rows
+
+
+def test_rows_of_other_machines_and_of_what_is_not_measured_again_are_kept(tmp_path):
+    path, key = tmp_path / "x.json", ("op", "shape")
+    old = [{"machine": "A", "op": op, "shape": [1, 2], "ms": 1, "commit": "old"} for op in ("cpu", "chunk")]
+    old += [{"machine": "B", "op": "cpu", "shape": [1, 2], "ms": 2, "commit": "old"}]
+    new = {"machine": "A", "op": "cpu", "shape": [1, 2], "ms": 3, "commit": "new"}
+    record.update(path, old, key)
+    record.update(path, [new], key)
+    assert record.load(path) == [*old[1:], new]
+
+
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch):
+    monkeypatch.setattr(wkv, "ceilings", lambda device: {"copy_bytes_per_s": 1e10, "product_flop_per_s": 1e11})
+
+
+def bench(out: Path, *options: str) -> int:
+    return wkv.main(["--device", "cpu", "--threads", "1", "--seconds", "0.001", "--out", str(out), "--commit", "c",
+                     "--ops", "torch", "chunk", "--shapes", "1,16,1", *options])  # fmt: skip
+
+
+def test_a_run_writes_rows_and_the_next_one_goes_on(tmp_path, capsys):
+    assert bench(tmp_path) == 0
+    rows = record.load(tmp_path / "wkv-cpu.json")
+    assert {row["op"] for row in rows} == {"torch", "chunk"} and {row["commit"] for row in rows} == {"c"}
+    for row in rows:
+        assert row["failed"] == "" and set(row["error"]) == {"y", "dr", "dw", "dk", "dv", "da", "db"}
+        assert max(row["error"].values()) < 1e-5
+        for label in wkv.PASSES:
+            assert row[label]["low"] <= row[label]["ms"] <= row[label]["high"] and row[label]["n"] >= 3
+        assert row["rates"]["both"]["floor_ms"] == pytest.approx(1e3 * 20 * 16 * 64 * 4 / row["copy_bytes_per_s"])
+        assert set(row["faster_than"]) == {"torch", "chunk"} and row["faster_than"][row["op"]] == 1
+    assert bench(tmp_path) == 0 and record.load(tmp_path / "wkv-cpu.json") == rows
+    assert bench(tmp_path, "--again") == 0 and record.load(tmp_path / "wkv-cpu.json") != rows
+    assert bench(tmp_path, "--shapes", "1,8,1", "--minutes", "0") == 0
+    assert capsys.readouterr().out.count("out of time: 1 of 1 left") == 1
+
+
+def test_who_fails_has_a_row_that_says_so(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no kernel for this\nand much more")
+
+    works = {"torch": wkv.contestants.wkv7_ref, "chunk": broken}
+    monkeypatch.setattr(wkv.contestants, "ready", lambda device, dtype: (works, {}))
+    assert bench(tmp_path) == 0
+    failed = {row["op"]: row["failed"] for row in record.load(tmp_path / "wkv-cpu.json")}
+    assert failed == {"torch": "", "chunk": "RuntimeError: no kernel for this"}
+
+
+def test_a_lost_context_ends_the_run_and_the_next_one_leaves_its_cause_out(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def rows_of(job, fs, *_):
+        asked.append(set(fs))
+        if "chunk" in fs:
+            raise wkv.ContextLost("chunk", "an illegal memory access")
+        figures = {"rates": {"both": {"floor_ms": 1.0}}, "both": {"ms": 2.0}, "error": {"y": 0.0, "dr": 0.0}}
+        return [{"op": op, "shape": [1, 16, 1], "dtype": "float32", "regime": "", "failed": ""} | figures for op in fs]
+
+    monkeypatch.setattr(wkv, "rows_of", rows_of)
+    assert [bench(tmp_path), bench(tmp_path), bench(tmp_path)] == [3, 0, 0]
+    assert asked == [{"torch", "chunk"}, {"torch"}]
+    assert {row["op"]: row["failed"] for row in record.load(tmp_path / "wkv-cpu.json")} == {
+        "chunk": "an illegal memory access", "torch": ""}  # fmt: skip
+    assert "run again" in capsys.readouterr().err
+
+
+def test_what_is_measured_on_a_gpu_first():
+    quick, all_of_it = wkv.jobs("cuda", True), wkv.jobs("cuda", False)
+    assert [shape for shape, _, regimes in quick if not regimes] == [wkv.S1, wkv.S2, wkv.S3]
+    assert all_of_it[:4] == quick and len(set(all_of_it)) == len(all_of_it)
+    for heads in wkv.MODELS.values():
+        for shape in itertools.product((1, 8), (1024, 4096), (heads,)):
+            assert (shape, torch.bfloat16, False) in all_of_it
+
+
+def test_contestants_take_turns():
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    order = []
+    times = wkv.take_turns(calls, "cpu", 1e-9)
+    assert order == ["a", "b"] * 4 and [len(t) for t in times.values()] == [3, 3]  # the first finds out how long
+    spread = wkv.spread([0.001 * x for x in range(1, 21)], parts=2)
+    assert spread == pytest.approx({"ms": 5.25, "low": 1.5, "high": 9.0, "n": 20})
+
+
+# ---------------------------------------------------------------------------------------------------- one command
+
+
+def test_the_one_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.shutil, "which", lambda program: None)
+    assert gpu.main([str(tmp_path / "a"), "--list"]) == 0 and not (tmp_path / "a").exists()
+    assert capsys.readouterr().out.splitlines()[0] == "machine: nvidia-smi is not there"
+    assert gpu.main([str(tmp_path / "a"), "--only", "build", "bench"]) == 0
+    steps = json.loads((tmp_path / "a" / "steps.json").read_text())
+    assert [row["step"] for row in steps] == ["build", "bench"]
+    assert {row["status"] for row in steps} == {"left out: no NVIDIA GPU: nvidia-smi is not there"}
+    with pytest.raises(SystemExit):
+        gpu.main([str(tmp_path), "--only", "dance"])
+
+
+def test_its_steps_are_logged_limited_and_resumed(tmp_path, monkeypatch, capsys):
+    again = "import os, sys; n = os.path.exists(sys.argv[2]); open(sys.argv[2], 'w'); raise SystemExit(0 if n else 3)"
+    steps = {
+        "build": gpu.Step([sys.executable, "-c", "print('one'); print('two')"]),
+        "tests": gpu.Step([sys.executable, "-c", "raise SystemExit(1)"]),
+        "memcheck": gpu.Step([sys.executable, "-c", "import time; time.sleep(60)"], "", 0.5),
+        "bench": gpu.Step([sys.executable, "-c", again, "{minutes}", str(tmp_path / "count")], "", 0, (3,)),
+    }
+    monkeypatch.setattr(gpu, "steps", lambda *_: steps)
+    monkeypatch.setattr(gpu, "missing", lambda step: "")
+    assert gpu.main([str(tmp_path), "--minutes", "2"]) == 1
+    statuses = [row["status"] for row in json.loads((tmp_path / "steps.json").read_text())]
+    assert statuses == [0, 1, "stopped after 0 s", 3, 0]
+    assert "==== build\none\ntwo\n" in (tmp_path / "log.txt").read_text()
+    assert re.search(r"^build: 0, \S+ s, two$", capsys.readouterr().out, re.M)
+
+
+def test_figures_are_short_and_labels_of_the_picture_do_not_overlap():
+    assert [readme.short(x) for x in (0.01234, 12.34, 999.4, 1234.5)] == ["0.0123", "12.3", "999", "1234"]
+    assert readme.apart([1.0, 8.0, 1.01, 1.02], 1.1) == pytest.approx([1.0, 8.0, 1.1, 1.21])
