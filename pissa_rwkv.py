@@ -196,6 +196,7 @@ class Config:
     precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
     op: str = opt("", "the WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk or torch; the fastest that is there")
     grad_cp: bool = opt(True, "keep only each block's input and compute the rest again in backward")
+    emb_on_cpu: bool = opt(False, "leave the embedding in its file and fetch the rows of each micro-batch")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
     # results
     proj_dir: str = opt("out", "folder of the results")
@@ -208,6 +209,7 @@ class Config:
     sample_top_p: float = opt(0.5, "nucleus of that sample; 0 takes the likeliest token always")
     wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`)")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
+    vram_gb: float = opt(0.0, "dry_run: size of the card to fill, in 10^9 bytes; that of the GPU at hand")
 
 
 JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
@@ -346,12 +348,18 @@ WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what 
     ("x070", "torch"): lambda: wkv7_ref,
 }
 FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
+TRACED_ANYWHERE = ("cuda", "cuda_precise")                             # count bytes without a GPU and unbuilt
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
 
 
-def load_wkv(version: str, head_size: int, op: str, device: str) -> Callable:
-    """The operator `op` of a version; for op "" the fastest that this machine can build, said in one line."""
+def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = True) -> Callable:
+    """The operator `op` of a version; for op "" the fastest that this machine can build, said in one line.
+
+    Not `ready`: for tensors without values, whose bytes are counted; then a GPU's operator needs no GPU.
+    """
     ops = {o: load for (v, o), load in WKV.items() if v == version and (head_size == 64 or o not in FOR_HEADS_OF_64)}
+    if not ready:
+        ops |= {o: partial(ops[o], ready=False) for o in TRACED_ANYWHERE if o in ops}
     if op:
         load = pick(ops, f"--version {version} --op", op)
         try:
@@ -577,7 +585,7 @@ class RWKV(nn.Module):
 
     def forward(self, tokens: Tensor, states: list[BlockState] | None = None) -> tuple[Tensor, list[BlockState]]:
         """tokens (B,T) -> what the head reads (B,T,C), and the state of every block after the last token."""
-        x = self.blocks[0].ln0(self.emb(tokens))                                          # (B,T,C)
+        x = self.blocks[0].ln0(self.emb(tokens.to(self.emb.weight.device)).to(self.head.weight))  # (B,T,C)
         states = states or [BlockState.zeros(self.arch, len(tokens), x)] * self.arch.n_layer
         v_first, after = None, []
         for block, state in zip(self.blocks, states, strict=True):
@@ -1031,6 +1039,11 @@ def adapted(model: RWKV) -> dict[str, Linear]:
     return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, Linear)}
 
 
+def left_in_file(model: RWKV, cfg: Config) -> set[str]:
+    """The modules whose weights are not loaded at first, but fetched from the file when they are needed."""
+    return (set(adapted(model)) if ADAPTER[cfg.peft] else set()) | ({"emb"} if cfg.emb_on_cpu else set())
+
+
 class Factors(NamedTuple):
     """Of a matrix (out,in): A0 (r,in), B0 (out,r), whose product is taken out of it; A, B, where training starts."""
 
@@ -1095,35 +1108,52 @@ def start_errors(name: str, W: Tensor, frozen: FrozenLinear, factors: Factors, q
     if not (left + plain).isfinite():
         raise Fatal(f"--quant {quant}: {name} reaches {W.abs().max():.1e}, too much for it in {frozen.dtype};"
                     " take nf4 and --precision bf16")
-    return torch.stack([left, plain, W.norm()]).double().square().cpu()
+    return torch.stack([left, plain, W.norm()]).double().square()
+
+
+def freeze(model: RWKV, cfg: Config) -> None:
+    """Of what the model has without adapters, only the parts that cfg.train_parts names are trained."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(part in name for part in cfg.train_parts))
 
 
 @torch.no_grad()
-def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Freezes the model, puts adapters on its matrices, and returns what init_pissa.pth holds.
+def add_adapter(
+    model: RWKV, name: str, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor], draw: torch.Generator
+) -> tuple[Factors, Tensor]:
+    """One matrix goes to the device, is decomposed, held as cfg.quant says beside its adapter, and let go.
 
-    One matrix after another goes to the device, is decomposed, held as cfg.quant says, and let go. `init` and `load`
-    are an earlier run's init_pissa.pth and rwkv-<N>.pth, or empty for a new start. Factors are rounded to the compute
-    dtype *before* their product is taken out of W: so the parts still sum to W. Only what is left is quantised.
+    Factors are rounded to the compute dtype *before* their product is taken out of W: so the parts still sum to W.
+    Only what is left is quantised. Returns the factors and `start_errors`.
     """
-    for name, p in model.named_parameters():
-        p.requires_grad_(any(part in name for part in cfg.train_parts))
-    device, dtype, kind, r = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft], cfg.rank
+    device, dtype, r = model.head.weight.device, model.head.weight.dtype, cfg.rank
+    W = model.get_submodule(name).weight
+    W = W.to(device, torch.promote_types(W.dtype, torch.float32))
+    if not 1 <= r <= min(W.shape):
+        raise Fatal(f"--rank {r}: {name} is {W.shape[0]} x {W.shape[1]}; take a rank from 1 to {min(W.shape)}")
+    factors = saved_factors(W, name, cfg, init) if init else new_factors(W, dtype, cfg, draw)
+    frozen = FrozenLinear(residual(W, factors.A0, factors.B0), dtype, cfg.quant)
+    A, B = saved_pair(load, f"{name}.lora_", W, r, cfg.adapter_load) if load else factors[2:]
+    adapter = ADAPTER[cfg.peft](cfg, frozen, *(x.to(device, dtype, copy=True) for x in (A, B)))
+    model.set_submodule(name, adapter)
+    return factors, start_errors(name, W, frozen, factors, cfg.quant)
+
+
+def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Freezes the model, puts adapters on its matrices, one after another, and returns what init_pissa.pth holds.
+
+    `init` and `load` are an earlier run's init_pissa.pth and rwkv-<N>.pth, or empty for a new start.
+    """
+    freeze(model, cfg)
     draw, taken, unsplit, squares = torch.Generator().manual_seed(cfg.random_seed), {}, [], {}
-    for name, linear in tqdm(adapted(model).items(), f"{cfg.peft}: start", leave=False, disable=None):
-        W = linear.weight.to(device, torch.promote_types(linear.weight.dtype, torch.float32))
-        if not 1 <= r <= min(W.shape):
-            raise Fatal(f"--rank {r}: {name} is {W.shape[0]} x {W.shape[1]}; take a rank from 1 to {min(W.shape)}")
-        factors = saved_factors(W, name, cfg, init) if init else new_factors(W, dtype, cfg, draw)
-        frozen = FrozenLinear(residual(W, factors.A0, factors.B0), dtype, cfg.quant)
+    for name in tqdm(adapted(model), f"{cfg.peft}: start", leave=False, disable=None):
+        factors, errors = add_adapter(model, name, cfg, init, load, draw)
         layer_type = name.split(".", 2)[2]                                                # att.key, ffn.value, ...
-        squares[layer_type] = squares.get(layer_type, 0) + start_errors(name, W, frozen, factors, cfg.quant)
-        A, B = saved_pair(load, f"{name}.lora_", W, r, cfg.adapter_load) if load else factors[2:]
-        model.set_submodule(name, kind(cfg, frozen, *(x.to(device, dtype, copy=True) for x in (A, B))))
+        squares[layer_type] = squares.get(layer_type, 0) + errors.cpu()
         taken |= factors.named(name)
         unsplit += [] if factors.B.any() else [name]
     if cfg.peft == "pissa" and unsplit:
-        say(f"{len(unsplit)} matrices have no rank-{r} part and start as LoRA does: {some(unsplit)}")
+        say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
     say(f"{cfg.peft} of rank {r}, quant {cfg.quant}: |W - (W_res + B A)| / |W| by type, in brackets that of W quantised"
         " itself: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
@@ -1878,7 +1908,7 @@ def setup(cfg: Config) -> tuple[Config, str, torch.dtype]:
         raise Fatal(f"--devices {cfg.devices} and {world} processes: only one device is supported so far")
     gpu = torch.cuda.is_available()
     accelerator = pick({"gpu": "cuda", "cpu": "cpu"}, "--accelerator", cfg.accelerator or ("gpu" if gpu else "cpu"))
-    if accelerator == "cuda" and not gpu:
+    if accelerator == "cuda" and not gpu and not cfg.dry_run:
         raise Fatal("--accelerator gpu: torch finds none here; take cpu, or install a CUDA build of torch")
     precision = cfg.precision or ("bf16" if accelerator == "cuda" else "fp32")
     dtype = pick(PRECISION, "--precision", precision)
@@ -1900,7 +1930,7 @@ def check(cfg: Config) -> None:
             raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
     for name in ("lr_init", "lr_final", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay", "grad_clip",
                  "svd_niter", "save_steps", "random_seed", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size",
-                 "vocab_size", "sample_len"):
+                 "vocab_size", "sample_len", "vram_gb"):
         if not getattr(cfg, name) >= 0:
             raise Fatal(f"--{name} {getattr(cfg, name)}: it cannot be negative")
     for name in ("beta1", "beta2", "lora_dropout", "val_split", "sample_top_p"):
@@ -1926,6 +1956,8 @@ def check(cfg: Config) -> None:
     if cfg.qpissa_iters > 1 and not (cfg.peft == "pissa" and QUANT[cfg.quant].lossy):
         raise Fatal(f"--qpissa_iters {cfg.qpissa_iters} fits PiSSA's start to a quantised base, and this is --peft"
                     f" {cfg.peft} with --quant {cfg.quant}")
+    if cfg.emb_on_cpu and (cfg.peft == "none" or "emb" in cfg.train_parts):
+        raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
     if cfg.peft == "pissa" and cfg.lr_init > 1e-4:
@@ -2006,13 +2038,13 @@ def build(cfg: Config) -> Run | None:
         held_out = Loader(held_out, tokenizer, replace(cfg, dataload="pad", data_shuffle=False))
     say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches))
+    if folder is None:
+        dry_run(cfg, arch, loader, epoch_steps, device, dtype)
+        return None
     with torch.device("meta"):
         model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
-    if folder is None:
-        dry_run(cfg, model.to(dtype), loader, epoch_steps, device)
-        return None
     if tensors:
-        fill(model, tensors, cfg.load_model, device, dtype, adapted(model) if ADAPTER[cfg.peft] else ())
+        fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
     else:
         model = model.to_empty(device="cpu").initialise().to(device, dtype)
     base = fingerprint(tensors) if tensors else "new"
@@ -2070,7 +2102,7 @@ def adapt(
 
 @torch.no_grad()
 def first_loss(model: RWKV, loader: Loader) -> float:
-    batch = loader.batch(0).to(model.emb.weight.device)
+    batch = loader.batch(0).to(model.head.weight.device)
     return batch_loss(model.eval(), batch, max(1, len(batch.learnt))).item()
 
 
@@ -2291,7 +2323,7 @@ def generate(model: RWKV, tokenizer: ByteTokenizer, prompt: str, length: int, to
     model.eval()
     tokens, states, out = tokenizer.encode(prompt) or [0], None, []
     while len(out) < length:
-        x, states = model(torch.tensor([tokens], device=model.emb.weight.device), states)
+        x, states = model(torch.tensor([tokens], device=model.head.weight.device), states)
         p = (x[0, -1] @ model.head.weight.T).float().softmax(-1).cpu()                    # (V)
         p, order = p.sort(descending=True)
         p[1:][p.cumsum(0)[:-1] >= top_p] = 0                                              # the likeliest, up to top_p
@@ -2304,56 +2336,131 @@ def generate(model: RWKV, tokenizer: ByteTokenizer, prompt: str, length: int, to
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive while a step is computed on the meta device, without values."""
+    """Counts the bytes of the tensors that are alive while code runs on the meta device, that is without values.
 
-    def __init__(self) -> None:
+    Each takes whole units of 512 bytes, as in CUDA's caching allocator; those of `elsewhere` take nothing. A number
+    that the code asks for is 1.
+    """
+
+    def __init__(self, elsewhere: Iterable[Tensor]) -> None:
         super().__init__()
         self.live = self.most = 0
-        self.known = weakref.WeakSet()
+        self.known = weakref.WeakSet(t.untyped_storage() for t in elsewhere)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1.0
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
-                self.known.add(storage)
-                weakref.finalize(storage, self.freed, storage.nbytes())
-                self.live += storage.nbytes()
-                self.most = max(self.most, self.live)
+            if isinstance(tensor, Tensor) and tensor.is_meta and (s := tensor.untyped_storage()) not in self.known:
+                self.known.add(s)
+                weakref.finalize(s, self.count, -allocated(s))
+                self.count(allocated(s))
         return out
 
-    def freed(self, nbytes: int) -> None:
-        self.live -= nbytes
+    def count(self, nbytes: int) -> None:
+        self.live += nbytes
+        self.most = max(self.most, self.live)
 
 
-def dry_run(cfg: Config, model: RWKV, loader: Loader, epoch_steps: int, device: str) -> None:
+def allocated(storage: torch.UntypedStorage) -> int:
+    return -(-storage.nbytes() // 512) * 512
+
+
+class FullRows:
+    """In a Loader's place: the largest batches there can be, of `bsz` rows of which every token is learnt."""
+
+    def __init__(self, bsz: int, ctx_len: int, device: str):
+        self.bsz, self.ctx_len, self.device = bsz, ctx_len, device
+
+    def batch(self, number: int) -> Batch:
+        zeros = torch.zeros(self.bsz, self.ctx_len, dtype=torch.long, device=self.device)
+        return Batch(zeros, torch.arange(zeros.numel(), device=self.device), zeros.view(-1), [])
+
+
+class Memory(NamedTuple):
+    """What a run takes of a device, in bytes: its parts when a step takes most, and the most while it is loaded."""
+
+    weights: int                                                      # frozen
+    optimiser: int                                                    # what is trained, with gradient and moments
+    activations: int                                                  # and whatever else a step makes and lets go
+    loading: int
+    other: int                                                        # not tensors: see OTHER
+
+    @property
+    def total(self) -> int:
+        return max(self.weights + self.optimiser + self.activations, self.loading) + self.other
+
+
+OTHER = {"cuda": (500_000_000 + 2**25, 0.03), "cpu": (0, 0.0)}         # CUDA's context and cuBLAS's room; fragmentation
+
+
+class Rehearsal:
+    """A run without values and without a device: the code of loading, adapting and training, whose bytes are counted.
+
+    For CUDA the operator is `cuda`, whose fake implementation says what it allocates. Not seen is what a kernel of
+    torch takes for itself.
+    """
+
+    def __init__(self, cfg: Config, arch: Arch, device: str, dtype: torch.dtype):
+        with torch.device("meta"):
+            model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device, ready=False), cfg.grad_cp)
+            tensors = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
+        self.device, self.base_parameters = device, sum(t.numel() for t in tensors.values())
+        with Peak(tensors.values()) as self.peak:
+            fill(model, tensors, "", "meta", dtype, left_in_file(model, cfg))
+            if ADAPTER[cfg.peft]:
+                freeze(model, cfg)
+                for name in adapted(model):
+                    add_adapter(model, name, cfg, {}, {}, torch.Generator())
+            optimiser = ZeroAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), cfg)
+            loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "meta")
+            self.run = Run(cfg, "meta", arch, None, loader, None, model, optimiser, {}, 1)
+        self.loading, self.held = self.peak.most, self.peak.live
+
+    def memory(self, bsz: int) -> Memory:
+        """With micro-batches of `bsz` rows: of one optimiser step."""
+        self.run.loader.bsz, self.peak.most = bsz, self.peak.live
+        with self.peak:
+            train_step(self.run, 0.0)
+        o = self.run.optimiser
+        own = {t.untyped_storage() for t in (o.working, o.master, o.m, o.v, o.grad)}
+        optimiser, activations = sum(map(allocated, own)), self.peak.most - self.held
+        fixed, share = OTHER[self.device]
+        other = fixed + int(share * max(self.peak.most, self.loading))
+        return Memory(self.held - optimiser, optimiser, activations, self.loading, other)
+
+    def largest_bsz(self, room: int) -> int:
+        """The largest micro-batch that takes at most `room` bytes; 0: not even one row does."""
+        fits, too_many = 0, 0                                         # known to fit; known not to (0: none yet)
+        while too_many != fits + 1:
+            bsz = (fits + too_many) // 2 if too_many else 2 * fits or 1
+            if self.memory(bsz).total <= room:
+                fits = bsz
+            else:
+                too_many = bsz
+        return fits
+
+
+def dry_run(cfg: Config, arch: Arch, loader: Loader, epoch_steps: int, device: str, dtype: torch.dtype) -> None:
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded."""
-    named = dict(model.named_parameters())
-    every = sum(p.numel() for p in named.values())
-    trained = {n for n in named if cfg.peft == "none" or any(part in n for part in cfg.train_parts)}
-    for p in (named[n] for n in named.keys() - trained):
-        p.requires_grad_(False)
-    adapters = 0
-    for name, linear in adapted(model).items() if ADAPTER[cfg.peft] else ():
-        (rows, columns), dtype = linear.weight.shape, linear.weight.dtype
-        if not 1 <= cfg.rank <= min(rows, columns):
-            raise Fatal(f"--rank {cfg.rank}: {name} is {rows} x {columns}; take a rank from 1 to {min(rows, columns)}")
-        A, B = (torch.empty(s, dtype=dtype, device="meta") for s in ((cfg.rank, columns), (rows, cfg.rank)))
-        frozen = FrozenLinear(linear.weight.detach(), dtype, cfg.quant)
-        model.set_submodule(name, ADAPTER[cfg.peft](cfg, frozen, A, B))
-        adapters += A.numel() + B.numel()
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers()))
-    optimiser = learning * (16 if next(model.parameters()).itemsize < 4 else 12)          # master, m, v, gradient
-    B, T, accumulate = loader.bsz, cfg.ctx_len, cfg.accumulate_grad_batches
-    positions = torch.arange(B * T, device="meta")
-    with Peak() as peak:
-        batch_loss(model, Batch(positions.view(B, T), positions, positions, []), 1).backward()
-    steps, GB = epoch_steps * cfg.epoch_count, 1e9
-    say(f"would train {learning:,} of {every + adapters:,} parameters: {adapters:,} in adapters,"
-        f" {learning - adapters:,} in {'the model' if cfg.peft == 'none' else ' '.join(cfg.train_parts)}\n"
-        f"would make {steps:,} steps of {B * accumulate} rows: at most {steps * B * T * accumulate:,} tokens\n"
-        f"would hold {(weights + optimiser + peak.most) / GB:.2f} GB on the {device}: {weights / GB:.2f} weights,"
-        f" {optimiser / GB:.2f} optimiser, {peak.most / GB:.2f} activations and gradients at their peak")
+    rehearsal = Rehearsal(cfg, arch, device, dtype)
+    learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
+    adapters = sum(n for name, n in learning.items() if ".lora_" in name)
+    rows, GB = loader.bsz * cfg.accumulate_grad_batches, 1e9
+    steps, m = epoch_steps * cfg.epoch_count, rehearsal.memory(loader.bsz)
+    say(f"would train {sum(learning.values()):,} of {rehearsal.base_parameters + adapters:,} parameters: {adapters:,} in"
+        f" adapters, {sum(learning.values()) - adapters:,} in"
+        f" {'the model' if cfg.peft == 'none' else ' '.join(cfg.train_parts)}\n"
+        f"would make {steps:,} steps of {rows} rows: at most {steps * rows * cfg.ctx_len:,} tokens\n"
+        f"would hold {m.total / GB:.2f} GB on the {device}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f} adapters"
+        f" and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f} other"
+        f" (CUDA's context, fragmentation); while loading {(m.loading + m.other) / GB:.2f}")
+    room = cfg.vram_gb * GB
+    if not room and device == "cuda" and torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(0).total_memory
+    if room:
+        say(f"of {room / GB:.1f} GB: the largest --micro_bsz that fits is {rehearsal.largest_bsz(int(room))}")
 
 
 def make_binidx(cfg: Config) -> None:
