@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import difflib
 import errno
 import hashlib
@@ -194,7 +195,7 @@ class Config:
     devices: int = opt(1, "number of devices")
     strategy: str = opt("", "how several devices share the work; one device needs none")
     precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
-    op: str = opt("", "the WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk or torch; the fastest that is there")
+    op: str = opt("", "the WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk, torch; the fastest that is there")
     grad_cp: bool = opt(True, "keep only each block's input and compute the rest again in backward")
     emb_on_cpu: bool = opt(False, "leave the embedding in its file and fetch the rows of each micro-batch")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
@@ -1155,8 +1156,8 @@ def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[s
     if cfg.peft == "pissa" and unsplit:
         say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
-    say(f"{cfg.peft} of rank {r}, quant {cfg.quant}: |W - (W_res + B A)| / |W| by type, in brackets that of W quantised"
-        " itself: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
+    say(f"{cfg.peft} of rank {cfg.rank}, quant {cfg.quant}: |W - (W_res + B A)| / |W| by type, in brackets that of W"
+        " quantised itself: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
 
 
@@ -1653,6 +1654,11 @@ def batch_loss(model: RWKV, batch: Batch, n: int) -> Tensor:
 # ======================================================================================================================
 
 
+def allocated(storage: torch.UntypedStorage) -> int:
+    """Bytes that CUDA's caching allocator gives to a tensor: whole units of 512."""
+    return -(-storage.nbytes() // 512) * 512
+
+
 class ZeroAdamW:
     """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer.
 
@@ -1717,6 +1723,11 @@ class ZeroAdamW:
         """Rounds the master weights into the parameters."""
         if self.working is not self.master:
             self.working.copy_(self.master)
+
+    def nbytes(self) -> int:
+        """Of all its buffers, the trained parameters among them."""
+        buffers = {t.untyped_storage() for t in (self.working, self.master, self.m, self.v, self.grad)}
+        return sum(map(allocated, buffers))
 
     def layout(self) -> str:
         """Tells two selections of parameters apart."""
@@ -2363,10 +2374,6 @@ class Peak(TorchDispatchMode):
         self.most = max(self.most, self.live)
 
 
-def allocated(storage: torch.UntypedStorage) -> int:
-    return -(-storage.nbytes() // 512) * 512
-
-
 class FullRows:
     """In a Loader's place: the largest batches there can be, of `bsz` rows of which every token is learnt."""
 
@@ -2392,7 +2399,16 @@ class Memory(NamedTuple):
         return max(self.weights + self.optimiser + self.activations, self.loading) + self.other
 
 
-OTHER = {"cuda": (500_000_000 + 2**25, 0.03), "cpu": (0, 0.0)}         # CUDA's context and cuBLAS's room; fragmentation
+class Other(NamedTuple):
+    """What a device takes that no tensor does."""
+
+    fixed: int                                                        # bytes
+    share: float                                                      # of the tensors' peak
+    what: str
+
+
+OTHER = {"cuda": Other(500_000_000 + 2**25, 0.03, "0.53 for CUDA's context and cuBLAS, 3 % for fragmentation"),
+         "cpu": Other(0, 0.0, "of torch itself nothing is counted")}
 
 
 class Rehearsal:
@@ -2411,8 +2427,12 @@ class Rehearsal:
             fill(model, tensors, "", "meta", dtype, left_in_file(model, cfg))
             if ADAPTER[cfg.peft]:
                 freeze(model, cfg)
-                for name in adapted(model):
-                    add_adapter(model, name, cfg, {}, {}, torch.Generator())
+                for name in adapted(model):                           # what is done to the first block, and most bytes
+                    _, layer, rest = name.split(".", 2)               # are held during the last, is only copied between
+                    if 0 < int(layer) < arch.n_layer - 1:
+                        model.set_submodule(name, copy.deepcopy(model.get_submodule(f"blocks.0.{rest}")))
+                    else:
+                        add_adapter(model, name, cfg, {}, {}, torch.Generator())
             optimiser = ZeroAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), cfg)
             loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "meta")
             self.run = Run(cfg, "meta", arch, None, loader, None, model, optimiser, {}, 1)
@@ -2423,11 +2443,8 @@ class Rehearsal:
         self.run.loader.bsz, self.peak.most = bsz, self.peak.live
         with self.peak:
             train_step(self.run, 0.0)
-        o = self.run.optimiser
-        own = {t.untyped_storage() for t in (o.working, o.master, o.m, o.v, o.grad)}
-        optimiser, activations = sum(map(allocated, own)), self.peak.most - self.held
-        fixed, share = OTHER[self.device]
-        other = fixed + int(share * max(self.peak.most, self.loading))
+        optimiser, activations = self.run.optimiser.nbytes(), self.peak.most - self.held
+        other = OTHER[self.device].fixed + int(OTHER[self.device].share * max(self.peak.most, self.loading))
         return Memory(self.held - optimiser, optimiser, activations, self.loading, other)
 
     def largest_bsz(self, room: int) -> int:
@@ -2449,13 +2466,13 @@ def dry_run(cfg: Config, arch: Arch, loader: Loader, epoch_steps: int, device: s
     adapters = sum(n for name, n in learning.items() if ".lora_" in name)
     rows, GB = loader.bsz * cfg.accumulate_grad_batches, 1e9
     steps, m = epoch_steps * cfg.epoch_count, rehearsal.memory(loader.bsz)
-    say(f"would train {sum(learning.values()):,} of {rehearsal.base_parameters + adapters:,} parameters: {adapters:,} in"
-        f" adapters, {sum(learning.values()) - adapters:,} in"
-        f" {'the model' if cfg.peft == 'none' else ' '.join(cfg.train_parts)}\n"
+    learnt, parts = sum(learning.values()), "the model" if cfg.peft == "none" else " ".join(cfg.train_parts)
+    say(f"would train {learnt:,} of {rehearsal.base_parameters + adapters:,} parameters: {adapters:,} in adapters,"
+        f" {learnt - adapters:,} in {parts}\n"
         f"would make {steps:,} steps of {rows} rows: at most {steps * rows * cfg.ctx_len:,} tokens\n"
-        f"would hold {m.total / GB:.2f} GB on the {device}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f} adapters"
-        f" and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f} other"
-        f" (CUDA's context, fragmentation); while loading {(m.loading + m.other) / GB:.2f}")
+        f"would hold {m.total / GB:.2f} GB on the {device}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f}"
+        f" adapters and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f}"
+        f" other ({OTHER[device].what}); {(m.loading + m.other) / GB:.2f} while it is loaded")
     room = cfg.vram_gb * GB
     if not room and device == "cuda" and torch.cuda.is_available():
         room = torch.cuda.get_device_properties(0).total_memory
