@@ -38,13 +38,18 @@ def load() -> op.WKV7:
 @functools.cache
 def open_library(capability: tuple[int, int]) -> ctypes.CDLL:
     """The library for GPUs of this compute capability, for example (9, 0): an H100 or H200."""
+    return bind(compiled("wkv7", SOURCE, capability))
+
+
+def compiled(name: str, source: Path, capability: tuple[int, int]) -> ctypes.CDLL:
+    """A .cu file of this folder as a library for GPUs of that compute capability."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"  # where the toolkit puts it; often not on PATH
     if not Path(nvcc).exists():
         raise build.BuildError(
-            f"the cuda operator needs nvcc, neither on PATH nor {nvcc}: install the CUDA toolkit, {build.REMEDY}"
+            f"{source.name} needs nvcc, neither on PATH nor {nvcc}: install the CUDA toolkit, {build.REMEDY}"
         )
     arch = "sm_{}{}".format(*capability)
-    return bind(build.load(f"wkv7_{arch}", SOURCE, nvcc, [*FLAGS, f"-arch={arch}"], HEADERS))
+    return build.load(f"{name}_{arch}", source, nvcc, [*FLAGS, f"-arch={arch}"], HEADERS)
 
 
 def bind(library: ctypes.CDLL) -> ctypes.CDLL:
