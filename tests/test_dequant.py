@@ -3,7 +3,10 @@
 Oracle: the readers of section 4, which test_quant.py compares with bitsandbytes. Every comparison is of bits.
 """
 
+import importlib
+import json
 import re
+import runpy
 import shutil
 import subprocess
 from functools import partial
@@ -204,6 +207,18 @@ def test_what_does_not_fit_is_refused_in_one_line(on_cpu):
         by_kernel(on_cpu, "nf4", parts, (100,), torch.float64)
 
 
+def test_the_benchmark_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(HERE.parent / "bench"))
+    record, file = importlib.import_module("record"), HERE.parent / "bench" / "dequant.py"
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["dequant.py", "--shapes", "64x96", "--dtypes", "float16"])
+    runpy.run_path(str(file), run_name="__main__")
+    assert "no GPU here: these are PyTorch's readers on the CPU" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "dequant-cpu.json").read_text())
+    assert [row["quant"] for row in rows] == [*PLAIN] and all(row["plain_us"] > 0 for row in rows)
+
+
 # ---------------------------------------------------------------------------------------------------- nvcc
 
 
@@ -268,5 +283,5 @@ def test_gpu_in_a_frozen_layer(quant):
     x = torch.randn(5, 384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     for layer in (frozen, torch.compile(frozen, backend="aot_eager")):
         y = layer(x)
-        dx, = torch.autograd.grad(y.sum(), x)
+        dx, = torch.autograd.grad(y, x, torch.ones_like(y))
         assert torch.equal(y, x @ wanted.T) and torch.equal(dx, torch.ones_like(y) @ wanted)
