@@ -320,6 +320,16 @@ void __syncwarp(unsigned mask = ~0u, const char* file = __builtin_FILE(), int li
     cuda_cpu::meet(cuda_cpu::current / 32 * 32, 32, mask, {"__syncwarp", file, line}, nullptr, [] {});
 }
 
+// One rounding each, never fused into one (volatile: on no machine, with no flag).
+float __fmul_rn(float x, float y) {
+    const volatile float product = x * y;
+    return product;
+}
+float __fadd_rn(float x, float y) {
+    const volatile float sum = x + y;
+    return sum;
+}
+
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
