@@ -69,7 +69,7 @@ def by_loop(inputs, grads, dtype):
 
 
 def by_kernels(kernels, inputs, grads, device="cpu"):
-    """The same through (forward, backward) of cuda_precise.py; every tensor that is allocated on the way starts as NaN."""
+    """The same through (forward, backward) of cuda_precise.py; every tensor allocated on the way starts as NaN."""
     forward, backward = kernels
     inputs, grads = [x.to(device) for x in inputs], [x.to(device) for x in grads]
     torch.use_deterministic_algorithms(True)
