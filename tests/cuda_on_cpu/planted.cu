@@ -53,7 +53,7 @@ __global__ void product_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, f
     cp_async16(shared + 256 + 8 * lane, b + 8 * (lane % 16), lane < 16);  // and 8 rows of zeros
     cp_async_commit();
     if (bug != NO_WAIT && bug != NEVER_WAITED) cp_async_wait<0>();
-    __syncthreads();
+    __syncwarp();
     uint32_t left[4], right[4];
     ldmatrix(left, shared + 16 * (lane % 16) + lane / 16 * 8 + (bug == NOT_ALIGNED));
     ldmatrix(right, shared + 256 + 16 * (lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 8);
