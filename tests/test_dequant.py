@@ -127,7 +127,7 @@ def test_sanitizers(tmp_path):
     script = """
         import ctypes, sys
         sys.path[:0] = sys.argv[2:]
-        from test_dequant import PLAIN, check, cuda, dequant, parts_of
+        from test_dequant import PLAIN, check, dequant, nvcc, parts_of
         library = dequant.bind(ctypes.CDLL(sys.argv[1]))
         for quant in PLAIN:
             for dtype in nvcc.DTYPES:
