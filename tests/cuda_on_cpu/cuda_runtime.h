@@ -18,10 +18,10 @@
 //                   0 (default) the one that has waited longest, 1 the last to become ready, N > 1 one at random with
 //                   seed N; blocks run upwards, downwards, shuffled. A race is a result that depends on it. One
 //                   schedule proves nothing: a missing barrier can be harmless in 0 and in 1.
-//   cp.async        copies as late as it may, when its group is waited for; in order 1 at once; in order N > 1 one or the
-//                   other. A group that nobody waits for is an error.
-//   stricter        than a GPU: 48 KB of shared memory, or up to 99 KB (what the smallest cards have) once the kernel was
-//                   allowed it; and no meeting of __syncwarps on different lines.
+//   cp.async        copies as late as it may, when its group is waited for; in order 1 at once; in order N > 1 one or
+//                   the other. A group that nobody waits for is an error.
+//   stricter        than a GPU: 48 KB of shared memory, or up to 99 KB (what the smallest cards have) once the kernel
+//                   was allowed it; and no meeting of __syncwarps on different lines.
 //   absent          all that no kernel uses yet; a new intrinsic is a compile error, never silently skipped. A warp
 //                   function is a struct of operands and results and a `meet` with what the last lane does: see
 //                   __shfl_xor_sync. Its place is after that one.
