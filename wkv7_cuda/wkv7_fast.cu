@@ -607,8 +607,9 @@ __device__ inline void store_split(const Block (&S)[4], bf16* parts, int warp) {
     }
 }
 
+// So many blocks fit into the 227 KB of an H100's multiprocessor; registers must suffice for them too.
 template <Mode MODE>
-__global__ void __launch_bounds__(THREADS, 2) wkv7_walk_kernel(Sizes sizes, Tensors x) {
+__global__ void __launch_bounds__(THREADS, MODE == GRADIENTS ? 2 : 3) wkv7_walk_kernel(Sizes sizes, Tensors x) {
     using M = Traits<MODE>;
     using Direction = Walk<M::mirror>;
     typename M::Tiles& tiles = *reinterpret_cast<typename M::Tiles*>(dyn_smem());
