@@ -5,7 +5,7 @@
     python bench/gpu.py OUT --list                   # what would be done, and what is missing; does nothing
 
 Into OUT, which need not exist: log.txt (all output), steps.json (what happened and how long it took) and the results,
-*-cuda.json: copy them to bench/results (wkv-cuda.json began as the one that was there), then `python bench/readme.py`. A
+*-cuda.json: copy them to bench/results (wkv-cuda.json began as the one there), then `python bench/readme.py`. A
 step that cannot run says why in one line, and the next begins. Sources without git: give --commit.
 """
 
