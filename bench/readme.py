@@ -128,7 +128,8 @@ def wkv_caption(path: str) -> str:
         return "No picture yet: `python bench/wkv.py` measures it."
     return (f"![Time of forward and backward against the number of tokens, one line per operator]({path})\n\n"
             f"*Forward + backward, B = 1, {rows[0]['shape'][2]} heads, {rows[0]['dtype']}; dashed: the time to move "
-            f"inputs and outputs. `python bench/wkv.py --device {device}`; {sources(rows)[1:-1]}*")  # fmt: skip
+            f"inputs and outputs. `python bench/wkv.py --device {device} --threads {rows[0]['threads']}`; "
+            f"{sources(rows)[1:-1]}*")  # fmt: skip
 
 
 def curves() -> tuple[str, list[dict]]:
