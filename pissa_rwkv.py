@@ -89,6 +89,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import wkv7_cuda
+from wkv7_cuda import dequant
 
 # ======================================================================================================================
 # 1. Configuration: every option stands once, with its default and its help. The parser, the checks, the checkpoint's
@@ -195,7 +196,7 @@ class Config:
     devices: int = opt(1, "number of devices")
     strategy: str = opt("", "how several devices share the work; one device needs none")
     precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
-    op: str = opt("", "the WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk, torch; the fastest that is there")
+    op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk or torch; the fastest that is there")
     grad_cp: bool = opt(True, "keep only each block's input and compute the rest again in backward")
     emb_on_cpu: bool = opt(False, "leave the embedding in its file and fetch the rows of each micro-batch")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
@@ -773,14 +774,20 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
-@lru_cache
+def kept(make: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
+    """make(device), made once for each; but always anew where tensors have no values (under FakeTensorMode)."""
+    once = lru_cache(make)
+    return lambda device: once(device) if type(torch.empty(0)) is Tensor else make(device)
+
+
+@kept
 def nf4_levels(device: torch.device) -> tuple[Tensor, Tensor]:
     """The levels (16), and for each byte the two levels it stands for (256,2), the high nibble's first."""
     levels = torch.tensor(NF4, device=device)
     return levels, torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
 
 
-@lru_cache
+@kept
 def dynamic_levels(device: torch.device) -> Tensor:
     """The 256 levels of bitsandbytes' dynamic 8-bit numbers (arXiv 1511.04561), ascending, fp32: for i = 0..6 the
     midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6), of both signs; and 0 and 1."""
@@ -902,8 +909,7 @@ def read_nf4dq(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 class Quant(NamedTuple):
-    """A way to hold a matrix: into parts and back. (A program that does it faster for a device has the same parts, the
-    same values, and takes the place of `read`.)"""
+    """A way to hold a matrix: into parts and back."""
 
     hold: Callable[[Tensor, torch.dtype], Parts]                      # W (out,in) fp32, compute dtype -> its parts
     read: Callable[[Parts, torch.Size, torch.dtype], Tensor]          # parts -> W in fp32, rounded to the compute dtype
@@ -914,8 +920,16 @@ class Quant(NamedTuple):
         return self.read(self.hold(W, dtype), W.shape, dtype)
 
 
-QUANT = {"none": Quant(hold_dense, read_dense, lossy=False), "int8": Quant(hold_int8, read_int8),
-         "nf4": Quant(hold_nf4, read_nf4), "nf4dq": Quant(hold_nf4dq, read_nf4dq)}
+def levels_of_codes(device: torch.device) -> tuple[Tensor, Tensor]:
+    return nf4_levels(device)[0], dynamic_levels(device)
+
+
+# On a GPU a program for it takes the place of `read_*`, in one pass: the same parts, the same values.
+fused = partial(dequant.fused, levels=levels_of_codes, say=say)
+QUANT = {"none": Quant(hold_dense, read_dense, lossy=False),
+         "int8": Quant(hold_int8, fused("int8", read_int8)),
+         "nf4": Quant(hold_nf4, fused("nf4", read_nf4)),
+         "nf4dq": Quant(hold_nf4dq, fused("nf4dq", read_nf4dq))}
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -2350,11 +2364,12 @@ class Peak(TorchDispatchMode):
     """Counts the bytes of the tensors that are alive while code runs on the meta device, that is without values.
 
     Each takes whole units of 512 bytes, as in CUDA's caching allocator; those of `elsewhere` take nothing. A number
-    that the code asks for is 1.
+    that the code asks for is 1. On another device than meta it counts what really is there.
     """
 
-    def __init__(self, elsewhere: Iterable[Tensor]) -> None:
+    def __init__(self, device: str = "meta", elsewhere: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self.device = device
         self.live = self.most = 0
         self.known = weakref.WeakSet(t.untyped_storage() for t in elsewhere)
 
@@ -2363,7 +2378,8 @@ class Peak(TorchDispatchMode):
             return 1.0
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.is_meta and (s := tensor.untyped_storage()) not in self.known:
+            there = isinstance(tensor, Tensor) and tensor.device.type == self.device
+            if there and (s := tensor.untyped_storage()) not in self.known:
                 self.known.add(s)
                 weakref.finalize(s, self.count, -allocated(s))
                 self.count(allocated(s))
@@ -2423,7 +2439,7 @@ class Rehearsal:
             model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device, ready=False), cfg.grad_cp)
             tensors = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
         self.device, self.base_parameters = device, sum(t.numel() for t in tensors.values())
-        with Peak(tensors.values()) as self.peak:
+        with Peak(elsewhere=tensors.values()) as self.peak:
             fill(model, tensors, "", "meta", dtype, left_in_file(model, cfg))
             if ADAPTER[cfg.peft]:
                 freeze(model, cfg)

@@ -21,7 +21,9 @@ setup(
     package_data={"wkv7_cuda": ["*.cu", "*.cuh", "*.cpp", "*.md"]},
     install_requires=["torch>=2.10", "ninja", "numpy", "tqdm"],
     extras_require={
-        "test": ["pytest", "rwkv==0.8.32", "triton", "ruff==0.17.6", "safetensors", "matplotlib", "bitsandbytes==0.50.2"],
+        "test": [
+            "pytest", "rwkv==0.8.32", "triton", "ruff==0.17.6", "safetensors", "matplotlib", "bitsandbytes==0.50.2",
+        ],
         "tokenizer": ["rwkv"],
         "plot": ["matplotlib"],
         "wandb": ["wandb"],

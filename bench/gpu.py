@@ -1,12 +1,12 @@
 """Everything that needs a GPU, in one command, for someone who has one for half an hour.
 
-    python bench/gpu.py OUT                          # builds, tests, sanitizers, bench/wkv.py: 25 minutes
+    python bench/gpu.py OUT                          # builds, tests, sanitizers, benchmarks: 25 minutes
     python bench/gpu.py OUT --minutes 9 --only build tests bench
     python bench/gpu.py OUT --list                   # what would be done, and what is missing; does nothing
 
-Into OUT, which need not exist: log.txt (all output), steps.json (what happened and how long it took) and wkv-cuda.json,
-which begins as bench/results/wkv-cuda.json where that exists: copy it back there, then `python bench/readme.py`. A step
-that cannot run says why in one line, and the next begins. Sources without git: give --commit.
+Into OUT, which need not exist: log.txt (all output), steps.json (what happened and how long it took) and the results,
+*-cuda.json: copy them to bench/results (wkv-cuda.json began as the one there), then `python bench/readme.py`. A
+step that cannot run says why in one line, and the next begins. Sources without git: give --commit.
 """
 
 import argparse
@@ -64,6 +64,8 @@ def steps(out: Path, commit: str) -> dict[str, Step]:
         "tests": Step([python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], "", 400),
         "memcheck": Step([*checker, "memcheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
         "racecheck": Step([*checker, "racecheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
+        "dequant": Step([python, str(bench / "dequant.py")], "", 150),
+        "curve": Step([python, str(bench / "wkv_curve.py")], "", 240),
         "bench": Step([*measure, *(["--commit", commit] if commit else [])], "", 0, (3,)),
     }
 
@@ -145,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
             show(row)
             rows.append({k: v for k, v in row.items() if k != "text"})
             (out / "steps.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for name in ("dequant-cuda.json", "wkv_curve-cuda.json"):
+        if (record.RESULTS / name).exists():
+            shutil.copy(record.RESULTS / name, out)
     return int(any(row["status"] not in (0, *todo[row["step"]].again_after)
                    and not str(row["status"]).startswith("left out") for row in rows))  # fmt: skip
 

@@ -128,7 +128,8 @@ def wkv_caption(path: str) -> str:
         return "No picture yet: `python bench/wkv.py` measures it."
     return (f"![Time of forward and backward against the number of tokens, one line per operator]({path})\n\n"
             f"*Forward + backward, B = 1, {rows[0]['shape'][2]} heads, {rows[0]['dtype']}; dashed: the time to move "
-            f"inputs and outputs. `python bench/wkv.py --device {device}`; {sources(rows)[1:-1]}*")  # fmt: skip
+            f"inputs and outputs. `python bench/wkv.py --device {device} --threads {rows[0]['threads']}`; "
+            f"{sources(rows)[1:-1]}*")  # fmt: skip
 
 
 def curves() -> tuple[str, list[dict]]:
@@ -229,7 +230,23 @@ def reliability() -> str:
             f" {r['diverged_runs']} with other losses or weights than the undisturbed run, to the bit. {source([r])}")
 
 
-TABLES = {README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8), OPS_README: (measured,)}
+def curve() -> str:
+    """How far apart loss curves are: of the two modes, of two seeds."""
+    lines = ["| loss curves of | differ by (root mean square), nats |", "|---|---|"]
+    rows = [r for device in ("cuda", "cpu") for r in record.read(f"wkv_curve-{device}")]
+    for r in rows:
+        lines += [f"| `{r['modes'][0]}` and `{r['modes'][1]}`, seed {seed} | {d:.4f} |"
+                  for seed, d in zip(r["seeds"], r["between_modes"], strict=True)]
+        lines += [f"| seeds {r['seeds'][0]} and {r['seeds'][1]}, `{mode}` | {d:.4f} |"
+                  for mode, d in zip(r["modes"], r["between_seeds"], strict=True)]
+    gpu = "" if any(r["device"] == "cuda" for r in rows) else " On a GPU: not yet measured."
+    return "\n".join(lines) + f"\n\n{rows[0]['steps']} steps, bf16. {source(rows)}{gpu}"
+
+
+TABLES = {
+    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8),
+    OPS_README: (measured, curve),
+}
 
 
 def filled(path: Path) -> str:

@@ -20,8 +20,7 @@ def circumstances(device: str = "cpu", commit: str = "") -> dict:
     """What a figure depends on besides the code it measures. commit: of a copy of the sources that is no checkout."""
     if device == "cuda":
         machine = torch.cuda.get_device_name()
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                                capture_output=True, text=True).stdout.strip()
+        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     else:
         cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         model, driver = re.search(r"^model name\s*: (.*)$", cpuinfo, re.M), ""
@@ -33,11 +32,16 @@ def circumstances(device: str = "cpu", commit: str = "") -> dict:
 
 def head() -> str:
     """The commit, with `-dirty` if anything but results and text that is made from them differs; `none` without git."""
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!*.md")
+    return (output("git", "rev-parse", "--short", "HEAD") or "none") + ("-dirty" if changed else "")
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!*.md")
-    return (git("rev-parse", "--short", "HEAD") or "none") + ("-dirty" if changed else "")
+
+def output(*command: str) -> str:
+    """What the command prints; nothing where there is no such command."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def write(name: str, rows: list[dict], device: str = "cpu") -> Path:

@@ -48,6 +48,7 @@ def bind(path: Path) -> ctypes.CDLL:
     library, floats = ctypes.CDLL(str(path)), ctypes.c_void_p
     library.rotate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, floats, floats, ctypes.c_int]
     library.half_warp_sums.argtypes = [ctypes.c_int, floats, floats, ctypes.c_int]
+    library.product.argtypes = [floats, floats, floats, ctypes.c_int]
     library.text.restype = ctypes.c_char_p
     return library
 
@@ -144,6 +145,32 @@ def test_warp_errors(planted, bug, complaint):
     code = planted.half_warp_sums(64, x.data_ptr(), y.data_ptr(), bug)
     assert code == 719 and re.search(complaint, planted.text(code).decode())
     assert planted.half_warp_sums(64, x.data_ptr(), y.data_ptr(), 0) == 0  # and the next launch starts afresh
+
+
+def product(library, bug=0):
+    """c of planted.cu's product, what it should be, and the launch's code and text."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 16, generator=draw).bfloat16() for n in (16, 8))
+    c = torch.full((16, 8), torch.nan)
+    code = library.product(a.data_ptr(), b.data_ptr(), c.data_ptr(), bug)
+    return c, a.float() @ b.float().T, code, library.text(code).decode()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_tensor_core_product(planted, monkeypatch, order):
+    monkeypatch.setenv("CUDA_CPU_ORDER", str(order))
+    c, expected, code, text = product(planted)
+    assert (code, text) == (0, "no error")
+    torch.testing.assert_close(c, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_errors_with_asynchronous_copies(planted):
+    c, _, code, _ = product(planted, bug=1)  # read before they came
+    assert code == 0 and c.isnan().all()
+    _, _, code, text = product(planted, bug=2)
+    assert code == 719 and "did not wait for its cp.async" in text
+    _, _, code, text = product(planted, bug=3)
+    assert code == 719 and "ldmatrix of a row not aligned to 16 bytes" in text
 
 
 @pytest.mark.parametrize("blocks, threads, smem", [(0, 64, 0), (1, 0, 0), (1, 1025, 0), (1, 64, 99 * 1024 + 1)])

@@ -14,7 +14,7 @@ import torch
 from test_cuda_on_cpu import CPU_FLAGS, HERE, SANITIZERS, SHADOW, compile_for_cpu, run_sanitized
 
 import wkv7_cuda
-from wkv7_cuda import build, cuda, op
+from wkv7_cuda import build, cuda_precise, nvcc, op
 
 N = 64
 REGIMES = ["random", "decay floor", "decay near 1", "equal keys", "zeros"]  # one head each
@@ -69,7 +69,7 @@ def by_loop(inputs, grads, dtype):
 
 
 def by_kernels(kernels, inputs, grads, device="cpu"):
-    """The same through (forward, backward) of cuda.py, with NaN in every tensor that is allocated on the way."""
+    """The same through (forward, backward) of cuda_precise.py; every tensor allocated on the way starts as NaN."""
     forward, backward = kernels
     inputs, grads = [x.to(device) for x in inputs], [x.to(device) for x in grads]
     torch.use_deterministic_algorithms(True)
@@ -127,10 +127,10 @@ def one_torch_thread():
 
 @pytest.fixture(scope="module")
 def on_cpu():
-    """(forward, backward) of cuda.py over wkv7.cu compiled for the CPU."""
-    headers = [*cuda.HEADERS, *sorted(SHADOW.glob("*.h"))]
-    library = cuda.bind(build.load("wkv7_on_cpu", cuda.SOURCE, "g++", CPU_FLAGS, headers))
-    return cuda.kernels(lambda device: library)
+    """(forward, backward) of cuda_precise.py over wkv7.cu compiled for the CPU."""
+    headers = [*nvcc.HEADERS, *sorted(SHADOW.glob("*.h"))]
+    library = cuda_precise.bind(build.load("wkv7_on_cpu", cuda_precise.SOURCE, "g++", CPU_FLAGS, headers))
+    return cuda_precise.kernels(lambda device: library)
 
 
 @needs_cpp
@@ -187,12 +187,12 @@ def test_tensors_that_start_inside_a_16_byte_unit(on_cpu):
 @needs_cpp
 def test_each_barrier_is_needed(tmp_path, monkeypatch):
     """wkv7.cu without one of its barriers is wrong, or depends on the schedule: so such a mistake would be noticed."""
-    pieces = cuda.SOURCE.read_text().split("__syncthreads();")
+    pieces = cuda_precise.SOURCE.read_text().split("__syncthreads();")
     text = "".join(f"{piece}if (removed != {i}) __syncthreads();" for i, piece in enumerate(pieces[:-1])) + pieces[-1]
     mutant = tmp_path / "mutant.cu"
     mutant.write_text(f'static int removed = -1;\nextern "C" void remove_barrier(int i) {{ removed = i; }}\n{text}')
-    library = cuda.bind(build.ctypes.CDLL(str(compile_for_cpu(mutant, tmp_path, "-O1"))))
-    forward, backward = cuda.kernels(lambda device: library)
+    library = cuda_precise.bind(build.ctypes.CDLL(str(compile_for_cpu(mutant, tmp_path, "-O1"))))
+    forward, backward = cuda_precise.kernels(lambda device: library)
     inputs, grads = problem(1, 35, torch.float32)
 
     def run(barrier, order):
@@ -209,13 +209,13 @@ def test_each_barrier_is_needed(tmp_path, monkeypatch):
 
 @needs_cpp
 def test_sanitizers(tmp_path):
-    library = compile_for_cpu(cuda.SOURCE, tmp_path, *SANITIZERS)
+    library = compile_for_cpu(cuda_precise.SOURCE, tmp_path, *SANITIZERS)
     script = """
         import ctypes, sys
         sys.path[:0] = sys.argv[2:]
-        from test_wkv_cuda import cuda, problem, torch
-        library = cuda.bind(ctypes.CDLL(sys.argv[1]))
-        forward, backward = cuda.kernels(lambda device: library)
+        from test_wkv_cuda import cuda_precise, problem, torch
+        library = cuda_precise.bind(ctypes.CDLL(sys.argv[1]))
+        forward, backward = cuda_precise.kernels(lambda device: library)
         inputs, grads = problem(2, 17, torch.bfloat16)
         inputs = [*(x[:, :, :1].contiguous() for x in inputs[:6]), inputs[6][:, :1].contiguous()]
         _, _, saved = forward(*inputs, True)
@@ -229,7 +229,7 @@ def test_sanitizers(tmp_path):
 @needs_cpp
 def test_as_an_operator(on_cpu):
     """The saved tensor has the shape that its fake has, gradients arrive, and torch.library is content."""
-    wkv7 = op.register("cuda_on_cpu", *on_cpu, cuda.new_saved, device="cpu", dtypes=cuda.DTYPES, head_size=N)
+    wkv7 = op.register("cuda_on_cpu", *on_cpu, cuda_precise.new_saved, device="cpu", dtypes=nvcc.DTYPES, head_size=N)
     inputs, grads = problem(1, 18, torch.float32)
     leaves = [x.requires_grad_() for x in inputs]
     outputs = wkv7(*leaves)
@@ -242,7 +242,7 @@ def test_as_an_operator(on_cpu):
 def test_a_failed_launch_is_one_line(on_cpu):
     forward, _ = on_cpu
     r, state = torch.zeros(1, 0, 0, N), torch.zeros(1, 0, N, N)  # no heads: a launch of no blocks
-    with pytest.raises(RuntimeError, match=r"^wkv7 cuda forward: launch of \(0,1,1\) blocks .*\(CUDA error 719\)$"):
+    with pytest.raises(RuntimeError, match=r"^wkv7_forward: launch of \(0,1,1\) blocks .*\(CUDA error 719\)$"):
         forward(r, r, r, r, r, r, state, False)
 
 
@@ -255,7 +255,7 @@ def by_nvcc(tmp_path_factory):
     library = tmp_path_factory.mktemp("nvcc") / "wkv7.so"
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "120")]
     run = subprocess.run(
-        [NVCC, *cuda.FLAGS, *archs, "--threads", "2", "-Xptxas", "-v", cuda.SOURCE, "-o", library],
+        [NVCC, *nvcc.FLAGS, *archs, "--threads", "2", "-Xptxas", "-v", cuda_precise.SOURCE, "-o", library],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -279,7 +279,7 @@ def test_loading_without_a_gpu(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
     with pytest.raises(build.BuildError, match="needs an NVIDIA GPU.*--op chunk") as error:
-        cuda.load()
+        cuda_precise.load()
     assert "\n" not in str(error.value)
 
 
@@ -287,7 +287,7 @@ def test_loading_without_nvcc(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     monkeypatch.setattr(Path, "exists", lambda _: False)
     with pytest.raises(build.BuildError, match="needs nvcc.*install the CUDA toolkit") as error:
-        cuda.open_library.__wrapped__((9, 0))
+        nvcc.open_library.__wrapped__(cuda_precise.SOURCE, cuda_precise.bind, (9, 0))
     assert "\n" not in str(error.value)
 
 
@@ -298,10 +298,10 @@ def test_the_shipped_library_opens_without_a_driver(by_nvcc, monkeypatch):
         pytest.skip("a GPU is there")
     asked = []
     monkeypatch.setattr(build, "load", lambda *arguments: asked.extend(arguments) or build.ctypes.CDLL(str(by_nvcc[0])))
-    library = cuda.open_library.__wrapped__((9, 0))
-    assert asked == ["wkv7_sm_90", cuda.SOURCE, NVCC, [*cuda.FLAGS, "-arch=sm_90"], cuda.HEADERS]
-    forward, _ = cuda.kernels(lambda device: library)
-    with pytest.raises(RuntimeError, match=r"^wkv7 cuda forward: .*driver.* \(CUDA error \d+\)$"):
+    library = nvcc.open_library.__wrapped__(cuda_precise.SOURCE, cuda_precise.bind, (9, 0))
+    assert asked == ["wkv7_sm_90", cuda_precise.SOURCE, NVCC, [*nvcc.FLAGS, "-arch=sm_90"], nvcc.HEADERS]
+    forward, _ = cuda_precise.kernels(lambda device: library)
+    with pytest.raises(RuntimeError, match=r"^wkv7_forward: .*driver.* \(CUDA error \d+\)$"):
         forward(*problem(1, 3, torch.float32)[0], False)
 
 
@@ -312,8 +312,8 @@ def test_the_shipped_library_opens_without_a_driver(by_nvcc, monkeypatch):
 def on_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    library = cuda.open_library(torch.cuda.get_device_capability())
-    return cuda.kernels(lambda device: library)
+    library = cuda_precise.library(torch.device("cuda"))
+    return cuda_precise.kernels(lambda device: library)
 
 
 @pytest.mark.gpu
@@ -335,7 +335,7 @@ def test_gpu_gives_the_same_bits_twice(on_gpu):
 @pytest.mark.skipif("not torch.cuda.is_available()", reason="no GPU")
 def test_gpu_operator_on_another_stream():
     """Through autograd, on a stream of its own and with non-contiguous inputs."""
-    wkv7 = wkv7_cuda.load("cuda")
+    wkv7 = wkv7_cuda.load("cuda_precise")
     inputs, grads = problem(2, 40, torch.float32)
     with torch.cuda.stream(torch.cuda.Stream()):
         leaves = [x.cuda().requires_grad_() for x in inputs]

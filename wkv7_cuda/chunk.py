@@ -83,7 +83,9 @@ def load() -> op.WKV7:
 class Chunks:
     """What forward and backward both need of the inputs, for all chunks at once; the letters are those above."""
 
-    def __init__(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, cast: Cast):
+    def __init__(
+        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, cast: Cast
+    ):
         # An exponent near 10 rounded to float32 is an error of 3e-7 in all that it scales; Metal has no float64.
         wide = dtype if w.device.type == "mps" else torch.float64
         g = to_chunks(-C * torch.sigmoid(w.to(wide)), wide)  # (B,H,n,L,N)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_precise, fast, op
+from .nvcc import DTYPES, check_gpu, open_library
 
 
 def load(ready: bool = True) -> op.WKV7:
@@ -18,10 +19,10 @@ def load(ready: bool = True) -> op.WKV7:
     Without `ready` nothing is compiled and no GPU is asked for: then it runs on meta and fake tensors.
     """
     if ready:
-        capability = cuda_precise.check_gpu("cuda")
-        cuda_precise.open_library(cuda_precise.SOURCE, cuda_precise.bind, capability)
+        capability = check_gpu("cuda")
+        open_library(cuda_precise.SOURCE, cuda_precise.bind, capability)
         if capability >= fast.CAPABILITY:
-            cuda_precise.open_library(fast.SOURCE, fast.bind, capability)
+            open_library(fast.SOURCE, fast.bind, capability)
     return operator()
 
 
@@ -37,13 +38,15 @@ def operator() -> op.WKV7:
         return (quick if is_fast(r) else precise)[1](r, *arguments)
 
     return op.register(
-        "cuda", forward, backward, new_saved, device="cuda", dtypes=cuda_precise.DTYPES, head_size=fast.N
+        "cuda", forward, backward, new_saved, device="cuda", dtypes=DTYPES, head_size=fast.N
     )
 
 
 def is_fast(r: Tensor) -> bool:
     """Whether the fast mode computes this."""
-    return r.dtype == torch.bfloat16 and (not r.is_cuda or torch.cuda.get_device_capability(r.device) >= fast.CAPABILITY)
+    if r.dtype != torch.bfloat16:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(r.device) >= fast.CAPABILITY
 
 
 def new_saved(r: Tensor, state: Tensor) -> Tensor:

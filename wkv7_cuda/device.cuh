@@ -21,8 +21,8 @@ __device__ inline char* dyn_smem() {
     return smem;
 }
 
-// Tensor cores work on fragments: lane l of a warp holds, of an 8x8 matrix of bf16, row l/4, columns 2 (l%4) and + 1, in
-// one 32-bit register, low half first; of fp32, two registers.
+// Tensor cores work on fragments: lane l of a warp holds, of an 8x8 matrix of bf16, row l/4, columns 2 (l%4) and + 1,
+// in one 32-bit register, low half first; of fp32, two registers.
 //
 // Four 8x8 matrices from shared memory; lane l gives the address of row l%8 of matrix l/8, 16 bytes, aligned to 16.
 __device__ inline void ldmatrix(uint32_t (&x)[4], const void* row) {

@@ -1,4 +1,4 @@
-"""The fast mode of the `cuda` operator: wkv7_fast.cu, chunks on tensor cores, for bf16. cuda.py chooses it and calls it.
+"""The fast mode of the `cuda` operator: wkv7_fast.cu, chunks on tensor cores, for bf16.
 
 Exact enough for training in bf16: rounding its operands costs about as much as rounding its inputs did (README.md).
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cuda_precise import aligned, call, open_library
+from .nvcc import aligned, call, open_library
 
 SOURCE = Path(__file__).with_name("wkv7_fast.cu")
 CAPABILITY = (8, 0)  # bf16 on tensor cores, cp.async

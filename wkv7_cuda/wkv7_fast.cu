@@ -1,7 +1,8 @@
 // WKV-7 on tensor cores: chunks of 32 tokens as products of bf16 matrices, summed in fp32.
 //
-// EQUATION, per batch entry and head: that of wkv7.cu. In a chunk of L = 32 tokens (chunk.py and README.md derive it), rows
-// being tokens, S the state before the chunk, [value, key], c the cumulative log decay G after the chunk's first half:
+// EQUATION, per batch entry and head: that of wkv7.cu. In a chunk of L = 32 tokens (chunk.py and README.md derive it),
+// rows being tokens, S the state before the chunk, [value, key], c the cumulative log decay G after the chunk's first
+// half:
 //
 //     q~ = r e^(G-c)    a~ = a e^(E-c)    k~ = k e^(c-G)    b~ = b e^(c-G)          E = G one token earlier
 //     Q = [q~ ; a~]     K = [k~ ; b~]     A = mask(Q K^T) = [A_qk A_qb ; A_ak A_ab]          S~ = S e^c
@@ -17,9 +18,9 @@
 // halves of the chunk in reverse order. So there is one walk here, template parameter MIRROR.
 //
 // HOW IT IS CUT. One block walks the chunks of one *segment* of one head, in order. Everything is made of 16x16 blocks.
-// Of the state, X, U and Y a warp owns 16 values (of D, dU, Z, dV likewise) and holds them transposed, value by token or
-// value by key: then its accumulators are, rounded, at once the left factors of its next products, no warp needs another's
-// values, and the state never leaves the registers.
+// Of the state, X, U and Y a warp owns 16 values (of D, dU, Z, dV likewise) and holds them transposed, value by token
+// or value by key: then its accumulators are, rounded, at once the left factors of its next products, no warp needs
+// another's values, and the state never leaves the registers.
 //
 // A chunk, from barrier to barrier; what one of the four warps does:
 //   factors    inputs -> Q, K in shared memory: 8 tokens (one barrier inside). The next chunk's inputs start to arrive
@@ -28,21 +29,21 @@
 //   P          16 rows of dY and of Z, with V or with U
 //   gradients  dQ, dK of 16 tokens and 32 keys, dw from them (one barrier inside); results go to memory
 //
-// SEGMENTS. With B*H blocks of its own every SM of a GPU is busy only from about 128 heads on. With fewer, a head's tokens
-// are cut into segments that are walked at once; for that the state before each must be known. A segment maps it affinely,
-// S' = S M + N, and the same walk finds both: N started from 0, M from the identity without V (TRANSITION). wkv7_scan then
-// joins the segments one after another. Backward likewise, from the last segment to the first.
+// SEGMENTS. With B*H blocks of its own every SM of a GPU is busy only from about 128 heads on. With fewer, a head's
+// tokens are cut into segments that are walked at once; for that the state before each must be known. A segment maps it
+// affinely, S' = S M + N, and the same walk finds both: N started from 0, M from the identity without V (TRANSITION).
+// wkv7_scan then joins the segments one after another. Backward likewise, from the last segment to the first.
 //
-// MEMORY. `saved`, if asked for: S~ of every chunk in bf16, 256 bytes per token and head, in the order of the fragments.
-// Nothing else is kept. Scratch with n > 1 segments: 3 * 16 KB each.
+// MEMORY. `saved`, if asked for: S~ of every chunk in bf16, 256 bytes per token and head, in the order of the
+// fragments. Nothing else is kept. Scratch with n > 1 segments: 3 * 16 KB each.
 //
-// NUMERICS. Rounded to bf16: q~ a~ k~ b~, A, the inverses, X, U, dU, Z, P, and S~, D~ where they are factors. fp32: G, all
-// sums, the carried S and D, the system that is inverted, dw. `chunk.py` with `cast=to_bf16` rounds the same tensors, and
-// tests compare. dw is summed from the *rounded* factors: contributions that must cancel then do, to the last bit.
-// The order of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
+// NUMERICS. Rounded to bf16: q~ a~ k~ b~, A, the inverses, X, U, dU, Z, P, and S~, D~ where they are factors. fp32: G,
+// all sums, the carried S and D, the system that is inverted, dw. `chunk.py` with `cast=to_bf16` rounds the same
+// tensors, and tests compare. dw is summed from the *rounded* factors: contributions that must cancel then do, to the
+// last bit. The order of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
 //
-// LIMITS. bf16, N = 64, T >= 1 (the tail is filled with tokens that change nothing), sm_80 or newer with 99 KB of shared
-// memory a block; pointers aligned to 16 bytes (the binding checks); at most 2^31 - 1 blocks a launch.
+// LIMITS. bf16, N = 64, T >= 1 (the tail is filled with tokens that change nothing), sm_80 or newer with 99 KB of
+// shared memory a block; pointers aligned to 16 bytes (the binding checks); at most 2^31 - 1 blocks a launch.
 #include "device.cuh"
 
 namespace {
@@ -89,7 +90,9 @@ struct alignas(16) Row {
 __device__ inline bf16* at(Row* tile, int row, int column) {
     return tile[row].x + ((column / 8 ^ (row & 7)) * 8 + column % 8);
 }
-__device__ inline const bf16* at(const Row* tile, int row, int column) { return at(const_cast<Row*>(tile), row, column); }
+__device__ inline const bf16* at(const Row* tile, int row, int column) {
+    return at(const_cast<Row*>(tile), row, column);
+}
 __device__ inline float2 pair_at(const Row* tile, int row, int column) {  // column even
     uint32_t word;
     memcpy(&word, at(tile, row, column), sizeof word);
@@ -128,7 +131,8 @@ struct Block {  // a 16x16 block of fp32 sums: x[4 h + 2 l + e] is row i + 8 l, 
     }
 };
 
-// The block of a tile whose corner is (row, column), as a factor. left: itself; left_t: its transpose; right, right_t too.
+// The block of a tile whose corner is (row, column), as a factor. left: itself; left_t: its transpose; right, right_t
+// too.
 __device__ inline Factor left(const Row* tile, int row, int column) {
     const int lane = threadIdx.x % 32;
     Factor f;
@@ -201,8 +205,8 @@ __device__ inline Sigmoid sigmoid(float x) {
     return x >= 0.0f ? Sigmoid{large, small} : Sigmoid{small, large};
 }
 
-// Inputs -> Q, K, e^c, e^(G_L-c). Each warp does 8 tokens, each lane 2 channels; one barrier inside. `tokens`: how many of
-// the chunk exist; the others decay by nothing (and their r, k, a, b are zeros).
+// Inputs -> Q, K, e^c, e^(G_L-c). Each warp does 8 tokens, each lane 2 channels; one barrier inside. `tokens`: how many
+// of the chunk exist; the others decay by nothing (and their r, k, a, b are zeros).
 template <typename Tiles>
 __device__ void factors(Tiles& tiles, const Row* w, int tokens) {
     const int warp = threadIdx.x / 32, j = threadIdx.x % 32 * 2, first = 8 * warp;
@@ -277,8 +281,8 @@ __device__ inline void put(Row* tile, int row, int column, const Factor& f) {
     for (int n = 0; n < 4; n++) put_pair(tile, row + lane.i + n % 2 * 8, column + lane.j + n / 2 * 8, f.x[n]);
 }
 
-// The inverse of I - A_ab's 16x16 block t on the diagonal, a column a lane (the upper 16 lanes do the same as the lower
-// ones): row i of the inverse is row i of the identity plus what A_ab makes of the rows above.
+// The inverse of I - A_ab's 16x16 block t on the diagonal, a column a lane (of the lower 16): row i of the inverse is
+// row i of the identity plus what A_ab makes of the rows above.
 template <typename Tiles>
 __device__ void invert(Tiles& tiles, int t) {
     const int column = threadIdx.x % 16;
@@ -289,7 +293,7 @@ __device__ void invert(Tiles& tiles, int t) {
         x[i] = i == column ? 1.0f : 0.0f;
 #pragma unroll
         for (int m = 0; m < i; m++) x[i] += system[16 * i + m] * x[m];
-        *at(tiles.A, L + 16 * t + i, L + 16 * t + column) = __float2bfloat16(x[i]);
+        if (threadIdx.x % 32 < 16) *at(tiles.A, L + 16 * t + i, L + 16 * t + column) = __float2bfloat16(x[i]);
     }
 }
 
@@ -372,8 +376,8 @@ __device__ inline void diagonal(GradientTiles& tiles, int first) {
     tiles.diagonal[j] = sum;
 }
 
-// P = mask([dY ; Z] [V ; U]^T), over A, which is done with. A warp: 16 tokens of dY and of Z, with V or with U. Those of the
-// first 16 tokens have less to do and the diagonal besides.
+// P = mask([dY ; Z] [V ; U]^T), over A, which is done with. A warp: 16 tokens of dY and of Z, with V or with U. Those
+// of the first 16 tokens have less to do and the diagonal besides.
 __device__ inline void gradient_of_A(GradientTiles& tiles, int t, int source) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -390,8 +394,8 @@ __device__ inline void gradient_of_A(GradientTiles& tiles, int t, int source) {
     if (t == 0) diagonal(tiles, 32 * source);
 }
 
-// Sums over the 16 tokens of a warp's block, in one column of which a thread holds tokens i (low) and i + 8 (high): of this
-// token and those behind it; or, with BEFORE, of those before it. Returns the sum of all 16.
+// Sums over the 16 tokens of a warp's block, in one column of which a thread holds tokens i (low) and i + 8 (high): of
+// this token and those behind it; or, with BEFORE, of those before it. Returns the sum of all 16.
 template <bool BEFORE>
 __device__ float running_sums(float& low, float& high) {
     float all[2] = {low, high}, mine[2] = {BEFORE ? 0.0f : low, BEFORE ? 0.0f : high};
@@ -603,8 +607,9 @@ __device__ inline void store_split(const Block (&S)[4], bf16* parts, int warp) {
     }
 }
 
+// So many blocks fit into the 227 KB of an H100's multiprocessor; registers must suffice for them too.
 template <Mode MODE>
-__global__ void __launch_bounds__(THREADS, 2) wkv7_walk_kernel(Sizes sizes, Tensors x) {
+__global__ void __launch_bounds__(THREADS, MODE == GRADIENTS ? 2 : 3) wkv7_walk_kernel(Sizes sizes, Tensors x) {
     using M = Traits<MODE>;
     using Direction = Walk<M::mirror>;
     typename M::Tiles& tiles = *reinterpret_cast<typename M::Tiles*>(dyn_smem());
@@ -725,18 +730,19 @@ struct ScanTiles {
     Row M[2][2][N];  // of this segment and of the next; high and low part
 };
 
-// The state before (mirrored: the gradient after) every segment: S <- S M + N from one to the next. A block does a head, a
-// warp 16 rows. S and M are each taken as two bf16 parts, which is as good as 16 bits: their low parts' product is left out.
+// The state before (mirrored: the gradient after) every segment: S <- S M + N from one to the next. A block does a
+// head, a warp 16 rows. S and M are each taken as two bf16 parts, which is as good as 16 bits: their low parts' product
+// is left out.
 template <bool MIRROR>
-__global__ void __launch_bounds__(32 * WARPS) wkv7_scan_kernel(Sizes sizes, const float* state, const float* transitions,
-                                                              float* start) {
+__global__ void __launch_bounds__(THREADS)
+wkv7_scan_kernel(Sizes sizes, const float* state, const float* transitions, float* start) {
     ScanTiles& tiles = *reinterpret_cast<ScanTiles*>(dyn_smem());
     const int warp = threadIdx.x / 32;
     const int64_t head = blockIdx.x, segments = sizes.segments();
     const auto cell = [&](int64_t n) { return head * segments + (MIRROR ? segments - 1 - n : n); };
     const auto fetch_M = [&](int64_t n) {
         const bf16* parts = reinterpret_cast<const bf16*>(transitions + (2 * cell(n) + 1) * N * N);
-        for (int i = threadIdx.x; n < segments - 1 && i < 2 * N * 8; i += 32 * WARPS) {
+        for (int i = threadIdx.x; n < segments - 1 && i < 2 * N * 8; i += THREADS) {
             cp_async16(at(tiles.M[n % 2][0], i / 8, i % 8 * 8), parts + i * 8, true);
         }
         cp_async_commit();
@@ -782,7 +788,7 @@ int run(Sizes sizes, Tensors x, const float* state, float* scratch, void* stream
         int error = launch(wkv7_walk_kernel<CROSS>, 2 * (sizes.cells() - sizes.heads()), THREADS, Traits<CROSS>::smem,
                            stream, sizes, x);
         if (error) return error;
-        error = launch(wkv7_scan_kernel<MIRROR>, sizes.heads(), 32 * WARPS, sizeof(ScanTiles), stream, sizes, state,
+        error = launch(wkv7_scan_kernel<MIRROR>, sizes.heads(), THREADS, sizeof(ScanTiles), stream, sizes, state,
                        static_cast<const float*>(scratch), start);
         if (error) return error;
     }
@@ -793,8 +799,9 @@ static_assert(sizeof(GradientTiles) <= 99 * 1024, "consumer cards have no more")
 
 }  // namespace
 
-// C interface, bound in fast.py. `inputs` and `grads` are arrays of six pointers in the order r w k v a b, to bf16; states
-// and scratch are fp32; `saved` may be null in the forward. Each function returns the cudaError_t of its launches.
+// C interface, bound in fast.py. `inputs` and `grads` are arrays of six pointers in the order r w k v a b, to bf16;
+// states and scratch are fp32; `saved` may be null in the forward. Each function returns the cudaError_t of its
+// launches.
 extern "C" {
 
 int wkv7_fast_forward(int64_t B, int64_t T, int64_t H, int64_t segment_chunks, const bf16* const* inputs,

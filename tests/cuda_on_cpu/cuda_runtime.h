@@ -18,9 +18,10 @@
 //                   0 (default) the one that has waited longest, 1 the last to become ready, N > 1 one at random with
 //                   seed N; blocks run upwards, downwards, shuffled. A race is a result that depends on it. One
 //                   schedule proves nothing: a missing barrier can be harmless in 0 and in 1.
-//   cp.async        copies as late as it may, when its group is waited for; a group that nobody waits for is an error.
-//   stricter        than a GPU: 48 KB of shared memory, or up to 99 KB (what the smallest cards have) once the kernel was
-//                   allowed it; and no meeting of __syncwarps on different lines.
+//   cp.async        copies as late as it may, when its group is waited for; in order 1 at once; in order N > 1 one or
+//                   the other. A group that nobody waits for is an error.
+//   stricter        than a GPU: 48 KB of shared memory, or up to 99 KB (what the smallest cards have) once the kernel
+//                   was allowed it; and no meeting of __syncwarps on different lines.
 //   absent          all that no kernel uses yet; a new intrinsic is a compile error, never silently skipped. A warp
 //                   function is a struct of operands and results and a `meet` with what the last lane does: see
 //                   __shfl_xor_sync. Its place is after that one.
@@ -136,6 +137,11 @@ struct Copy {  // a cp.async that was started
     void* to;
     const void* from;  // null: zeros
     int group;
+    bool done = false;
+    void run() {
+        if (!done) from ? memcpy(to, from, 16) : memset(to, 0, 16);
+        done = true;
+    }
 };
 struct Thread {
     Fiber fiber;
@@ -320,6 +326,16 @@ void __syncwarp(unsigned mask = ~0u, const char* file = __builtin_FILE(), int li
     cuda_cpu::meet(cuda_cpu::current / 32 * 32, 32, mask, {"__syncwarp", file, line}, nullptr, [] {});
 }
 
+// One rounding each, never fused into one (volatile: on no machine, with no flag).
+float __fmul_rn(float x, float y) {
+    const volatile float product = x * y;
+    return product;
+}
+float __fadd_rn(float x, float y) {
+    const volatile float sum = x + y;
+    return sum;
+}
+
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, const char* file = __builtin_FILE(),
                   int line = __builtin_LINE()) {
@@ -433,14 +449,14 @@ void cp_async16(void* to, const void* from, bool valid) {
     }
     cuda_cpu::Thread& thread = cuda_cpu::threads[cuda_cpu::current];
     thread.copies.push_back({to, valid ? from : nullptr, thread.groups});
+    if (cuda_cpu::order == 1 || (cuda_cpu::order > 1 && cuda_cpu::random_engine() % 2)) thread.copies.back().run();
 }
 void cp_async_commit() { cuda_cpu::threads[cuda_cpu::current].groups++; }
 template <int NEWEST>
 void cp_async_wait() {
     cuda_cpu::Thread& thread = cuda_cpu::threads[cuda_cpu::current];
     while (!thread.copies.empty() && thread.copies.front().group < thread.groups - NEWEST) {
-        const cuda_cpu::Copy copy = thread.copies.front();
-        copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+        thread.copies.front().run();
         thread.copies.erase(thread.copies.begin());
     }
 }

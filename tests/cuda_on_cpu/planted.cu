@@ -43,9 +43,34 @@ __global__ void half_warp_sums_kernel(const float* x, float* y, int bug) {
     y[threadIdx.x] = sum;
 }
 
+enum Product { NO_WAIT = 1, NEVER_WAITED, NOT_ALIGNED };
+
+// c (16x8) = a (16x16) b, where b (8x16) is given transposed: a and b through shared memory, one warp.
+__global__ void product_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int bug) {
+    __nv_bfloat16* shared = reinterpret_cast<__nv_bfloat16*>(dyn_smem());
+    const int lane = threadIdx.x;
+    cp_async16(shared + 8 * lane, a + 8 * lane, true);
+    cp_async16(shared + 256 + 8 * lane, b + 8 * (lane % 16), lane < 16);  // and 8 rows of zeros
+    cp_async_commit();
+    if (bug != NO_WAIT && bug != NEVER_WAITED) cp_async_wait<0>();
+    __syncwarp();
+    uint32_t left[4], right[4];
+    ldmatrix(left, shared + 16 * (lane % 16) + lane / 16 * 8 + (bug == NOT_ALIGNED));
+    ldmatrix(right, shared + 256 + 16 * (lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 8);
+    float sum[4] = {}, none[4] = {};
+    mma_bf16(sum, left, right[0], right[1]);
+    mma_bf16(none, left, right[2], right[3]);
+    for (int n = 0; n < 4; n++) c[(lane / 4 + n / 2 * 8) * 8 + lane % 4 * 2 + n % 2] = sum[n] + none[n];
+    if (bug != NEVER_WAITED) cp_async_wait<0>();
+}
+
 }  // namespace
 
 extern "C" {
+
+int product(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int bug) {
+    return launch(product_kernel, 1, 32, 1024, nullptr, a, b, c, bug);
+}
 
 int rotate(int blocks, int threads, int smem, const float* x, float* y, int bug) {
     return launch(rotate_kernel, blocks, threads, smem, nullptr, x, y, bug);
