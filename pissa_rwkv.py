@@ -1676,10 +1676,13 @@ def allocated(storage: torch.UntypedStorage) -> int:
 class ZeroAdamW:
     """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer.
 
-    The parameters themselves become views of a buffer in the compute dtype; `master`, `m`, `v` and `grad` are fp32:
-    in bf16 a step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it
-    and frees it, so accumulation is in fp32 too. A group is one slice: same learning rate, same decay.
+    The parameters themselves become views of a buffer in the compute dtype; `master`, `m` and `v` are fp32: in bf16 a
+    step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it and frees
+    it; where several are added `grad` is fp32 too, while one alone has no more bits than it came with. In bf16 that
+    makes 16 bytes a number. A group is one slice: same learning rate, same decay.
     """
+
+    PART = 2**22                                                      # numbers that are worked on at a time
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], cfg: Config, exact: dict[str, Tensor] | None = None):
         """Takes over the parameters; `exact` holds fp32 values of those that an earlier run saved."""
@@ -1702,7 +1705,8 @@ class ZeroAdamW:
             self.groups.append((slice(self.where[names[0]].start, self.where[names[-1]].stop), scale, decay))
         self.working = torch.cat([p.detach().reshape(-1) for _, p in self.named])
         self.master = self.working if self.working.dtype.itemsize >= 4 else self.working.float()
-        self.m, self.v, self.grad = (torch.zeros_like(self.master) for _ in range(3))
+        self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.grad = torch.zeros_like(self.working if cfg.accumulate_grad_batches == 1 else self.master)
         for name, p in self.named:
             p.data = self.working[self.where[name]].view(p.shape)
             p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
@@ -1715,20 +1719,22 @@ class ZeroAdamW:
 
     def norm(self) -> float:
         """The norm of the whole gradient."""
-        return torch.linalg.vector_norm(self.grad, dtype=torch.float64).item()
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.grad.split(self.PART)]
+        return torch.linalg.vector_norm(torch.stack(norms)).item()
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:
         """One step with the gradient times grad_scale (clipping, and undoing a loss scale); clears the gradient."""
         self.t += 1
-        self.grad *= grad_scale
         correction1, correction2 = 1 - self.beta1**self.t, 1 - self.beta2**self.t
         for where, scale, decay in self.groups:
-            g, m, v, p = (x[where] for x in (self.grad, self.m, self.v, self.master))
-            p.mul_(1 - lr * scale * decay)
-            m.lerp_(g, 1 - self.beta1)
-            v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-            p.addcdiv_(m, (v.sqrt() / math.sqrt(correction2)).add_(self.eps), value=-lr * scale / correction1)
+            parts = (x[where].split(self.PART) for x in (self.grad, self.m, self.v, self.master))
+            for g, m, v, p in zip(*parts, strict=True):
+                g = g.to(p.dtype) * grad_scale
+                p.mul_(1 - lr * scale * decay)
+                m.lerp_(g, 1 - self.beta1)
+                v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+                p.addcdiv_(m, (v.sqrt() / math.sqrt(correction2)).add_(self.eps), value=-lr * scale / correction1)
         self.publish()
         self.grad.zero_()
 
@@ -1935,6 +1941,9 @@ def setup(cfg: Config) -> tuple[Config, str, torch.dtype]:
     accelerator = pick({"gpu": "cuda", "cpu": "cpu"}, "--accelerator", cfg.accelerator or ("gpu" if gpu else "cpu"))
     if accelerator == "cuda" and not gpu and not cfg.dry_run:
         raise Fatal("--accelerator gpu: torch finds none here; take cpu, or install a CUDA build of torch")
+    # Segments that grow leave less memory reserved and unused. CUDA reads this when it begins, which is later.
+    if accelerator == "cuda" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     precision = cfg.precision or ("bf16" if accelerator == "cuda" else "fp32")
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
