@@ -1632,13 +1632,12 @@ class HeadLoss(torch.autograd.Function):
         rows = max(1, LOGITS_HELD // len(W))
         for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
             logits, target = (x[part] @ W.T).to(dtype), targets[part, None]               # (rows,V), (rows,1)
-            lse = logits.logsumexp(-1, keepdim=True)
-            loss += (lse - logits.gather(1, target)).sum()
+            right, (m, top) = logits.gather(1, target), logits.max(-1, keepdim=True)      # (rows,1)
+            Z = logits.sub_(m).exp_().sum(-1, keepdim=True)                               # all in place: logsumexp makes
+            loss += (m + Z.log() - right).sum()                                           # another matrix like logits
             if dx is None and dW is None:
                 continue
-            top = logits.argmax(-1, keepdim=True)
-            m = logits.gather(1, top)
-            dlogits = logits.sub_(lse).exp_()                                             # softmax, in place
+            dlogits = logits.div_(Z)                                                      # softmax
             dlogits.scatter_add_(1, target, torch.full_like(m, -1.0)).scatter_add_(1, top, L2_WRAP * m)
             dlogits = dlogits.to(x.dtype)
             if dx is not None:

@@ -1,6 +1,5 @@
 """Memory as it is predicted: beside the allocator's own count, the published numbers of parameters, and arithmetic."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 import pissa_rwkv as P
 
 sys.path.insert(0, str(Path(P.__file__).parent / "bench"))
-import record  # noqa: E402
-import vram  # noqa: E402
 
 
 def really_taken(function):
@@ -62,8 +59,9 @@ def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypa
     (run, taken), loading, held = really_taken(lambda: loaded(cfg, tensors, arch, dtype))
     _, step, left = really_taken(lambda: P.train_step(run, 1e-5))
     found = P.Rehearsal(cfg, arch, "cpu", dtype).memory(cfg.micro_bsz)
-    for name, predicted, real in (("loading", found.loading, loading - taken), ("step", found.activations, step),
-                                  ("held", found.weights + found.optimiser, held)):
+    for name, predicted, real, within in (("loading", found.loading, loading - taken, 0.1),
+                                          ("held", found.weights + found.optimiser, held, 0.01),
+                                          ("step", found.activations, step, 0.05)):
         print(f"{name}: {predicted / real:.4f}")
-        assert predicted == pytest.approx(real, rel=0.05), name
+        assert predicted == pytest.approx(real, rel=within), name
     assert abs(left) < 2**16
