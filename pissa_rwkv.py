@@ -1633,8 +1633,9 @@ class HeadLoss(torch.autograd.Function):
         for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
             logits, target = (x[part] @ W.T).to(dtype), targets[part, None]               # (rows,V), (rows,1)
             right, (m, top) = logits.gather(1, target), logits.max(-1, keepdim=True)      # (rows,1)
-            Z = logits.sub_(m).exp_().sum(-1, keepdim=True)                               # all in place: logsumexp makes
-            loss += (m + Z.log() - right).sum()                                           # another matrix like logits
+            # In place, all of it: torch's logsumexp makes another matrix as large as the logits.
+            Z = logits.sub_(m).exp_().sum(-1, keepdim=True)                               # (rows,1)
+            loss += (m + Z.log() - right).sum()
             if dx is None and dW is None:
                 continue
             dlogits = logits.div_(Z)                                                      # softmax
@@ -2473,13 +2474,12 @@ class Rehearsal:
 
     def largest_bsz(self, room: int) -> int:
         """The largest micro-batch that takes at most `room` bytes; 0: not even one row does."""
-        fits, too_many = 0, 0                                         # known to fit; known not to (0: none yet)
-        while too_many != fits + 1:
-            bsz = (fits + too_many) // 2 if too_many else 2 * fits or 1
-            if self.memory(bsz).total <= room:
-                fits = bsz
-            else:
-                too_many = bsz
+        taken = lru_cache(lambda bsz: self.memory(bsz).total)
+        fits, too_many, bsz = 0, math.inf, 1
+        while fits + 1 < too_many:                                    # Newton's steps: bytes grow nearly linearly
+            fits, too_many = (bsz, too_many) if taken(bsz) <= room else (fits, bsz)
+            bsz += (room - taken(bsz)) // max(1, taken(bsz + 1) - taken(bsz))
+            bsz = min(max(bsz, fits + 1), too_many - 1)
         return fits
 
 

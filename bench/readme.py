@@ -11,6 +11,7 @@ from pathlib import Path
 
 import record
 import torch
+import vram
 import wkv
 
 import pissa_rwkv as P
@@ -243,8 +244,43 @@ def curve() -> str:
     return "\n".join(lines) + f"\n\n{rows[0]['steps']} steps, bf16. {source(rows)}{gpu}"
 
 
+def cells(kind: str) -> dict[tuple[str, str], dict]:
+    """(model, quant) -> the newest row, at the tutorial's setting."""
+    return {(r["model"], r["quant"]): r for r in record.read("vram") if r["kind"] == kind and not r["setting"]}
+
+
+def memory() -> str:
+    """The tutorial's table, beside it what is predicted and measured here; GB, bf16 / int8 / nf4."""
+    predicted, measured = cells("predicted"), cells("measured")
+    lines = ["| model | published | predicted | of the published | measured on a GPU |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(name for name, _ in predicted):
+        ours = [predicted[name, quant] for quant in vram.QUANTS]
+        published = [f"{r['published']:.1f}" for r in ours if r["published"]] or ["not published"]
+        ratios = [f"{r['ratio']:.2f}" for r in ours if r["ratio"]]
+        found = [f"{measured[name, q]['total'] / 1e9:.2f}" for q in vram.QUANTS if (name, q) in measured]
+        lines.append(f"| {name} | {' / '.join(published)} | {' / '.join(f'{GB(r):.2f}' for r in ours)} |"
+                     f" {' / '.join(ratios)} | {' / '.join(found) or 'not yet measured'} |")
+    return "\n".join(lines) + f"\n\n{source(list(predicted.values()))}"
+
+
+def GB(row: dict) -> float:
+    return row["total"] / 1e9
+
+
+def levers() -> str:
+    """What each setting that saves memory comes to, predicted; of the newest commit there is."""
+    rows = record.read("vram-levers")
+    models = [m for m in vram.LEVER_CELLS if any(r["model"] == m for r in rows)]
+    total = {(r["setting"], r["model"]): GB(r) for r in rows}         # (later rows are newer)
+    lines = ["| setting (nf4), GB | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    for title, options in vram.LEVERS.items():
+        flags = "".join(f" `--{name} {int(v) if isinstance(v, bool) else v}`" for name, v in options.items())
+        lines.append(f"| {title}{flags} | " + " | ".join(f"{total[title, m]:.2f}" for m in models) + " |")
+    return "\n".join(lines) + f"\n\n{source(rows[-1:])}"
+
+
 TABLES = {
-    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8),
+    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8, memory, levers),
     OPS_README: (measured, curve),
 }
 
@@ -294,6 +330,31 @@ def loss_picture() -> None:
 SHOWN_RATE = 2e-3
 
 
+PARTS = {"weights": "#2c6fbb", "optimiser": "#27ae60", "activations": "#e67e22", "other": "#bbbbbb"}
+
+
+def memory_picture() -> None:
+    """vram.svg: for each model a bar for bf16, int8, nf4, in its parts; a line where the published table has it."""
+    rows = cells("predicted")
+    models = list(dict.fromkeys(name for name, _ in rows))
+    figure, axes = pyplot().subplots(1, len(models), figsize=(9, 3.4), constrained_layout=True)
+    for ax, name in zip(axes, models, strict=True):
+        for x, quant in enumerate(vram.QUANTS):
+            row, bottom = rows[name, quant], 0.0
+            for part, colour in PARTS.items():
+                ax.bar(x, row[part] / 1e9, 0.7, bottom, color=colour, label=part if x == 0 else None)
+                bottom += row[part] / 1e9
+            if row["published"]:
+                ax.plot([x - 0.42, x + 0.42], [row["published"]] * 2, color="black", linewidth=1.5,
+                        label="published" if x == 0 else None)  # fmt: skip
+        ax.set_title(name.removeprefix("RWKV7-"))
+        ax.set_xticks(range(len(vram.QUANTS)), ["bf16", *vram.QUANTS[1:]], fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("GB")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(record.RESULTS / "vram.svg", metadata={"Date": None})
+
+
 COLOURS = {"torch": "#888888", "chunk": "#2c6fbb", "cpu": "#c0392b", "cuda": "#c0392b", "cuda_precise": "#e67e22",
            "triton": "#27ae60", "fla": "#8e44ad", "sequential": "#555555"}  # fmt: skip
 
@@ -333,5 +394,6 @@ def apart(ys: list[float], ratio: float) -> list[float]:
 if __name__ == "__main__":
     loss_picture()
     wkv_picture()
+    memory_picture()
     for path in TABLES:
         path.write_text(filled(path), "utf-8")

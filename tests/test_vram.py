@@ -1,5 +1,6 @@
 """Memory as it is predicted: beside the allocator's own count, the published numbers of parameters, and arithmetic."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,17 @@ from torch.profiler import ProfilerActivity, profile
 import pissa_rwkv as P
 
 sys.path.insert(0, str(Path(P.__file__).parent / "bench"))
+import record  # noqa: E402
+import vram  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are tiny, and a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def really_taken(function):
@@ -65,3 +77,60 @@ def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypa
         print(f"{name}: {predicted / real:.4f}")
         assert predicted == pytest.approx(real, rel=within), name
     assert abs(left) < 2**16
+
+
+@pytest.mark.parametrize("name", [name for name, m in vram.MODELS.items() if m.version in P.TIME_MIX])
+def test_models_have_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = P.RWKV(vram.arch_of(name), P.wkv7_ref)
+    assert sum(p.numel() for p in model.parameters()) == vram.MODELS[name].parameters
+    C, L = vram.MODELS[name].n_embd, vram.MODELS[name].n_layer
+    assert sum(32 * sum(m.weight.shape) for m in P.adapted(model).values()) == 576 * C * L
+
+
+def test_a_prediction_for_a_gpu_needs_none_and_adds_up():
+    cfg, arch = vram.setting("nf4", {"ctx_len": 256}), vram.arch_of("RWKV7-0.1B")
+    rehearsal = P.Rehearsal(cfg, arch, "cuda", torch.bfloat16)
+    one, two = rehearsal.memory(1), rehearsal.memory(2)
+    trained = sum(p.numel() for _, p in rehearsal.run.optimiser.named)
+    assert one.optimiser == pytest.approx(16 * trained, abs=4 * 512) and rehearsal.peak.live == rehearsal.held
+    assert one[:2] == two[:2] and one.loading == two.loading and one.activations < two.activations
+    without = P.Rehearsal(P.replace(cfg, emb_on_cpu=True), arch, "cuda", torch.bfloat16).memory(1)
+    assert one.weights - without.weights == pytest.approx(2 * 65536 * 768, abs=4096)  # (nf4's tables are made once)
+    best, room = rehearsal.largest_bsz(15 * 10**8), 15 * 10**8
+    assert rehearsal.memory(best).total <= room < rehearsal.memory(best + 1).total and best > 4
+    assert rehearsal.largest_bsz(10**8) == 0
+
+
+def test_dry_run_for_a_card_that_is_not_here(tmp_path, capsys):
+    path = random_model(tmp_path / "base.pth")
+    words = "--data_type dummy --data_file base --ctx_len 16 --rank 4 --accelerator gpu --dry_run --vram_gb 0.6"
+    assert P.main(["--load_model", str(path), *words.split()]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"would hold 0\.5\d GB on the cuda", said)
+    assert int(re.search(r"largest --micro_bsz that fits is (\d+)", said)[1]) > 4
+
+
+def test_the_embedding_left_in_its_file_changes_no_loss(tmp_path):
+    path, losses = random_model(tmp_path / "base.pth", dtype=torch.bfloat16), []
+    for word in ("0", "1"):
+        out = str(tmp_path / word)
+        words = f"--data_type dummy --data_file base --ctx_len 16 --rank 4 --epoch_steps 3 --emb_on_cpu {word}"
+        assert P.main(["--load_model", str(path), "--proj_dir", out, "--accelerator", "cpu", *words.split()]) == 0
+        losses.append(re.findall(r'"loss": ([^,]+)', (tmp_path / word / "loss_data.jsonl").read_text()))
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+@pytest.mark.parametrize("words", ["--train_parts emb", "--peft none"])
+def test_a_trained_embedding_is_not_left_in_its_file(words, capsys):
+    assert P.main(f"--load_model x --data_file y --emb_on_cpu {words}".split()) == 2
+    assert "--emb_on_cpu" in capsys.readouterr().err
+
+
+def test_cells_are_made_once(tmp_path, capsys):
+    words = ["--predict", "--models", "RWKV7-0.1B", "--quants", "int8", "--out", str(tmp_path), "--commit", "x",
+             "--options", "ctx_len=32"]
+    assert vram.main(words) == 0 and vram.main(words) == 0
+    assert "is there" in capsys.readouterr().out
+    row, = record.load(tmp_path / "vram.json")
+    assert row["options"] == {"ctx_len": 32} and row["total"] > sum(row[p] for p in ("weights", "optimiser"))
