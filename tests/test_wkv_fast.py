@@ -251,10 +251,11 @@ def test_nvcc_compiles_nothing_spills_and_tensor_cores_are_used(tmp_path, arch):
     for kernel in ptx.read_text().split(".entry ")[1:]:
         assert kernel.count("mma.sync.aligned.m16n8k16") >= 32 and kernel.count("ldmatrix") >= 32
         assert "cp.async.cg" in kernel and "atom" not in kernel
+        assert "st.global.u8" not in kernel and "st.global.b8" not in kernel  # what becomes of an unaligned memcpy
 
 
 def fast_flags():
-    return [flag for flag in nvcc.FLAGS if flag.startswith(("-std", "-O"))]
+    return [flag for flag in (*nvcc.FLAGS, *fast.FLAGS) if flag.startswith(("-std", "-O", "-ftz"))]
 
 
 @needs_nvcc

@@ -22,7 +22,7 @@ def load(ready: bool = True) -> op.WKV7:
         capability = check_gpu("cuda")
         open_library(cuda_precise.SOURCE, cuda_precise.bind, capability)
         if capability >= fast.CAPABILITY:
-            open_library(fast.SOURCE, fast.bind, capability)
+            open_library(fast.SOURCE, fast.bind, capability, *fast.FLAGS)
     return operator()
 
 
