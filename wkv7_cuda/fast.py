@@ -65,7 +65,8 @@ def kernels(library_for: Callable[[torch.device], ctypes.CDLL], plan: Callable[[
         inputs, dy, dstate = [aligned(x) for x in (r, w, k, v, a, b)], aligned(dy), aligned(dstate)
         grads, dstate0 = [torch.empty_like(r) for _ in range(6)], torch.empty_like(state)
         sizes, scratch = sizes_and_scratch(r, state)
-        call(library_for(r.device), "wkv7_fast_backward", r, sizes, inputs, aligned(saved), dy, dstate, grads, dstate0, scratch)
+        saved = aligned(saved)
+        call(library_for(r.device), "wkv7_fast_backward", r, sizes, inputs, saved, dy, dstate, grads, dstate0, scratch)
         return (*grads, dstate0)
 
     return forward, backward
