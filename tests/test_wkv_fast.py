@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 import torch
-from test_cuda_on_cpu import CPU_FLAGS, HERE, SANITIZERS, SHADOW, compile_for_cpu, run_sanitized
+from test_cuda_on_cpu import CPU_FLAGS, HERE, SANITIZERS, SHADOW, barriers, compile_for_cpu, run_sanitized
 from test_wkv_cuda import NVCC, needs_cpp, needs_nvcc, one_torch_thread  # noqa: F401  (a fixture for this module too)
 
 import wkv7_cuda
@@ -161,25 +161,14 @@ def test_two_halves_are_the_whole(on_cpu):
 @needs_cpp
 def test_each_barrier_is_needed(tmp_path, monkeypatch):
     """Without one of its barriers it is wrong or depends on the schedule: so such a mistake would be noticed."""
-    pieces = fast.SOURCE.read_text().split("__syncthreads();")
-    text = "".join(f"{piece}if (removed != {i}) __syncthreads();" for i, piece in enumerate(pieces[:-1])) + pieces[-1]
-    mutant = tmp_path / "mutant.cu"
-    mutant.write_text(f'static int removed = -1;\nextern "C" void remove_barrier(int i) {{ removed = i; }}\n{text}')
-    library = fast.bind(build.ctypes.CDLL(str(compile_for_cpu(mutant, tmp_path, "-O1"))))
-    forward, backward = fast.kernels(lambda device: library, PLANS["segments"])
     inputs, grads = problem(100, heads=1)
 
-    def run(barrier, order):
-        monkeypatch.setenv("CUDA_CPU_ORDER", str(order))
-        library.remove_barrier(barrier)
+    def results(library):
+        forward, backward = fast.kernels(lambda device: fast.bind(library), PLANS["segments"])
         y, state_T, saved = forward(*inputs, True)
         return torch.cat([x.flatten().float() for x in (y, state_T, *backward(*inputs, saved, *grads))])
 
-    right = run(-1, 0)
-    assert len(pieces) - 1 == 10
-    for barrier in range(len(pieces) - 1):
-        unnoticed = all(run(barrier, order).equal(right) for order in (0, 1, 2, 3))
-        assert not unnoticed, f"barrier {barrier} of {fast.SOURCE.name}"
+    assert barriers(fast.SOURCE, tmp_path, monkeypatch, results) == (10, [])
 
 
 @needs_cpp
