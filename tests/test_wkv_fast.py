@@ -203,6 +203,28 @@ def test_as_an_operator(library):
     torch.library.opcheck(torch.ops.pissa_rwkv.wkv7_fast_on_cpu, (*leaves, True))
 
 
+@needs_cpp
+def test_what_was_compiled_is_looked_at(library):
+    """cuda.load compares with chunk.py before anything is trained: right kernels pass, wrong ones are refused."""
+    forward, backward = fast.kernels(lambda device: library)
+    precise = chunk.forward, chunk.backward
+
+    def by_dtype(x):  # as in cuda.py
+        return (forward, backward) if x.dtype == torch.bfloat16 else precise
+
+    cuda.verify(lambda r, *rest: by_dtype(r)[0](r, *rest), lambda r, *rest: by_dtype(r)[1](r, *rest), "cpu")
+
+    def swapped(*arguments):
+        dr, dw, dk, dv, da, db, dstate = backward(*arguments)
+        return dr, dw, dk, dv, db, da, dstate
+
+    with pytest.raises(build.BuildError, match=r"wrongly on this GPU: in torch.float32 it is off by .*--op chunk"):
+        cuda.verify(chunk.forward, lambda *x: [2 * d for d in chunk.backward(*x)], "cpu")
+    with pytest.raises(build.BuildError, match=r"in torch.bfloat16 it is off by"):
+        cuda.verify(lambda r, *rest: by_dtype(r)[0](r, *rest),
+                    lambda r, *rest: (swapped if r.dtype == torch.bfloat16 else chunk.backward)(r, *rest), "cpu")
+
+
 @pytest.mark.parametrize("heads, chunks, length", [(128, 32, 32), (320, 5, 5), (40, 32, 5), (12, 32, 2), (64, 128, 32)])
 def test_segments_fill_a_gpu_unless_the_heads_do(heads, chunks, length):
     assert fast.segment_chunks(heads, chunks) == length
