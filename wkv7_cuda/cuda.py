@@ -15,7 +15,7 @@ from .nvcc import DTYPES, check_gpu, open_library
 
 
 def load(ready: bool = True) -> op.WKV7:
-    """The operator, both modes compiled now unless cached; BuildError without a GPU or nvcc, or if they compute wrongly.
+    """The operator, both modes compiled now unless cached; BuildError without a GPU or nvcc, or if they err.
 
     Without `ready` nothing is compiled and no GPU is asked for: then it runs on meta and fake tensors.
     """
@@ -48,7 +48,7 @@ def kernels() -> tuple[Callable, Callable]:
 
 
 def verify(forward: Callable, backward: Callable, device: str) -> None:
-    """A look at what was compiled, for this GPU and by this nvcc, before a run is trusted to it. BuildError if it errs."""
+    """A look at what was compiled, for this GPU and by this nvcc, before a run is trusted to it."""
     for dtype, bar in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
         error = chunk.differs(forward, backward, dtype, device)
         if not error < bar:
