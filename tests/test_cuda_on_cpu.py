@@ -34,6 +34,24 @@ def compile_for_cpu(source: Path, folder: Path, *flags: str) -> Path:
     return library
 
 
+def barriers(source: Path, folder: Path, monkeypatch, results, orders=(0, 1, 2, 3)) -> tuple[int, list[int]]:
+    """How many barriers a .cu has; and those, by number, without which nothing is noticed: results(library), a tensor,
+    is what it is with all of them, in every schedule."""
+    pieces = source.read_text().split("__syncthreads();")
+    text = "".join(f"{piece}if (removed != {i}) __syncthreads();" for i, piece in enumerate(pieces[:-1])) + pieces[-1]
+    mutant = folder / "mutant.cu"
+    mutant.write_text(f'static int removed = -1;\nextern "C" void remove_barrier(int i) {{ removed = i; }}\n{text}')
+    library = ctypes.CDLL(str(compile_for_cpu(mutant, folder, "-O1")))
+
+    def run(barrier: int, order: int) -> torch.Tensor:
+        monkeypatch.setenv("CUDA_CPU_ORDER", str(order))
+        library.remove_barrier(barrier)
+        return results(library)
+
+    right, count = run(-1, 0), len(pieces) - 1
+    return count, [i for i in range(count) if all(run(i, order).equal(right) for order in orders)]
+
+
 def run_sanitized(script: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run a Python script in a process that may open libraries compiled with SANITIZERS."""
     asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)

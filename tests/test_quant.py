@@ -339,7 +339,7 @@ def test_a_quantised_run_learns_as_well_and_merged_is_adapted(peft, quant, T, pl
     logits, _ = logits_of(run.model, TOKENS)
     again, _ = logits_of(load_model(merged(run)), TOKENS)
     other, _ = logits_of(load_model(merged(unquantised[peft], f"{quant}-{T}.pth")), TOKENS)
-    assert (again - logits).abs().max() <= 2e-5 * logits.abs().max() < 2e-3 * (other - logits).abs().max()
+    assert (again - logits).abs().max() <= 2e-5 * logits.abs().max() < 2e-2 * (other - logits).abs().max()
 
 
 @each_code

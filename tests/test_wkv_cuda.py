@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_on_cpu import CPU_FLAGS, HERE, SANITIZERS, SHADOW, compile_for_cpu, run_sanitized
+from test_cuda_on_cpu import CPU_FLAGS, HERE, SANITIZERS, SHADOW, barriers, compile_for_cpu, run_sanitized
 
 import wkv7_cuda
 from wkv7_cuda import build, cuda_precise, nvcc, op
@@ -187,24 +187,14 @@ def test_tensors_that_start_inside_a_16_byte_unit(on_cpu):
 @needs_cpp
 def test_each_barrier_is_needed(tmp_path, monkeypatch):
     """wkv7.cu without one of its barriers is wrong, or depends on the schedule: so such a mistake would be noticed."""
-    pieces = cuda_precise.SOURCE.read_text().split("__syncthreads();")
-    text = "".join(f"{piece}if (removed != {i}) __syncthreads();" for i, piece in enumerate(pieces[:-1])) + pieces[-1]
-    mutant = tmp_path / "mutant.cu"
-    mutant.write_text(f'static int removed = -1;\nextern "C" void remove_barrier(int i) {{ removed = i; }}\n{text}')
-    library = cuda_precise.bind(build.ctypes.CDLL(str(compile_for_cpu(mutant, tmp_path, "-O1"))))
-    forward, backward = cuda_precise.kernels(lambda device: library)
     inputs, grads = problem(1, 35, torch.float32)
 
-    def run(barrier, order):
-        monkeypatch.setenv("CUDA_CPU_ORDER", str(order))
-        library.remove_barrier(barrier)
+    def results(library):
+        forward, backward = cuda_precise.kernels(lambda device: cuda_precise.bind(library))
         y, state_T, saved = forward(*inputs, True)
         return torch.cat([x.flatten() for x in (y, state_T, *backward(*inputs, saved, *grads))])
 
-    right = run(-1, 0)
-    assert len(pieces) - 1 == 4
-    for barrier in range(4):
-        assert not all(run(barrier, order).equal(right) for order in (0, 1, 2)), f"barrier {barrier} can go unnoticed"
+    assert barriers(cuda_precise.SOURCE, tmp_path, monkeypatch, results) == (4, [])
 
 
 @needs_cpp

@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 import torch
-from test_cuda_on_cpu import CPU_FLAGS, HERE, SANITIZERS, SHADOW, compile_for_cpu, run_sanitized
+from test_cuda_on_cpu import CPU_FLAGS, HERE, SANITIZERS, SHADOW, barriers, compile_for_cpu, run_sanitized
 from test_wkv_cuda import NVCC, needs_cpp, needs_nvcc, one_torch_thread  # noqa: F401  (a fixture for this module too)
 
 import wkv7_cuda
@@ -161,25 +161,14 @@ def test_two_halves_are_the_whole(on_cpu):
 @needs_cpp
 def test_each_barrier_is_needed(tmp_path, monkeypatch):
     """Without one of its barriers it is wrong or depends on the schedule: so such a mistake would be noticed."""
-    pieces = fast.SOURCE.read_text().split("__syncthreads();")
-    text = "".join(f"{piece}if (removed != {i}) __syncthreads();" for i, piece in enumerate(pieces[:-1])) + pieces[-1]
-    mutant = tmp_path / "mutant.cu"
-    mutant.write_text(f'static int removed = -1;\nextern "C" void remove_barrier(int i) {{ removed = i; }}\n{text}')
-    library = fast.bind(build.ctypes.CDLL(str(compile_for_cpu(mutant, tmp_path, "-O1"))))
-    forward, backward = fast.kernels(lambda device: library, PLANS["segments"])
     inputs, grads = problem(100, heads=1)
 
-    def run(barrier, order):
-        monkeypatch.setenv("CUDA_CPU_ORDER", str(order))
-        library.remove_barrier(barrier)
+    def results(library):
+        forward, backward = fast.kernels(lambda device: fast.bind(library), PLANS["segments"])
         y, state_T, saved = forward(*inputs, True)
         return torch.cat([x.flatten().float() for x in (y, state_T, *backward(*inputs, saved, *grads))])
 
-    right = run(-1, 0)
-    assert len(pieces) - 1 == 10
-    for barrier in range(len(pieces) - 1):
-        unnoticed = all(run(barrier, order).equal(right) for order in (0, 1, 2, 3))
-        assert not unnoticed, f"barrier {barrier} of {fast.SOURCE.name}"
+    assert barriers(fast.SOURCE, tmp_path, monkeypatch, results) == (10, [])
 
 
 @needs_cpp
@@ -212,6 +201,28 @@ def test_as_an_operator(library):
     outputs = [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
     check([x.detach() for x in outputs], [x.detach() for x in inputs], grads, "random")
     torch.library.opcheck(torch.ops.pissa_rwkv.wkv7_fast_on_cpu, (*leaves, True))
+
+
+@needs_cpp
+def test_what_was_compiled_is_looked_at(library):
+    """cuda.load compares with chunk.py before anything is trained: right kernels pass, wrong ones are refused."""
+    forward, backward = fast.kernels(lambda device: library)
+    precise = chunk.forward, chunk.backward
+
+    def by_dtype(x):  # as in cuda.py
+        return (forward, backward) if x.dtype == torch.bfloat16 else precise
+
+    cuda.verify(lambda r, *rest: by_dtype(r)[0](r, *rest), lambda r, *rest: by_dtype(r)[1](r, *rest), "cpu")
+
+    def swapped(*arguments):
+        dr, dw, dk, dv, da, db, dstate = backward(*arguments)
+        return dr, dw, dk, dv, db, da, dstate
+
+    with pytest.raises(build.BuildError, match=r"wrongly on this GPU: in torch.float32 it is off by .*--op chunk"):
+        cuda.verify(chunk.forward, lambda *x: [2 * d for d in chunk.backward(*x)], "cpu")
+    with pytest.raises(build.BuildError, match=r"in torch.bfloat16 it is off by"):
+        cuda.verify(lambda r, *rest: by_dtype(r)[0](r, *rest),
+                    lambda r, *rest: (swapped if r.dtype == torch.bfloat16 else chunk.backward)(r, *rest), "cpu")
 
 
 @pytest.mark.parametrize("heads, chunks, length", [(128, 32, 32), (320, 5, 5), (40, 32, 5), (12, 32, 2), (64, 128, 32)])
@@ -251,10 +262,11 @@ def test_nvcc_compiles_nothing_spills_and_tensor_cores_are_used(tmp_path, arch):
     for kernel in ptx.read_text().split(".entry ")[1:]:
         assert kernel.count("mma.sync.aligned.m16n8k16") >= 32 and kernel.count("ldmatrix") >= 32
         assert "cp.async.cg" in kernel and "atom" not in kernel
+        assert "st.global.u8" not in kernel and "st.global.b8" not in kernel  # what becomes of an unaligned memcpy
 
 
 def fast_flags():
-    return [flag for flag in nvcc.FLAGS if flag.startswith(("-std", "-O"))]
+    return [flag for flag in (*nvcc.FLAGS, *fast.FLAGS) if flag.startswith(("-std", "-O", "-ftz"))]
 
 
 @needs_nvcc

@@ -5,16 +5,17 @@ accuracy, and fp16 for a range that the chunks' factors leave. `cuda_precise` is
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import cuda_precise, fast, op
+from . import build, chunk, cuda_precise, fast, op
 from .nvcc import DTYPES, check_gpu, open_library
 
 
 def load(ready: bool = True) -> op.WKV7:
-    """The operator, both modes compiled now unless cached; BuildError without a GPU (for bf16: sm_80) or nvcc.
+    """The operator, both modes compiled now unless cached; BuildError without a GPU or nvcc, or if they err.
 
     Without `ready` nothing is compiled and no GPU is asked for: then it runs on meta and fake tensors.
     """
@@ -22,13 +23,19 @@ def load(ready: bool = True) -> op.WKV7:
         capability = check_gpu("cuda")
         open_library(cuda_precise.SOURCE, cuda_precise.bind, capability)
         if capability >= fast.CAPABILITY:
-            open_library(fast.SOURCE, fast.bind, capability)
+            open_library(fast.SOURCE, fast.bind, capability, *fast.FLAGS)
+        verify(*kernels(), "cuda")
     return operator()
 
 
 @functools.cache
 def operator() -> op.WKV7:
     """The operator, registered once; its libraries are opened when it is first called."""
+    return op.register("cuda", *kernels(), new_saved, device="cuda", dtypes=DTYPES, head_size=fast.N)
+
+
+def kernels() -> tuple[Callable, Callable]:
+    """The pair (forward, backward) of op.py's contract."""
     precise, quick = cuda_precise.kernels(cuda_precise.library), fast.kernels(fast.library)
 
     def forward(r, *arguments):
@@ -37,9 +44,16 @@ def operator() -> op.WKV7:
     def backward(r, *arguments):
         return (quick if is_fast(r) else precise)[1](r, *arguments)
 
-    return op.register(
-        "cuda", forward, backward, new_saved, device="cuda", dtypes=DTYPES, head_size=fast.N
-    )
+    return forward, backward
+
+
+def verify(forward: Callable, backward: Callable, device: str) -> None:
+    """A look at what was compiled, for this GPU and by this nvcc, before a run is trusted to it."""
+    for dtype, bar in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+        error = chunk.differs(forward, backward, dtype, device)
+        if not error < bar:
+            problem = f"the cuda operator computes wrongly on this GPU: in {dtype} it is off by {error:.1e}"
+            raise build.BuildError(f"{problem}: please report it with nvidia-smi and nvcc --version, {build.REMEDY}")
 
 
 def is_fast(r: Tensor) -> bool:

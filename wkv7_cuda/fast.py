@@ -13,6 +13,7 @@ from torch import Tensor
 from .nvcc import aligned, call, open_library
 
 SOURCE = Path(__file__).with_name("wkv7_fast.cu")
+FLAGS = ("-ftz=true",)  # the factors' exponentials are far from the smallest numbers; without, each is guarded
 CAPABILITY = (8, 0)  # bf16 on tensor cores, cp.async
 N = 64  # head size
 L = 32  # tokens of a chunk
@@ -32,11 +33,11 @@ def bind(library: ctypes.CDLL) -> ctypes.CDLL:
 
 def library(device: torch.device) -> ctypes.CDLL:
     """The library for a GPU, bound."""
-    return open_library(SOURCE, bind, torch.cuda.get_device_capability(device))
+    return open_library(SOURCE, bind, torch.cuda.get_device_capability(device), *FLAGS)
 
 
 def segment_chunks(heads: int, chunks: int) -> int:
-    """How many chunks one block walks. It depends on shapes alone, so results do not depend on the card."""
+    """How many chunks one block walks. It depends on shapes alone, not on the card."""
     return chunks if heads >= WHOLE else max(SHORTEST, -(-chunks * heads // BLOCKS))
 
 
@@ -64,6 +65,7 @@ def kernels(library_for: Callable[[torch.device], ctypes.CDLL], plan: Callable[[
         inputs, dy, dstate = [aligned(x) for x in (r, w, k, v, a, b)], aligned(dy), aligned(dstate)
         grads, dstate0 = [torch.empty_like(r) for _ in range(6)], torch.empty_like(state)
         sizes, scratch = sizes_and_scratch(r, state)
+        saved = aligned(saved)
         call(library_for(r.device), "wkv7_fast_backward", r, sizes, inputs, saved, dy, dstate, grads, dstate0, scratch)
         return (*grads, dstate0)
 

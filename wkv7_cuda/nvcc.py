@@ -31,16 +31,16 @@ def check_gpu(name: str) -> tuple[int, int]:
 
 @functools.cache
 def open_library(
-    source: Path, bind: Callable[[ctypes.CDLL], ctypes.CDLL], capability: tuple[int, int]
+    source: Path, bind: Callable[[ctypes.CDLL], ctypes.CDLL], capability: tuple[int, int], *flags: str
 ) -> ctypes.CDLL:
-    """What nvcc makes of a .cu for GPUs of this compute capability, bound."""
+    """What nvcc makes of a .cu for GPUs of this compute capability, bound. flags: besides those of all."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"  # where the toolkit puts it; often not on PATH
     if not Path(nvcc).exists():
         raise build.BuildError(
             f"{source.name} needs nvcc, neither on PATH nor {nvcc}: install the CUDA toolkit, {build.REMEDY}"
         )
     arch = "sm_{}{}".format(*capability)
-    return bind(build.load(f"{source.stem}_{arch}", source, nvcc, [*FLAGS, f"-arch={arch}"], HEADERS))
+    return bind(build.load(f"{source.stem}_{arch}", source, nvcc, [*FLAGS, *flags, f"-arch={arch}"], HEADERS))
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -39,8 +39,7 @@
 //
 // NUMERICS. Rounded to bf16: q~ a~ k~ b~, A, the inverses, X, U, dU, Z, P, and S~, D~ where they are factors. fp32: G,
 // all sums, the carried S and D, the system that is inverted, dw. `chunk.py` with `cast=to_bf16` rounds the same
-// tensors, and tests compare. dw is summed from the *rounded* factors: contributions that must cancel then do, to the
-// last bit. The order of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
+// tensors, and tests compare. dw is summed from the *rounded* factors: contributions that must cancel then do. The order of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
 //
 // LIMITS. bf16, N = 64, T >= 1 (the tail is filled with tokens that change nothing), sm_80 or newer with 99 KB of
 // shared memory a block; pointers aligned to 16 bytes (the binding checks); at most 2^31 - 1 blocks a launch.
@@ -173,7 +172,7 @@ struct WalkTiles {
 struct GradientTiles : WalkTiles {
     Row VU[2 * L], S[N], D[N];  // S~ and D~, [value,key]
     float e[L + 1][N + 8];      // e[t + 1] = e^(G_t-c), e[0] = e^(-c). (8: rows start 8 banks apart)
-    float diagonal[N];          // of D~^T S~
+    float diagonal[WARPS][N];   // of D~^T S~: what 16 values each add
     float across[2][N];         // sums over the other 16 tokens of the chunk
 };
 
@@ -181,14 +180,16 @@ struct GradientTiles : WalkTiles {
 
 // Tokens first .. first + 31 of one head's [B,T,H,N] -> tile, without waiting; zeros from token T on.
 __device__ inline void fetch(Row* tile, const bf16* x, int64_t stride, int64_t first, int64_t T) {
-    for (int n = threadIdx.x; n < L * 8; n += THREADS) {
-        const int t = n / 8, column = n % 8 * 8;
+#pragma unroll
+    for (int part = 0; part < L * 8 / THREADS; part++) {
+        const int n = part * THREADS + threadIdx.x, t = n / 8, column = n % 8 * 8;
         cp_async16(at(tile, t, column), x + (first + t) * stride + column, first + t < T);
     }
 }
 __device__ inline void write_out(const Row* tile, bf16* x, int64_t stride, int64_t first, int64_t T) {
-    for (int n = threadIdx.x; n < L * 8; n += THREADS) {
-        const int t = n / 8, column = n % 8 * 8;
+#pragma unroll
+    for (int part = 0; part < L * 8 / THREADS; part++) {
+        const int n = part * THREADS + threadIdx.x, t = n / 8, column = n % 8 * 8;
         if (first + t < T) {
             *reinterpret_cast<uint4*>(x + (first + t) * stride + column) =
                 *reinterpret_cast<const uint4*>(at(tile, t, column));
@@ -208,8 +209,8 @@ __device__ inline Sigmoid sigmoid(float x) {
 // Inputs -> Q, K, e^c, e^(G_L-c). Each warp does 8 tokens, each lane 2 channels; one barrier inside. `tokens`: how many
 // of the chunk exist; the others decay by nothing (and their r, k, a, b are zeros).
 template <typename Tiles>
-__device__ void factors(Tiles& tiles, const Row* w, int tokens) {
-    const int warp = threadIdx.x / 32, j = threadIdx.x % 32 * 2, first = 8 * warp;
+__device__ void factors(Tiles& tiles, const Row* w, int warp, int tokens) {
+    const int j = threadIdx.x % 32 * 2, first = 8 * warp;
     float2 G[8];  // from the first of the 8 tokens on
     float2 sum = {0.0f, 0.0f};
 #pragma unroll
@@ -367,17 +368,20 @@ struct Walk {
 
 // ---------------------------------------------------------------------------------------------- gradients
 
-// The diagonal of D~^T S~ for 32 keys, one a lane.
-__device__ inline void diagonal(GradientTiles& tiles, int first) {
-    const int j = first + threadIdx.x % 32;
-    float sum = 0.0f;
-#pragma unroll 8
-    for (int i = 0; i < N; i++) sum += __bfloat162float(*at(tiles.S, i, j)) * __bfloat162float(*at(tiles.D, i, j));
-    tiles.diagonal[j] = sum;
+// What a warp's 16 values add to the diagonal of D~^T S~; each lane 2 keys.
+__device__ inline void diagonal(GradientTiles& tiles, int warp) {
+    const int j = threadIdx.x % 32 * 2;
+    float2 sum = {0.0f, 0.0f};
+    __syncwarp();
+#pragma unroll
+    for (int i = 16 * warp; i < 16 * warp + 16; i++) {
+        const float2 s = pair_at(tiles.S, i, j), d = pair_at(tiles.D, i, j);
+        sum.x += s.x * d.x, sum.y += s.y * d.y;
+    }
+    *reinterpret_cast<float2*>(&tiles.diagonal[warp][j]) = sum;
 }
 
-// P = mask([dY ; Z] [V ; U]^T), over A, which is done with. A warp: 16 tokens of dY and of Z, with V or with U. Those
-// of the first 16 tokens have less to do and the diagonal besides.
+// P = mask([dY ; Z] [V ; U]^T), over A, which is done with. A warp: 16 tokens of dY and of Z, with V or with U.
 __device__ inline void gradient_of_A(GradientTiles& tiles, int t, int source) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -391,7 +395,6 @@ __device__ inline void gradient_of_A(GradientTiles& tiles, int t, int source) {
             put(tiles.A, L * half + 16 * t, L * source + 16 * s, x.round());
         }
     }
-    if (t == 0) diagonal(tiles, 32 * source);
 }
 
 // Sums over the 16 tokens of a warp's block, in one column of which a thread holds tokens i (low) and i + 8 (high): of
@@ -430,8 +433,8 @@ struct Gradients {
     __device__ int column(int m, int pair) const { return 16 * (first_m + m) + Lane().j + pair / 2 * 8; }
 
     __device__ void store(bf16* out, int m, int pair, float2 x) const {
-        const uint32_t word = pack(x.x, x.y);
-        if (row(pair) < tokens) memcpy(out + at_chunk + (row(pair) * stride + column(m, pair)), &word, sizeof word);
+        bf16* place = out + at_chunk + (row(pair) * stride + column(m, pair));
+        if (row(pair) < tokens) *reinterpret_cast<uint32_t*>(place) = pack(x.x, x.y);
     }
 
     // dr dk da db of 16 keys, and dg but for the other 16 tokens' part and the diagonal. dx: of q, a or of k, b.
@@ -524,9 +527,9 @@ struct Gradients {
         for (int pair = 0; pair < 4; pair++) {
             const int j = column(m, pair);
             const float2 logit = pair_at(w, row(pair), j);
-            float2 dw;
-            dw.x = dg[m].x[2 * pair] + tiles.diagonal[j] + tiles.across[1 - t][j];
-            dw.y = dg[m].x[2 * pair + 1] + tiles.diagonal[j + 1] + tiles.across[1 - t][j + 1];
+            float2 dw = {dg[m].x[2 * pair] + tiles.across[1 - t][j], dg[m].x[2 * pair + 1] + tiles.across[1 - t][j + 1]};
+#pragma unroll
+            for (int n = 0; n < WARPS; n++) dw.x += tiles.diagonal[n][j], dw.y += tiles.diagonal[n][j + 1];
             const Sigmoid x0 = sigmoid(logit.x), x1 = sigmoid(logit.y);
             store(x.dw, m, pair, {dw.x * MINUS_RATE * x0.plus * x0.minus, dw.y * MINUS_RATE * x1.plus * x1.minus});
         }
@@ -600,8 +603,8 @@ __device__ inline void store_split(const Block (&S)[4], bf16* parts, int warp) {
         for (int p = 0; p < 2; p++) {
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                memcpy(parts + p * N * N + (16 * warp + lane.i + n % 2 * 8) * N + 16 * m + lane.j + n / 2 * 8,
-                       &part[p].x[n], sizeof(uint32_t));
+                bf16* place = parts + p * N * N + (16 * warp + lane.i + n % 2 * 8) * N + 16 * m + lane.j + n / 2 * 8;
+                *reinterpret_cast<uint32_t*>(place) = part[p].x[n];  // (by memcpy it would be four stores of a byte)
             }
         }
     }
@@ -613,7 +616,7 @@ __global__ void __launch_bounds__(THREADS, MODE == GRADIENTS ? 2 : 3) wkv7_walk_
     using M = Traits<MODE>;
     using Direction = Walk<M::mirror>;
     typename M::Tiles& tiles = *reinterpret_cast<typename M::Tiles*>(dyn_smem());
-    const int warp = threadIdx.x / 32;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // so that nvcc knows it is the same in all lanes
     // Of each head all segments; but nothing asks how the walk's last one changes the state.
     const int64_t each = sizes.segments() - M::transition, block = M::transition ? blockIdx.x / 2 : blockIdx.x;
     const bool identity = M::transition && blockIdx.x % 2;  // start from the identity, without input
@@ -649,7 +652,7 @@ __global__ void __launch_bounds__(THREADS, MODE == GRADIENTS ? 2 : 3) wkv7_walk_
         fetch(tiles.in, (M::mirror ? x.dy : x.v) + offset, stride, token, identity ? 0 : T);
         if constexpr (M::gradients) fetch(tiles.VU, x.v + offset, stride, token, T);
         cp_async_commit();
-        factors(tiles, tiles.w[n % 2], tokens);
+        factors(tiles, tiles.w[n % 2], warp, tokens);
         __syncthreads();
         prefetch(n + 1);
         products(tiles, warp);
@@ -681,6 +684,7 @@ __global__ void __launch_bounds__(THREADS, MODE == GRADIENTS ? 2 : 3) wkv7_walk_
                 saved[32 * m] = {s[0], s[1], s[2], s[3]};
             }
         }
+        if constexpr (M::gradients) diagonal(tiles, warp);
         const Factor in[2] = {left_t(tiles.in, 0, 16 * warp), left_t(tiles.in, 16, 16 * warp)};
         Block X[2], U[2];  // mirrored: dU, Z
         Direction::begin(X, 1, before, in, reads, tiles.A);

@@ -360,6 +360,20 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, const char* file = __bu
     return mine.result;
 }
 
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    T mine = value;
+    const int warp = cuda_cpu::current / 32 * 32;
+    if (source < 0 || source > 31 || !(mask >> source & 1)) cuda_cpu::fail("a shuffle from a lane outside its mask");
+    cuda_cpu::meet(warp, 32, mask, {"__shfl_sync", file, line}, &mine, [&] {
+        const T sent = *static_cast<T*>(cuda_cpu::threads[warp + source].operand);
+        for (int lane = 0; lane < 32; lane++) {
+            if (mask >> lane & 1) *static_cast<T*>(cuda_cpu::threads[warp + lane].operand) = sent;
+        }
+    });
+    return mine;
+}
+
 // The functions that wrap PTX on a GPU (device.cuh), with the same meaning. A warp is 32 lanes, all of which must come.
 // Fragments: lane l holds, of an 8x8 matrix of 16-bit numbers, row l/4, columns 2 (l%4) and + 1, packed low half first.
 
