@@ -5,7 +5,7 @@
     python bench/gpu.py OUT --list                   # what would be done, and what is missing; does nothing
 
 Into OUT, which need not exist: log.txt (all output), steps.json (what happened and how long it took) and the results,
-*-cuda.json: copy them to bench/results (wkv-cuda.json began as the one there), then `python bench/readme.py`. A
+*-cuda.json and vram.json: copy them to bench/results (they began as those there), then `python bench/readme.py`. A
 step that cannot run says why in one line, and the next begins. Sources without git: give --commit.
 """
 
@@ -66,6 +66,8 @@ def steps(out: Path, commit: str) -> dict[str, Step]:
         "racecheck": Step([*checker, "racecheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
         "dequant": Step([python, str(bench / "dequant.py")], "", 150),
         "curve": Step([python, str(bench / "wkv_curve.py")], "", 240),
+        "memory": Step([python, str(bench / "vram.py"), "--out", str(out), *(["--commit", commit] if commit else [])],
+                       "", 400),
         "bench": Step([*measure, *(["--commit", commit] if commit else [])], "", 0, (3,)),
     }
 
@@ -139,8 +141,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {missing(step) or 'can run'}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "wkv-cuda.json").exists() and (record.RESULTS / "wkv-cuda.json").exists():
-        shutil.copy(record.RESULTS / "wkv-cuda.json", out)
+    for name in ("wkv-cuda.json", "vram.json"):                       # rows that are there are not measured again
+        if not (out / name).exists() and (record.RESULTS / name).exists():
+            shutil.copy(record.RESULTS / name, out)
     rows = []
     for name, step in todo.items():
         for row in perform(name, step, deadline, out / "log.txt"):
