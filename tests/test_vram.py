@@ -79,7 +79,7 @@ def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypa
     assert abs(left) < 2**16
 
 
-@pytest.mark.parametrize("name", [name for name, m in vram.MODELS.items() if m.version in P.TIME_MIX])
+@pytest.mark.parametrize("name", vram.MODELS)
 def test_models_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = P.RWKV(vram.arch_of(name), P.wkv7_ref)
