@@ -12,7 +12,7 @@ that matter most. In the end B A is added back, and the file is an ordinary mode
 The file follows a run; a section uses only what stands above it:
 
      1 configuration    the options, once: default, help                    Config, parse
-     2 the operator     the delta-rule memory as a recurrence               wkv7_ref, WKV
+     2 the operator     the delta-rule memory as a recurrence               wkv7_ref, wkv6_ref
      3 the model        time mixing, channel mixing, loading, detection     RWKV, TimeMix_x070, detect, fill
      4 frozen weights   how untrained matrices are held; nf4, int8          QUANT, FrozenLinear
      5 adapters         PiSSA, LoRA                                         PiSSALinear, top_singular, add_adapters
@@ -340,6 +340,26 @@ def wkv7_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s
     return torch.stack(ys, 1).squeeze(-1).to(y_dtype), S
 
 
+def wkv6_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence of RWKV-6, and of RWKV-5, whose decay is the same at every token (arXiv 2404.05892).
+
+        d_t = exp(-exp(w_t))                                      decay, in (0, 1): it has no floor
+        y_t = (S_{t-1} + v_t (u k_t)^T) r_t                       what was there before, and the token with a bonus
+        S_t = S_{t-1} diag(d_t) + v_t k_t^T
+
+    Takes r w k v (B,T,H,N), w the raw decay logit, the bonus u (H,N), and the state S_0 (B,H,N value,N key).
+    Returns y (B,T,H,N) in the inputs' dtype, and S_T like S_0. Computes in at least fp32.
+    """
+    y_dtype, dtype = r.dtype, torch.promote_types(r.dtype, torch.float32)
+    r, w, k, v, u = (x.to(dtype) for x in (r, w, k, v, u))
+    d, bonus = torch.exp(-torch.exp(w)), (r * u * k).sum(-1, keepdim=True)                # (B,T,H,N), (B,T,H,1)
+    S, ys = state.to(dtype), []
+    for t in range(r.shape[1]):
+        ys.append((S @ r[:, t, :, :, None]).squeeze(-1) + bonus[:, t] * v[:, t])          # (B,H,N)
+        S = S * d[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
+    return torch.stack(ys, 1).to(y_dtype), S
+
+
 WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what loads it
     ("x070", "cuda"): partial(wkv7_cuda.load, "cuda"),
     ("x070", "cuda_precise"): partial(wkv7_cuda.load, "cuda_precise"),
@@ -348,6 +368,8 @@ WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what 
     ("x070", "cpu"): partial(wkv7_cuda.load, "cpu"),
     ("x070", "chunk"): partial(wkv7_cuda.load, "chunk"),
     ("x070", "torch"): lambda: wkv7_ref,
+    ("x060", "torch"): lambda: wkv6_ref,
+    ("x052", "torch"): lambda: wkv6_ref,
 }
 FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
 TRACED_ANYWHERE = ("cuda", "cuda_precise")                             # count bytes without a GPU and unbuilt
