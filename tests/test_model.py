@@ -181,7 +181,7 @@ def other_version(**renamed):
 
 
 BAD_FILES = {  # what is wrong -> (how the file is made, what the error names)
-    "missing key": (without("blocks.1.att.w2"), r"lacks blocks\.1\.att\.w2$"),
+    "missing key": (without("blocks.1.att.w2"), r"lacks blocks\.1\.att\.w2"),
     "missing v0 of layer 1": (without("blocks.1.att.v0"), r"lacks blocks\.1\.att\.v0$"),
     "missing head": (without("head.weight"), r"lacks head\.weight"),
     "unknown key": (lambda t: t | {"blocks.1.att.time_state": torch.zeros(2)}, r"unknown blocks\.1\.att\.time_state$"),
@@ -193,7 +193,7 @@ BAD_FILES = {  # what is wrong -> (how the file is made, what the error names)
     "wrong shape": (lambda t: t | {"head.weight": t["head.weight"][:-1]}, r"head\.weight is \[255, 64\].*\[256, 64\]"),
     "transposed": (lambda t: t | {"blocks.1.ffn.value.weight": t["blocks.1.ffn.value.weight"].T},
                    r"blocks\.1\.ffn\.value\.weight is \[64, 256\].*\[256, 64\]|is \[256, 64\].*\[64, 256\]"),
-    "heads without a size": (lambda t: t | {"blocks.0.att.r_k": torch.zeros(64)}, r"blocks\.0\.att\.r_k"),
+    "heads without a size": (lambda t: t | {"blocks.1.att.r_k": torch.zeros(64)}, r"blocks\.1\.att\.r_k"),
     "integers": (lambda t: t | {"ln_out.bias": torch.zeros(64, dtype=torch.int8)}, r"ln_out\.bias.*int8"),
     "x060": (other_version(keys=("time_maa_x", "time_maa_w1", "time_decay", "time_faaaa", "gate.weight")), "x060"),
     "x052": (other_version(keys=("time_mix_g", "time_decay", "time_faaaa", "gate.weight")), "x052"),
