@@ -1,4 +1,4 @@
-"""pissa_rwkv: fine-tune RWKV-7 language models with PiSSA. The whole of it, in one file to be read from top to bottom.
+"""pissa_rwkv: fine-tune RWKV-7, 6 and 5 with PiSSA. The whole of it, in one file to be read from top to bottom.
 
 A trained matrix W acts mostly along few directions. PiSSA takes these out, W = W_res + B A, trains A and B, and freezes
 the rest. The run starts exactly where the base model is; what is trained are one or two numbers in a hundred, those
@@ -36,7 +36,10 @@ Names. Parameters are called as in the files of the RWKV world; locals bear the 
     g; g1 g2                output gate                         (B,T,A)         g
     v_first; v0 v1 v2       layer 0's value, mixed into all others'             v_0
     r_k                     bonus of the token itself           (H,N)           rho
-    x_r ... x_g             token-shift weights mu              (1,1,C)         mu
+    x_r ... x_g             token-shift weights mu, of x_{t-1}  (1,1,C)         mu
+    time_maa_*, time_mix_*  the same in x060; in x052 of x_t    (1,1,C)         mu
+    time_decay; *_w1 *_w2   x060, x052: the raw decay logit w   (1,1,A); (H,N)  omega, lambda
+    time_faaaa              u, the bonus in x060 and x052       (H,N)           u
     ln_x                    group norm, one group a head        (A)
     lora_A, lora_B          an adapter's factors A, B           (r,in), (out,r) A, B
     sigma                   singular values (S is taken)        (r)             S
@@ -138,12 +141,12 @@ class Config:
     """What one run does. An empty string or 0 means: taken from the base file, the data or the machine."""
 
     # the base model
-    load_model: str = opt("", "base model, a .pth of RWKV-7; without one, --peft none pretrains a new model")
-    version: str = opt("", "architecture; read from the base file (new models: x070)", "my_testing")
+    load_model: str = opt("", "base model, a .pth of RWKV-7, 6 or 5; without one, --peft none pretrains a new model")
+    version: str = opt("", "x070, x060 or x052; read from the base file (new models: x070)", "my_testing")
     n_layer: int = opt(0, "layers; read from the base file (new models: 12)")
     n_embd: int = opt(0, "embedding width; read from the base file (new models: 768)")
-    dim_att: int = opt(0, "attention width; equals n_embd in x070")
-    dim_ffn: int = opt(0, "width of the channel mixing; read from the base file (new models: 4 n_embd)")
+    dim_att: int = opt(0, "attention width; read from the base file (new models: n_embd)")
+    dim_ffn: int = opt(0, "width of the channel mixing; read from the base file (new models: 4 n_embd; before x070 3.5)")
     head_size: int = opt(0, "channels of a head; read from the base file (new models: 64)", "head_size_a")
     pre_ffn: bool = opt(False, "x052, x060: block 0 has a channel mixing for time mixing; read from the base file")
     head_qk: int = opt(0, "width of a head that copies earlier tokens; read from the base file")
@@ -207,7 +210,7 @@ class Config:
     epoch_save: int = opt(1, "save after every so many epochs, and after the last")
     save_steps: int = opt(0, "also write what --resume needs every so many steps")
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
-    auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch")
+    auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch", "merge")
     sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
     sample_len: int = opt(100, "tokens of that sample")
     sample_top_p: float = opt(0.5, "nucleus of that sample; 0 takes the likeliest token always")
@@ -234,7 +237,6 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
     "avg_loss": "a step's loss is always the mean over its learnt tokens",
     "compile": "the operators are compiled already",
     **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
-    "merge": "--auto_merge does that",
     "train_type": "--peft says what is trained",
     "chunk_ctx": "--ctx_len is the length of a row",
     "sft_split": "--data_file names the file",
@@ -314,8 +316,8 @@ def read_json(option: str, text: str) -> dict[str, Any]:
 
 
 # ======================================================================================================================
-# 2. The WKV operator: a memory S that maps keys to values and is corrected by a delta rule, one token after another.
-#    The definition is here; `wkv7_cuda/` holds programs that compute the same faster.
+# 2. The WKV operator: a memory S that maps keys to values. Every token makes it fade and writes to it; in RWKV-7 what
+#    was stored under a key is taken out first. The definitions are here; `wkv7_cuda/` computes the same faster.
 # ======================================================================================================================
 
 
