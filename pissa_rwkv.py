@@ -146,7 +146,7 @@ class Config:
     n_layer: int = opt(0, "layers; read from the base file (new models: 12)")
     n_embd: int = opt(0, "embedding width; read from the base file (new models: 768)")
     dim_att: int = opt(0, "attention width; read from the base file (new models: n_embd)")
-    dim_ffn: int = opt(0, "width of the channel mixing; read from the base file (new models: 4 n_embd; before x070 3.5)")
+    dim_ffn: int = opt(0, "width of the channel mixing; read from the base file (new models: 4 or 3.5 n_embd)")
     head_size: int = opt(0, "channels of a head; read from the base file (new models: 64)", "head_size_a")
     pre_ffn: bool = opt(False, "x052, x060: block 0 has a channel mixing for time mixing; read from the base file")
     head_qk: int = opt(0, "width of a head that copies earlier tokens; read from the base file")
