@@ -57,12 +57,12 @@ PEERS = {  # name -> (devices, dtypes, what loads it); an operator of ours with 
     "wind_rwkv": (("cuda",), (torch.bfloat16,), wind_rwkv),
     "rwkv_ops": (("cuda",), (torch.bfloat16,), rwkv_ops),
 }
-STATEFUL = {*wkv7_cuda.OPS, "torch"}  # these take an initial state and give gradients to it
+STATEFUL = {*wkv7_cuda.OPS["wkv7"], "torch"}  # these take an initial state and give gradients to it
 
 
 def loaders(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Callable]]:
     """Name -> what loads it, for all that may run on the device."""
-    ours = {op: lambda op=op: wkv7_cuda.load(op) for op in wkv7_cuda.OPS}
+    ours = {op: lambda op=op: wkv7_cuda.load(op) for op in wkv7_cuda.OPS["wkv7"]}
     peers = {name: load for name, (devices, dtypes, load) in PEERS.items() if device in devices and dtype in dtypes}
     return peers | ours
 

@@ -33,8 +33,10 @@ class Step(NamedTuple):
 
 
 BUILD = """
-import wkv7_cuda, sequential
-for name, load in [*((op, lambda op=op: wkv7_cuda.load(op)) for op in wkv7_cuda.OPS), ("sequential", sequential.load)]:
+import functools, wkv7_cuda, sequential
+ours = {f"{recurrence} {op}": functools.partial(wkv7_cuda.load, op, recurrence)
+        for recurrence, ops in wkv7_cuda.OPS.items() for op in ops}
+for name, load in (ours | {"sequential": sequential.load}).items():
     try:
         load()
         print(name, "built", flush=True)
@@ -44,7 +46,7 @@ for name, load in [*((op, lambda op=op: wkv7_cuda.load(op)) for op in wkv7_cuda.
 SMALL = """
 import contestants, torch, wkv, wkv7_cuda
 for dtype in (torch.bfloat16, torch.float32):
-    for name in (op for op in wkv7_cuda.OPS if op.startswith("cuda")):
+    for name in (op for op in wkv7_cuda.OPS['wkv7'] if op.startswith("cuda")):
         f = wkv7_cuda.load(name)
         for shape in ((1, 1, 1), (1, 33, 2), (2, 80, 1)):
             wkv.results(f, wkv.make(shape, dtype, "cuda"), True)
