@@ -55,8 +55,10 @@ import ast
 import copy
 import difflib
 import errno
+import glob
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -68,6 +70,7 @@ import shutil
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import weakref
@@ -145,11 +148,12 @@ class Config:
     dim_att: int = opt(0, "attention width; equals n_embd in x070")
     dim_ffn: int = opt(0, "width of the channel mixing; read from the base file (new models: 4 n_embd)")
     head_size: int = opt(0, "channels of a head; read from the base file (new models: 64)", "head_size_a")
-    vocab_size: int = opt(0, "vocabulary; read from the base file (new models: 65536 world, 256 byte)")
+    vocab_size: int = opt(0, "vocabulary; read from the base file (new models: 65536 world, 256 byte, or the data's)")
     # data
-    data_file: str = opt("", "corpus: .jsonl, .txt, or a binidx prefix; for dummy the family, base or shift")
-    data_type: str = opt("", "binidx, jsonl, sft, utf-8 or dummy; read off data_file")
+    data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family, base or shift")
+    data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img or dummy; read off data_file")
     sft_fields: tuple = opt(("question", "answer"), "sft: the fields that become user and assistant", "sft_field")
+    img_side: int = opt(64, "wds_img: pixels a side of the square an image becomes; tokens 1 (black) to 255", "my_img_size")
     tokenizer: str = opt("", "world or byte; world where the vocabulary has 65536 tokens")
     vocab_file: str = opt("", "the World vocabulary; found in the `rwkv` package")
     dataload: str = opt("", "sampler: pad, only or get; pad, and get where the corpus is one long document")
@@ -1323,14 +1327,17 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
     return Corpus(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
 
 
-def read_text(path: str) -> str:
-    """A file of UTF-8 text."""
+def read_text(path: str, encoding: str = "utf-8") -> str:
+    """A file of text. (Some editors begin it with a mark, which is left out.)"""
     try:
-        return Path(path).read_text("utf-8-sig")                      # (as UTF-8; some editors begin it with a mark)
+        text = Path(path).read_text(encoding)
     except UnicodeDecodeError as e:
-        raise Fatal(f"{path}: not UTF-8 text (byte {e.start})") from None
+        raise Fatal(f"{path}: not {encoding.upper()} text (byte {e.start}: {e.reason})") from None
     except OSError as e:
         raise Fatal(f"{path}: cannot be read ({e.strerror})") from None
+    if text.startswith("\ufffe"):                                     # the mark, its two bytes the other way round
+        raise Fatal(f"{path}: UTF-16 with the high byte first; --data_type utf-16le has the low byte first")
+    return text.removeprefix("\ufeff")
 
 
 def read_lines(path: str, fields: tuple[str, ...]) -> Iterator[list[str]]:
@@ -1365,8 +1372,8 @@ def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     return from_texts((chat(*row) for row in read_lines(path, tuple(cfg.sft_fields))), tokenizer, path)
 
 
-def read_utf8(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    return from_texts([text] if (text := read_text(path)) else [], tokenizer, path)
+def read_plain(path: str, tokenizer: ByteTokenizer, cfg: Config, encoding: str = "utf-8") -> Corpus:
+    return from_texts([text] if (text := read_text(path, encoding)) else [], tokenizer, path)
 
 
 # ---------------------------------------------------------------- generated tasks: nothing to download, exact answers
@@ -1421,7 +1428,8 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     idx, bin = Path(prefix + ".idx"), Path(prefix + ".bin")
     for file in (idx, bin):
         if not file.is_file():
-            raise Fatal(f"--data_file {path}: no such file {file}; binidx is a pair, .bin and .idx")
+            raise Fatal(f"--data_file {path}: no such file {file}; binidx is a pair, .bin and .idx"
+                        " (a file of raw 16-bit tokens is --data_type uint16)")
     data = idx.read_bytes()
     if data[:9] != IDX_MAGIC or len(data) < 34:
         raise Fatal(f"{idx}: not the index of a binidx corpus (it begins with {data[:9]!r}); --make_binidx writes one")
@@ -1441,33 +1449,145 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     return Corpus(np.memmap(bin, IDX_DTYPE[code], "r"), starts)
 
 
+# ---------------------------------------------------------------------------------- streams of tokens, without an index
+
+
+def pieces(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """A long stream piece by piece: where each begins, and its tokens."""
+    return ((at, tokens[at: at + (1 << 24)]) for at in range(0, len(tokens), 1 << 24))
+
+
+def from_stream(tokens: np.ndarray) -> Corpus:
+    """Every token 0 ends a document; what follows the last is one more, without its 0."""
+    ends = [at + 1 + np.flatnonzero(piece == 0) for at, piece in pieces(tokens)]
+    return Corpus(tokens, np.unique(np.concatenate([[0], *ends, [len(tokens)]])))
+
+
+def read_numpy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    """A .npy of integers in one dimension, memory-mapped. Nothing pickled is loaded."""
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as e:
+        raise Fatal(f"{path}: no .npy of tokens, or damaged ({first_line(e)})") from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
+        raise Fatal(f"{path}: an array {list(tokens.shape)} of {tokens.dtype}; integers in one dimension are wanted")
+    return from_stream(tokens)
+
+
+def read_uint16(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    """Nothing but tokens of two bytes, the low one first."""
+    if (size := Path(path).stat().st_size) % 2 or not size:
+        raise Fatal(f"{path}: {size} bytes; tokens of two bytes each are wanted")
+    return from_stream(np.memmap(path, "<u2", "r"))
+
+
+# ------------------------------------------------------------------------------------------ images: pixels are tokens
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+def shards(path: str) -> Iterator[str]:
+    """The files a name stands for: one, a folder's .tar, or those of a pattern: x-{000..012}.tar, x-*.tar."""
+    if Path(path).is_dir():
+        yield from sorted(map(str, Path(path).glob("*.tar")))
+    elif span := re.search(r"\{(\d+)\.\.(\d+)\}", path):
+        for i in range(int(span[1]), int(span[2]) + 1):
+            yield from shards(f"{path[:span.start()]}{i:0{len(span[1])}}{path[span.end():]}")
+    else:
+        yield from [path] if Path(path).exists() else sorted(glob.glob(path)) or [path]
+
+
+def images(shard: str) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of every image in a tar. Nothing is written to disk."""
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.isfile() and Path(member.name).suffix.lower() in IMAGES:
+                    yield member.name, tar.extractfile(member).read()
+    except Exception as e:             # tarfile and the decompressors below it have many ways to say it
+        raise Fatal(f"{shard}: cannot be read as a tar ({first_line(e)})") from None
+
+
+def pixels(image: bytes, side: int) -> np.ndarray:
+    """An image as tokens (side * side), row after row: cut to a square, scaled by means, in grey levels from 1 to 255.
+
+    Black, level 0, is told as 1: token 0 ends a document.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(image)) as opened:
+        if opened.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits a pixel; save it with 8")
+        grey = ImageOps.fit(opened.convert("L"), (side, side), Image.Resampling.BOX)
+    return np.maximum(np.asarray(grey).reshape(-1), 1)
+
+
+def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    """WebDataset's tar shards: every image is a document, and the captions beside them are not read."""
+    if importlib.util.find_spec("PIL") is None:
+        raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed:"
+                    " `pip install 'pissa_rwkv[image]'`")
+    documents = []
+    for shard in tqdm(shards(path), "reading images", leave=False, disable=None):
+        for name, image in images(shard):
+            try:
+                documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
+            except Exception as e:     # Pillow meets nonsense with OSError, SyntaxError, struct.error and others
+                raise Fatal(f"{shard}: {name} is no image, or damaged ({first_line(e)})") from None
+    if not documents:
+        raise Fatal(f"--data_file {path}: holds no image ({', '.join(IMAGES)})")
+    return Corpus(np.concatenate(documents), np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1))
+
+
 CORPUS: dict[str, Callable[[str, ByteTokenizer, Config], Corpus]] = {
-    "binidx": read_binidx, "jsonl": read_jsonl, "sft": read_sft, "utf-8": read_utf8, "dummy": read_dummy,
+    "binidx": read_binidx, "jsonl": read_jsonl, "sft": read_sft, "utf-8": read_plain,
+    "utf-16le": partial(read_plain, encoding="utf-16le"), "numpy": read_numpy, "uint16": read_uint16,
+    "wds_img": read_wds_img, "dummy": read_dummy,
 }
+OF_TOKENS = ("binidx", "numpy", "uint16")                             # somebody else's tokenizer made these
 
 
 def data_type_of(cfg: Config, path: str) -> str:
-    """--data_type, or what the file's name says."""
+    """--data_type, or what the file's name says. (A .bin alone may be half of a binidx: it is not taken for uint16.)"""
     if cfg.data_type or not path:
         return cfg.data_type or "dummy"
-    by_suffix = {".jsonl": "jsonl", ".txt": "utf-8", ".md": "utf-8", ".bin": "binidx", ".idx": "binidx"}
+    by_suffix = {".jsonl": "jsonl", ".txt": "utf-8", ".md": "utf-8", ".bin": "binidx", ".idx": "binidx",
+                 ".npy": "numpy", ".tar": "wds_img"}
     if Path(path).suffix in by_suffix:
         return by_suffix[Path(path).suffix]
     if Path(path + ".idx").exists():
         return "binidx"
+    if any(Path(path).glob("*.tar")):
+        return "wds_img"
     raise Fatal(f"--data_file {path}: its name does not tell what it is; say so with --data_type ({', '.join(CORPUS)})")
+
+
+def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
+    return pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
 
 
 def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
     """The corpus of a file, with every token checked against the vocabulary."""
-    corpus = pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
-    for at in range(0, len(corpus.tokens), 1 << 24):
-        piece = corpus.tokens[at: at + (1 << 24)]
+    corpus = read_any(cfg, path, tokenizer)
+    for at, piece in pieces(corpus.tokens):
         bad = np.flatnonzero((piece < 0) | (piece >= tokenizer.vocab_size))
         if len(bad):
             raise Fatal(f"--data_file {path}: token {piece[bad[0]]} at position {at + bad[0]} is outside the vocabulary"
                         f" of {tokenizer.vocab_size}; was it made with another tokenizer?")
     return corpus
+
+
+def vocabulary_of_data(cfg: Config) -> int:
+    """What a new model's vocabulary must hold where the data are tokens and nobody says of which tokenizer: the first
+    power of two above the largest, from 256 on. Otherwise --vocab_size, maybe 0."""
+    if cfg.vocab_size or cfg.tokenizer or data_type_of(cfg, cfg.data_file) not in OF_TOKENS:
+        return cfg.vocab_size
+    corpora = [read_any(cfg, path, ByteTokenizer()) for path in (cfg.data_file, cfg.val_file) if path]
+    largest = max(int(piece.max()) for corpus in corpora for _, piece in pieces(corpus.tokens))
+    vocab_size = min(max(256, 1 << largest.bit_length()), 1 << 20)    # (what is beyond is an error, not a token)
+    say(f"vocabulary: {vocab_size}, since the largest token of the data is {largest}; --vocab_size or --tokenizer can"
+        " say otherwise")
+    return vocab_size
 
 
 def split(corpus: Corpus, share: float) -> tuple[Corpus, Corpus]:
@@ -1981,7 +2101,7 @@ def check(cfg: Config) -> None:
     pick(STRATEGY, "--strategy", cfg.strategy)
     for part in cfg.train_parts:
         pick(dict.fromkeys(("emb", "head", "time", "ln")), "--train_parts", part)
-    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
+    for name in ("ctx_len", "img_side", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
         if getattr(cfg, name) < 1:
             raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
     for name in ("lr_init", "lr_final", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay", "grad_clip",
@@ -2000,7 +2120,7 @@ def check(cfg: Config) -> None:
     if not cfg.adam_eps > 0:
         raise Fatal(f"--adam_eps {cfg.adam_eps}: a number above 0 is wanted")
     if not cfg.data_file and cfg.data_type != "dummy":
-        raise Fatal("--data_file is missing: a .jsonl, a .txt or a binidx prefix; or --data_type dummy")
+        raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
     if cfg.peft != "none" and not cfg.load_model:
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
     if cfg.peft == "pissa" and bool(cfg.adapter_load) > bool(cfg.adapter_init):
@@ -2016,6 +2136,8 @@ def check(cfg: Config) -> None:
         raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
+    elif cfg.mask_id:
+        say("--mask_id has no effect without --loss_mask se")
     if cfg.peft == "pissa" and cfg.lr_init > 1e-4:
         say(f"--lr_init {cfg.lr_init:g} is high for PiSSA, which moves the main directions of a matrix; 1e-4 is usual")
 
@@ -2080,7 +2202,7 @@ def build(cfg: Config) -> Run | None:
     check(cfg)
     cfg, device, dtype = setup(cfg)
     tensors = read_pth(cfg.load_model, "--load_model") if cfg.load_model else {}
-    arch = detect(tensors, cfg.load_model) if tensors else new_arch(cfg)
+    arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
     check_arch(cfg, arch)
     folder = None if cfg.dry_run else open_folder(cfg)
     tokenizer = load_tokenizer(cfg, arch.vocab_size)

@@ -452,6 +452,17 @@ def test_validation_and_sample(command, out, capsys, monkeypatch):
     assert f"\nline {P.generate(run.model, run.tokenizer, 'line ', 7)}\n" in said and said.count("\nline ") == 2
 
 
+def test_a_validation_file_is_held_out_whole(command, out, tmp_path, capsys):
+    """And its type is told by its own name."""
+    (tmp_path / "held.txt").write_text("a text that is nowhere else")
+    mask_id = '{"mask0": "x", "mask1": "y"}'
+    run = P.build(P.parse(command(f"--val_file {tmp_path}/held.txt --mask_id '{mask_id}'")))
+    assert bytes(run.held_out.corpus.tokens.tolist()) == b"a text that is nowhere else\0"
+    said = capsys.readouterr().out
+    assert "held out: 1 documents, 28 tokens, 4 rows a pass (pad)" in said
+    assert "--mask_id has no effect without --loss_mask se" in said
+
+
 @pytest.mark.parametrize("options", [
     "", "--peft lora --rank 7", "--peft none", "--train_parts emb head time ln", "--precision bf16 --grad_cp 1"])
 def test_dry_run_counts_right_and_writes_nothing(command, place, out, capsys, options):
