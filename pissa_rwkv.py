@@ -153,7 +153,7 @@ class Config:
     data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family, base or shift")
     data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img or dummy; read off data_file")
     sft_fields: tuple = opt(("question", "answer"), "sft: the fields that become user and assistant", "sft_field")
-    img_side: int = opt(64, "wds_img: pixels a side of each image, cut to a square; tokens 1 (black) to 255", "my_img_size")
+    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square; tokens 1 (black) to 255", "my_img_size")
     tokenizer: str = opt("", "world or byte; world where the vocabulary has 65536 tokens")
     vocab_file: str = opt("", "the World vocabulary; found in the `rwkv` package")
     dataload: str = opt("", "sampler: pad, only or get; pad, and get where the corpus is one long document")
