@@ -213,7 +213,7 @@ class Config:
     sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
     sample_len: int = opt(100, "tokens of that sample")
     sample_top_p: float = opt(0.5, "nucleus of that sample; 0 takes the likeliest token always")
-    wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`)")
+    wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`); WANDB_MODE=offline needs no network")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
     vram_gb: float = opt(0.0, "dry_run: size of the card to fill, in 10^9 bytes; that of the GPU at hand")
 
@@ -2134,6 +2134,8 @@ def check(cfg: Config) -> None:
                     f" {cfg.peft} with --quant {cfg.quant}")
     if cfg.emb_on_cpu and (cfg.peft == "none" or "emb" in cfg.train_parts):
         raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install 'pissa_rwkv[wandb]'`")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
     elif cfg.mask_id:
@@ -2349,6 +2351,13 @@ class Logger:
             write_whole(self.losses, lambda file: file.write(kept.encode()))
         self.wandb = load_wandb(run.cfg)
 
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        if self.wandb:
+            self.wandb.finish(exit_code=int(kind is not None))
+
     def step(self, **row: Any) -> None:
         row = {k: v if math.isfinite(v) else None for k, v in row.items()}               # JSON knows no NaN
         self.append(self.losses, json.dumps(row))
@@ -2368,13 +2377,18 @@ class Logger:
 
 
 def load_wandb(cfg: Config) -> Any:
+    """A run of Weights & Biases, whose files are all in proj_dir; None without --wandb."""
     if not cfg.wandb:
         return None
+    import wandb
+
+    folder = Path(cfg.proj_dir).absolute()
+    os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")   # its logs would go to the home folder
     try:
-        import wandb
-    except ImportError:
-        raise Fatal("--wandb: the package is not installed: `pip install wandb`") from None
-    return wandb.init(project=cfg.wandb, config=asdict(cfg), dir=cfg.proj_dir)
+        return wandb.init(project=cfg.wandb, name=folder.name, config=asdict(cfg), dir=str(folder))
+    except Exception as e:             # of wandb's own and of those of what it stands on
+        raise Fatal(f"--wandb {cfg.wandb}: {first_line(e)} (WANDB_MODE=offline logs into {cfg.proj_dir}, from where"
+                    " `wandb sync` sends it later)") from None
 
 
 def train_step(run: Run, lr: float) -> dict[str, Any]:
@@ -2428,12 +2442,13 @@ def evaluate(model: RWKV, loader: Loader, device: str) -> float:
 
 def train(run: Run) -> None:
     """The loop: set the learning rate, make a step, log it; at the end of an epoch validate, sample and save."""
-    cfg, log = run.cfg, Logger(run)
+    cfg = run.cfg
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.device):.4f}")
     run.model.train()
     pace = 0.1 if sys.stderr.isatty() else 30.0                       # seconds from one look of the bar to the next
-    with Stop() as stop, tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace) as bar:
+    with (Logger(run) as log, Stop() as stop,
+          tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace) as bar):
         while run.step < run.steps and not stop.asked:
             began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
             row = train_step(run, lr)

@@ -23,7 +23,7 @@ setup(
     extras_require={
         "test": [
             "pytest", "rwkv==0.8.32", "triton", "ruff==0.17.6", "safetensors", "matplotlib", "bitsandbytes==0.50.2",
-            "Pillow",
+            "Pillow", "wandb",
         ],
         "tokenizer": ["rwkv"],
         "plot": ["matplotlib"],

@@ -348,7 +348,6 @@ OPTIONS = [
     ("negative seed", "--random_seed -1", "--random_seed -1"),
     ("val_split of 1", "--val_split 1", "--val_split 1"),
     ("negative val_split", "--val_split -0.1", "--val_split -0.1"),
-    ("wandb that is not installed", "--wandb x", "--wandb|pip install wandb"),
     ("pissa_load without pissa_init", "--pissa_config '{\"pissa_load\": \"run/rwkv-0.pth\"}'", "pissa_load|pissa_init"),
 ]
 NEW_MODEL = [
