@@ -17,7 +17,7 @@ The file follows a run; a section uses only what stands above it:
      4 frozen weights   how untrained matrices are held; nf4, int8          QUANT, FrozenLinear
      5 adapters         PiSSA, LoRA                                         PiSSALinear, top_singular, add_adapters
      6 data             readers -> one stream; samplers; masks              Corpus, Loader
-     7 loss             cross-entropy without all the logits                HeadLoss
+     7 loss             cross-entropy without all the logits; chunks        HeadLoss, batch_losses
      8 optimiser        AdamW on one flat buffer; schedules                 ZeroAdamW, lr_at
      9 files            written whole or not at all; merging                save, merge
     10 training         the loop, resuming, generating, the demonstration   build, train, generate, main
@@ -165,6 +165,9 @@ class Config:
     make_binidx: str = opt("", "only convert this .jsonl (of --data_type jsonl or sft) into binidx, then stop")
     # the length of the run
     ctx_len: int = opt(1024, "tokens of a training row")
+    train_type: str = opt("normal", "normal: a row at once; infctx: in chunks that pass on their state")
+    chunk_ctx: int = opt(0, "infctx: tokens of a chunk (0: 512); memory follows it instead of ctx_len")
+    chunk_grad: str = opt("truncated", "infctx: gradients reach back in the chunk (truncated) or over the row (full)")
     micro_bsz: int = opt(4, "rows of a micro-batch")
     accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step")
     epoch_steps: int = opt(0, "optimiser steps of an epoch; one pass over the corpus")
@@ -238,8 +241,6 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
     **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
     **dict.fromkeys(["pre_ffn", "head_qk"], "RWKV-7 has no such part"),
     "merge": "--auto_merge does that",
-    "train_type": "--peft says what is trained",
-    "chunk_ctx": "--ctx_len is the length of a row",
     "sft_split": "--data_file names the file",
 }
 
@@ -441,6 +442,9 @@ class BlockState:
         H, N, C = arch.n_head, arch.head_size, arch.n_embd
         S = like.new_zeros(B, H, N, N, dtype=torch.promote_types(like.dtype, torch.float32))
         return BlockState(like.new_zeros(B, C), S, like.new_zeros(B, C))
+
+    def detach(self) -> BlockState:
+        return BlockState(self.att.detach(), self.wkv.detach(), self.ffn.detach())
 
 
 def shift(x: Tensor, last: Tensor) -> Tensor:
@@ -1689,6 +1693,14 @@ class Batch:
     def to(self, device: str) -> Batch:
         return Batch(self.inputs.to(device), self.learnt.to(device), self.targets.to(device), self.rows)
 
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """The batch cut behind every `size` tokens of its rows; the last piece may be shorter."""
+        row, at = self.learnt // self.inputs.shape[1], self.learnt % self.inputs.shape[1]  # (M)
+        for start in range(0, self.inputs.shape[1], size):
+            inputs, inside = self.inputs[:, start: start + size], (start <= at) & (at < start + size)
+            learnt = row * inputs.shape[1] + at - start
+            yield Batch(inputs, learnt[inside], self.targets[inside], self.rows)
+
 
 class Loader:
     """Batches of a corpus. The n-th row is a function of n and the seed: a position is all that resuming needs."""
@@ -1799,10 +1811,58 @@ class HeadLoss(torch.autograd.Function):
         return dx, None if dW is None else dW * (g / ctx.n), None, None
 
 
-def batch_loss(model: RWKV, batch: Batch, n: int) -> Tensor:
-    """The share that a micro-batch has in the loss of an optimiser step with n learnt tokens."""
-    x, _ = model(batch.inputs)                                                            # (B,T,C)
-    return HeadLoss.apply(x.flatten(0, 1)[batch.learnt], model.head.weight, batch.targets, n)
+def chunk_loss(
+    model: RWKV, chunk: Batch, n: int, states: list[BlockState] | None
+) -> tuple[Tensor, list[BlockState]]:
+    """The share that a chunk has in the loss of an optimiser step with n learnt tokens, and the states after it."""
+    chunk = chunk.to(model.head.weight.device)
+    x, states = model(chunk.inputs, states)                                               # (B,T,C)
+    return HeadLoss.apply(x.flatten(0, 1)[chunk.learnt], model.head.weight, chunk.targets, n), states
+
+
+def truncated(model: RWKV, chunks: list[Batch], n: int) -> Iterator[Tensor]:
+    """A loss for each chunk, to be differentiated before the next is asked for: then it is let go. The states that a
+    chunk begins with are constants to it. Where nothing is learnt, only the states go on."""
+    states = None
+    for chunk in chunks:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and len(chunk.learnt) > 0):
+            loss, states = chunk_loss(model, chunk, n, states)
+        states = [state.detach() for state in states]
+        if len(chunk.learnt):
+            yield loss
+
+
+def full(model: RWKV, chunks: list[Batch], n: int) -> Iterator[Tensor]:
+    """One loss, whose gradient goes back through all states. What stays of a chunk are the states it began with: the
+    rest is computed again in backward, one chunk at a time, for one more forward pass."""
+    total, states = 0.0, None
+    for chunk in chunks:
+        loss, states = checkpoint(chunk_loss, model, chunk, n, states, use_reentrant=False)
+        total = total + loss
+    yield total
+
+
+CHUNK_GRAD: dict[str, Callable[[RWKV, list[Batch], int], Iterator[Tensor]]] = {"truncated": truncated, "full": full}
+TRAIN_TYPE: dict[str, Callable[[Config], int]] = {  # -> tokens of a row that go through the model at a time
+    **dict.fromkeys(("normal", "none", "state"), lambda cfg: cfg.ctx_len),
+    "infctx": lambda cfg: cfg.chunk_ctx or min(512, cfg.ctx_len),
+}
+
+
+def batch_losses(model: RWKV, batch: Batch, n: int, cfg: Config) -> Iterator[Tensor]:
+    """The share that a micro-batch has in the loss of an optimiser step with n learnt tokens, as one or more summands:
+    backward is called on each before the next is asked for. The sum does not depend on the chunks.
+
+    Of a batch that is one chunk, --chunk_grad has nothing to say.
+    """
+    chunks = [*batch.chunks(TRAIN_TYPE[cfg.train_type](cfg))]
+    return CHUNK_GRAD[cfg.chunk_grad if len(chunks) > 1 else "truncated"](model, chunks, n)
+
+
+def backward_passes(cfg: Config) -> int:
+    """How many an optimiser step makes, at most; their gradients are added."""
+    chunks = -(-cfg.ctx_len // TRAIN_TYPE[cfg.train_type](cfg)) if cfg.chunk_grad == "truncated" else 1
+    return cfg.accumulate_grad_batches * chunks
 
 
 # ======================================================================================================================
@@ -1848,7 +1908,7 @@ class ZeroAdamW:
         self.working = torch.cat([p.detach().reshape(-1) for _, p in self.named])
         self.master = self.working if self.working.dtype.itemsize >= 4 else self.working.float()
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.grad = torch.zeros_like(self.working if cfg.accumulate_grad_batches == 1 else self.master)
+        self.grad = torch.zeros_like(self.working if backward_passes(cfg) == 1 else self.master)
         for name, p in self.named:
             p.data = self.working[self.where[name]].view(p.shape)
             p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
@@ -2099,6 +2159,8 @@ def check(cfg: Config) -> None:
     pick(QUANT, "--quant", cfg.quant)
     pick(SCHEDULE, "--lr_schedule", cfg.lr_schedule)
     pick(STRATEGY, "--strategy", cfg.strategy)
+    pick(TRAIN_TYPE, "--train_type", cfg.train_type)
+    pick(CHUNK_GRAD, "--chunk_grad", cfg.chunk_grad)
     for part in cfg.train_parts:
         pick(dict.fromkeys(("emb", "head", "time", "ln")), "--train_parts", part)
     for name in ("ctx_len", "img_side", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
@@ -2134,6 +2196,12 @@ def check(cfg: Config) -> None:
                     f" {cfg.peft} with --quant {cfg.quant}")
     if cfg.emb_on_cpu and (cfg.peft == "none" or "emb" in cfg.train_parts):
         raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
+    if cfg.train_type == "infctx" and not 0 <= cfg.chunk_ctx <= cfg.ctx_len:
+        raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; up to --ctx_len {cfg.ctx_len} is wanted")
+    if cfg.train_type == "state" and cfg.peft != "state":
+        raise Fatal(f"--train_type state: that is --peft state here, and this is --peft {cfg.peft}")
+    if cfg.train_type != "infctx" and (cfg.chunk_ctx or cfg.chunk_grad != Config.chunk_grad):
+        say("--chunk_ctx and --chunk_grad have no effect without --train_type infctx")
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install 'pissa_rwkv[wandb]'`")
     if cfg.loss_mask == "se":
@@ -2282,8 +2350,8 @@ def adapt(
 
 @torch.no_grad()
 def first_loss(model: RWKV, loader: Loader) -> float:
-    batch = loader.batch(0).to(model.head.weight.device)
-    return batch_loss(model.eval(), batch, max(1, len(batch.learnt))).item()
+    batch = loader.batch(0)
+    return sum(loss.item() for loss in batch_losses(model.eval(), batch, max(1, len(batch.learnt)), loader.cfg))
 
 
 def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any]) -> None:
@@ -2395,13 +2463,13 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
     """One optimiser step. A loss or gradient that is not finite changes nothing; three such steps end the run."""
     cfg, optimiser = run.cfg, run.optimiser
     numbers = range(run.step * cfg.accumulate_grad_batches, (run.step + 1) * cfg.accumulate_grad_batches)
-    batches = [run.loader.batch(i).to(run.device) for i in numbers]
+    batches = [run.loader.batch(i) for i in numbers]
     n = max(1, sum(len(batch.learnt) for batch in batches))
     loss = 0.0
     for batch in batches:
-        share = batch_loss(run.model, batch, n)
-        (share * run.loss_scale).backward()
-        loss += share.item()
+        for share in batch_losses(run.model, batch, n, cfg):
+            (share * run.loss_scale).backward()
+            loss += share.item()
     norm = optimiser.norm() / run.loss_scale
     if math.isfinite(loss) and math.isfinite(norm):
         clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
@@ -2428,13 +2496,13 @@ def skip(run: Run, loss: float, rows: list[int]) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: RWKV, loader: Loader, device: str) -> float:
+def evaluate(model: RWKV, loader: Loader) -> float:
     """Mean loss over every learnt token of a corpus."""
     model.eval()
     total = learnt = 0
     for i in tqdm(range(-(-loader.pass_rows // loader.bsz)), "validation", leave=False, disable=None):
-        batch = loader.batch(i, last=loader.pass_rows).to(device)
-        total += batch_loss(model, batch, 1).item()
+        batch = loader.batch(i, last=loader.pass_rows)
+        total += sum(loss.item() for loss in batch_losses(model, batch, 1, loader.cfg))
         learnt += len(batch.learnt)
     model.train()
     return total / max(1, learnt)
@@ -2444,7 +2512,7 @@ def train(run: Run) -> None:
     """The loop: set the learning rate, make a step, log it; at the end of an epoch validate, sample and save."""
     cfg = run.cfg
     if run.held_out:
-        say(f"held-out loss before: {evaluate(run.model, run.held_out, run.device):.4f}")
+        say(f"held-out loss before: {evaluate(run.model, run.held_out):.4f}")
     run.model.train()
     pace = 0.1 if sys.stderr.isatty() else 30.0                       # seconds from one look of the bar to the next
     with (Logger(run) as log, Stop() as stop,
@@ -2481,7 +2549,7 @@ def end_epoch(run: Run, log: Logger, epoch: int, lr: float) -> None:
     log.epoch(epoch, loss, lr)
     line = f"epoch {epoch}: loss {loss:.4f}"
     if run.held_out:
-        held_out = evaluate(run.model, run.held_out, run.device)
+        held_out = evaluate(run.model, run.held_out)
         log.step(step=run.step - 1, epoch=epoch, val_loss=held_out)
         line += f", held out {held_out:.4f}"
     say(line)
@@ -2618,7 +2686,7 @@ class Rehearsal:
                     else:
                         add_adapter(model, name, cfg, {}, {}, torch.Generator())
             optimiser = ZeroAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), cfg)
-            loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "meta")
+            loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")      # (their place is counted when they are used)
             self.run = Run(cfg, "meta", arch, None, loader, None, model, optimiser, {}, 1)
         self.loading, self.held = self.peak.most, self.peak.live
 
@@ -2715,9 +2783,9 @@ def demo(cfg: Config) -> None:
         say(f"\n{2 if peft == 'pissa' else 3}. {peft} of rank 8 adapts it to the same questions in other words.")
         run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5,
                             lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), auto_merge=peft == "pissa"))
-        before = evaluate(run.model, run.held_out, run.device), exact_match(run.model, run.held_out, run.device)
+        before = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
         train(run)
-        after = evaluate(run.model, run.held_out, run.device), exact_match(run.model, run.held_out, run.device)
+        after = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
         results[peft] = before, after, run
     before, _, run = results["pissa"]
     say("\n   held out                  loss    exact answers\n"
