@@ -17,7 +17,8 @@ import pissa_rwkv as P
 
 FLAGS = """load_model proj_dir data_file n_layer n_embd micro_bsz epoch_save epoch_steps ctx_len pissa_config data_type
 vocab_size epoch_count epoch_begin pre_ffn head_qk lr_init lr_final warmup_steps beta1 beta2 adam_eps accelerator
-devices precision strategy grad_cp my_testing dataload loss_mask fla op peft quant train_parts wandb lr_schedule""".split()
+devices precision strategy grad_cp my_testing dataload loss_mask fla op peft quant train_parts wandb lr_schedule
+""".split()
 MERGE_FLAGS = "base_model lora_init pissa_init lora_checkpoint pissa_checkpoint output type quant".split()
 
 TEXTS = ["User: hello there\n\nAssistant: hi", "one more line of text", "User: 2+2?\n\nAssistant: 4", "and a last one"]
@@ -236,7 +237,7 @@ def test_grad_cp(build, place):
         run, kept = build(proj_dir=place / str(grad_cp), grad_cp=grad_cp), []
         batch = run.loader.batch(0)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
-            losses.append(P.batch_loss(run.model, batch, len(batch.learnt)).item())
+            losses += [loss.item() for loss in P.batch_losses(run.model, batch, len(batch.learnt), run.cfg)]
         held.append(sum(kept))
         assert len(batch.rows) == 2
     assert losses[0] == losses[1] and held[1] < held[0] / 3
@@ -327,7 +328,7 @@ def test_pissa_config(train, place):
     rough = train(proj_dir=place / "rough", pissa_config='{"pissa_r":6,"svd_niter":1}')
     R = P.read_pth(rough.folder / "init_pissa.pth", "")
     assert (W - R[f"{MATRIX}.init_lora_B"] @ R[f"{MATRIX}.init_lora_A"]).norm() > exact * (1 + 1e-6)
-    paths = {f"pissa_{x}": str(place / "out" / name) for x, name in (("load", "rwkv-0.pth"), ("init", "init_pissa.pth"))}
+    paths = {"pissa_load": str(place / "out" / "rwkv-0.pth"), "pissa_init": str(place / "out" / "init_pissa.pth")}
     again = train(proj_dir=place / "again", epoch_steps=1, lr_init=0, lr_final=0,
                   pissa_config=json.dumps(paths | {"pissa_r": 6}))
     assert torch.equal(again.model.get_submodule(MATRIX).lora_A, trained[f"{MATRIX}.lora_A"])
