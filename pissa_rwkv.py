@@ -179,15 +179,17 @@ class Config:
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
     layerwise_lr: bool = opt(True, "learning rate x2 for time_decay, x3 for time_first")
     # adapters
-    peft: str = opt("pissa", "pissa, lora, or none (every parameter is trained)")
+    peft: str = opt("pissa", "what is trained: pissa, lora, bone (disha), state, or none (no adapters: everything)")
     rank: int = opt(32, "rank of the adapters")
     svd_niter: int = opt(4, "PiSSA: power iterations of the fast SVD; 0 is the exact SVD")
     lora_alpha: float = opt(32.0, "LoRA: its output is scaled by alpha / rank")
     lora_dropout: float = opt(0.0, "LoRA: dropout on its input")
+    bone_mode: str = opt("bone", "bone: bone, or bat, whose update is multiplied with the matrix")
     adapter_load: str = opt("", "start from these adapters, a rwkv-<N>.pth")
     adapter_init: str = opt("", "PiSSA: the init_pissa.pth that belongs to adapter_load")
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
+    bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
     train_parts: tuple = opt(("auto",), "also trained: parameters named so (emb, head, time, ln), or nothing; auto:"
                              " time ln with adapters, everything with none")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
@@ -220,6 +222,8 @@ JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
                      "pissa_r": "rank", "svd_niter": "svd_niter"},
     "lora_config": {"lora_load": "adapter_load",
                     "lora_r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+    "bone_config": {f"{prefix}{key}": name for prefix in ("bone_", "")
+                    for key, name in {"load": "adapter_load", "r": "rank", "mode": "bone_mode"}.items()},
 }
 WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothing is lost
     **dict.fromkeys("ds_bucket_mb num_nodes enable_progress_bar fp32_logits num_workers persistent_workers"
@@ -284,6 +288,7 @@ def parse(argv: list[str]) -> Config:
         if given["op"] not in ("", "fla"):
             raise Fatal(f"--fla is short for --op fla, and --op {given['op']} is given too: give one of them")
         given["op"] = "fla"
+    given["peft"] = {"disha": "bone"}.get(given["peft"], given["peft"])  # RWKV-PEFT renamed it
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name) is not None:
             say(f"--{name} has no effect here: {reason}")
@@ -1168,6 +1173,68 @@ class PiSSALinear(LoRALinear):
         return in_slabs(torch.empty_like(W), lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
 
 
+BONE_MODES = ("bone", "bat")
+
+
+class BoneLinear(Adapter):
+    """y = x (W + dW)^T, with dW put together from one D that starts at zero (Bone, or DiSHA, arXiv 2409.15371). With W
+    (out,in) in blocks W[a,b] of r x r, and x in pieces x[b] of r:
+
+        bone   D (r,out):       dW[o,j] = D[j mod r, o]               y = x W^T + (sum of x[b]) D
+        bat    D (in/r,r,r):    dW[a,b] = W[a,b] D[b] + D[b]          y[a] = sum of W[a,b] (x[b] + z[b]) + sum of z[b]
+                                                                      with z[b] = D[b] x[b]
+
+    where W is what is multiplied with, quantised or not: bat's product with it is taken on x's side, and no second
+    matrix is made. In bone the last piece of x is filled up with zeros. Files call D `disha`; older ones, `bone`.
+    """
+
+    names = ("disha",)
+
+    @classmethod
+    def describe(cls, cfg: Config) -> dict[str, Any]:
+        return {"rank": cfg.rank, "mode": cfg.bone_mode}
+
+    @staticmethod
+    def ranks(shape: torch.Size, cfg: Config) -> Sequence[int]:
+        common = math.gcd(*shape)
+        fitting = {"bone": range(1, shape[1] + 1), "bat": [r for r in range(1, common + 1) if common % r == 0]}
+        return fitting[cfg.bone_mode]
+
+    @staticmethod
+    def shapes(shape: torch.Size, cfg: Config) -> dict[str, tuple[int, ...]]:
+        r = cfg.rank
+        return {"disha": {"bone": (r, shape[0]), "bat": (shape[1] // r, r, r)}[cfg.bone_mode]}
+
+    @staticmethod
+    def fits(shape: torch.Size, disha: Tensor) -> bool:
+        if disha.dim() == 2:
+            return disha.shape[1] == shape[0]
+        pieces, r = disha.shape[:2]
+        return disha.shape == (shape[1] // r, r, r) and pieces * r == shape[1] and shape[0] % r == 0
+
+    @staticmethod
+    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
+        return {x: W.new_zeros(shape) for x, shape in BoneLinear.shapes(W.shape, cfg).items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        D, r = self.disha, self.disha.shape[-2]
+        lacking = -x.shape[-1] % r
+        pieces = (F.pad(x, (0, lacking)) if lacking else x).unflatten(-1, (-1, r))        # (B,T,in/r,r)
+        if D.dim() == 2:
+            return self.frozen(x) + pieces.sum(-2) @ D
+        z = torch.einsum("bij,...bj->...bi", D, pieces)                                   # (B,T,in/r,r)
+        y = self.frozen(x + z.flatten(-2)).unflatten(-1, (-1, r))                         # (B,T,out/r,r)
+        return (y + z.sum(-2, keepdim=True)).flatten(-2)
+
+    @staticmethod
+    def delta(W: Tensor, scale: float, disha: Tensor) -> Tensor:
+        D, r = disha, disha.shape[-2]
+        if D.dim() == 2:
+            return D.T.repeat(1, -(-W.shape[1] // r))[:, :W.shape[1]]
+        blocks = W.view(-1, r, W.shape[1] // r, r)                                        # (out/r,r,in/r,r)
+        return (torch.einsum("aibk,bkj->aibj", blocks, D) + D.transpose(0, 1)).reshape(W.shape)
+
+
 class Method(NamedTuple):
     """A way to adapt a model."""
 
@@ -1183,6 +1250,7 @@ class Method(NamedTuple):
 EVERYTHING = ""                                                       # a part that every name contains
 ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln")),
            "lora": Method(LoRALinear, ("time", "ln")),
+           "bone": Method(BoneLinear, ("time", "ln")),
            "none": Method(Adapter, (EVERYTHING,), whole=True)}
 
 
@@ -1851,7 +1919,7 @@ class ZeroAdamW:
         def kind(item: tuple[str, nn.Parameter]) -> tuple[float, float]:
             name, p = item
             scale = next((s for part, s in LAYERWISE_LR.items() if part in name and cfg.layerwise_lr), 1.0)
-            matrix = name.endswith((".weight", ".lora_A", ".lora_B")) and sum(n > 1 for n in p.shape) > 1
+            matrix = name.endswith((".weight", ".lora_A", ".lora_B", ".disha")) and sum(n > 1 for n in p.shape) > 1
             return scale, cfg.weight_decay if matrix else 0.0
 
         self.named = sorted(named, key=kind)
@@ -1993,8 +2061,8 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = 
 
 
 def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names."""
-    tensors = {name.removeprefix("model."): t for name, t in read_pth(path, what).items()}
+    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
+    tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
     about = tensors.pop(DESCRIPTION, None)
     return tensors, json.loads(bytes(about.tolist())) if about is not None else {}
 
@@ -2122,6 +2190,7 @@ def check(cfg: Config) -> None:
     """Everything that is wrong with the options by themselves, before any file is touched."""
     pick(ADAPTER, "--peft", cfg.peft)
     pick(QUANT, "--quant", cfg.quant)
+    pick(dict.fromkeys(BONE_MODES), "--bone_mode", cfg.bone_mode)
     pick(SCHEDULE, "--lr_schedule", cfg.lr_schedule)
     pick(STRATEGY, "--strategy", cfg.strategy)
     for part in cfg.train_parts:
