@@ -424,6 +424,7 @@ class Arch:
     head_size: int                                                    # N
     vocab_size: int                                                   # V
     ranks: tuple[tuple[str, int], ...]                                # of the built-in low-rank maps
+    time_state: bool = False                                          # blocks know with which memory a text begins
 
     @property
     def n_head(self) -> int:
@@ -476,7 +477,9 @@ class TimeMix(nn.Module):
         super().__init__()
         self.arch, self.layer, self.wkv = arch, layer, wkv
         C, A = arch.n_embd, arch.dim_att
-        parameters_of(self, self.shapes())
+        H, N = arch.n_head, arch.head_size
+        self.register_parameter("time_state", None)                   # (H,N value,N key): S_0, where it is not zero
+        parameters_of(self, self.shapes() | ({"time_state": (H, N, N)} if arch.time_state else {}))
         self.receptance = Linear(C, A)
         self.key = Linear(C, A)
         self.value = Linear(C, A)
@@ -592,6 +595,11 @@ class Block(nn.Module):
         self.att = TIME_MIX[arch.version](arch, layer, wkv)
         self.ffn = CHANNEL_MIX[arch.version](arch, layer)
 
+    def first_state(self, zeros: BlockState) -> BlockState:
+        """At the beginning of a text: nothing, but for a memory that was learnt."""
+        S = self.att.time_state
+        return zeros if S is None else replace(zeros, wkv=S.to(zeros.wkv).expand_as(zeros.wkv))
+
     def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor, BlockState]:
         """x (B,T,C) -> x (B,T,C), v_first (B,T,A), the state after the last token."""
         h = self.ln1(x)
@@ -616,7 +624,8 @@ class RWKV(nn.Module):
     def forward(self, tokens: Tensor, states: list[BlockState] | None = None) -> tuple[Tensor, list[BlockState]]:
         """tokens (B,T) -> what the head reads (B,T,C), and the state of every block after the last token."""
         x = self.blocks[0].ln0(self.emb(tokens.to(self.emb.weight.device)).to(self.head.weight))  # (B,T,C)
-        states = states or [BlockState.zeros(self.arch, len(tokens), x)] * self.arch.n_layer
+        zeros = BlockState.zeros(self.arch, len(tokens), x)
+        states = states or [block.first_state(zeros) for block in self.blocks]
         v_first, after = None, []
         for block, state in zip(self.blocks, states, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
@@ -728,7 +737,7 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     A, F = (tensors[f"blocks.0.{mix}.key.weight"].shape[0] for mix in ("att", "ffn"))
     if A != H * N:
         raise Fatal(f"--load_model {path}: its attention is {A} wide, but has {H} heads of {N}")
-    return Arch(version, len(layers), C, A, F, N, V, tuple(sorted(ranks.items())))
+    return Arch(version, len(layers), C, A, F, N, V, tuple(sorted(ranks.items())), "blocks.0.att.time_state" in tensors)
 
 
 def new_arch(cfg: Config) -> Arch:
@@ -1240,17 +1249,19 @@ class Method(NamedTuple):
 
     layer: type[Adapter]                                              # what takes a frozen matrix's place
     parts: tuple[str, ...]                                            # what is trained besides: --train_parts auto
+    state: bool = False                                               # blocks are given a time_state, and it is trained
     whole: bool = False                                               # its files are whole models
 
     def is_own(self, name: str) -> bool:
         """Whether a parameter is the method's, and so trained whatever --train_parts says."""
-        return name.rpartition(".")[2] in self.layer.names
+        return name.rpartition(".")[2] in (*self.layer.names, *(["time_state"] if self.state else []))
 
 
 EVERYTHING = ""                                                       # a part that every name contains
 ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln")),
            "lora": Method(LoRALinear, ("time", "ln")),
            "bone": Method(BoneLinear, ("time", "ln")),
+           "state": Method(Adapter, (), state=True),
            "none": Method(Adapter, (EVERYTHING,), whole=True)}
 
 
@@ -1267,6 +1278,14 @@ def adapted(model: RWKV) -> dict[str, Linear]:
     factors, which are small and decide how memory decays.
     """
     return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, Linear)}
+
+
+def begin(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tuple[Arch, dict[str, Tensor]]:
+    """The model to be adapted and its tensors: the base's, and for state tuning zeros where it has no time_state."""
+    arch = replace(arch, time_state=arch.time_state or ADAPTER[cfg.peft].state)
+    names = [f"blocks.{i}.att.time_state" for i in range(arch.n_layer)] if ADAPTER[cfg.peft].state else []
+    zeros = torch.zeros(arch.n_head, arch.head_size, arch.head_size)
+    return arch, tensors | {name: zeros for name in names if name not in tensors}
 
 
 def to_freeze(model: RWKV, cfg: Config) -> dict[str, Linear]:
@@ -2091,11 +2110,14 @@ def merge(
 
     `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of what was
     left what training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is
-    what other programs read a model from.
+    what other programs read a model from; but a time_state that was trained comes to the base's.
     """
     left, merged, layer = dict(trained), {}, method.layer
     for name, W in tqdm(base.items(), "merging", leave=False, disable=None):
         module, new = name.removesuffix(".weight"), W
+        state = name.replace("att.receptance.weight", "att.time_state")
+        if method.state and state not in base:                        # in a file it stands before receptance
+            merged[state] = merged_state(left, state, W)
         if name in left:
             new = left.pop(name)
         elif name.startswith("blocks.") and module != name and W.dim() == 2:
@@ -2112,6 +2134,16 @@ def merge(
     if left:
         raise Fatal(f"the checkpoint holds {some(left)}, which the base lacks")
     return merged
+
+
+def merged_state(left: dict[str, Tensor], name: str, receptance: Tensor) -> Tensor:
+    """Takes a block's time_state (H,N,N) from what is left of a checkpoint; the matrix (H N,C) tells size and dtype."""
+    if name not in left:
+        raise Fatal(f"the checkpoint lacks {name}")
+    S = left.pop(name)
+    if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(receptance):
+        raise Fatal(f"{name} is {list(S.shape)} in the checkpoint; the base's attention is {len(receptance)} wide")
+    return S.to(receptance.dtype).contiguous()
 
 
 def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
@@ -2156,6 +2188,9 @@ def merge_files(
     # (RWKV-PEFT, which describes nothing, computes in bf16.)
     held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
     write(Path(output), merge(tensors, taken, trained, method, scale, held))
+    if method.state:
+        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6, and ignores that of RWKV-7: there"
+            f" pass what is in {checkpoint} as its state")
 
 
 # ======================================================================================================================
@@ -2311,6 +2346,8 @@ def build(cfg: Config) -> Run | None:
         held_out = Loader(held_out, tokenizer, replace(cfg, dataload="pad", data_shuffle=False))
     say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches))
+    base = fingerprint(tensors) if tensors else "new"
+    arch, tensors = begin(arch, tensors, cfg)
     if folder is None:
         dry_run(cfg, arch, loader, epoch_steps, device, dtype)
         return None
@@ -2320,7 +2357,6 @@ def build(cfg: Config) -> Run | None:
         fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
     else:
         model = model.to_empty(device="cpu").initialise().to(device, dtype)
-    base = fingerprint(tensors) if tensors else "new"
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     saved = folder / "resume.pth"
     resumed, old = read_described(saved, "--resume") if cfg.resume and saved.exists() else ({}, {})
@@ -2377,6 +2413,9 @@ def take_parts(model: RWKV, method: Method, load: dict[str, Tensor], path: str) 
         if part is None or part.numel() != t.numel():
             raise Fatal(f"{path}: {name} does not fit this model; is it of this --peft?")
         part.data = t.to(part.device, part.dtype).view(part.shape)
+    missing = [name for name in parameters if load and method.is_own(name) and name not in load]
+    if missing:
+        raise Fatal(f"{path}: lacks {some(missing)}; is it of this --peft?")
 
 
 @torch.no_grad()
