@@ -2330,7 +2330,7 @@ def open_folder(cfg: Config) -> Path:
 def build(cfg: Config) -> Run | None:
     """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
     check(cfg)
-    cfg, device, dtype = setup(cfg)
+    cfg, device, dtype = setup(from_whole_model(cfg))
     tensors = read_pth(cfg.load_model, "--load_model") if cfg.load_model else {}
     arch = detect(tensors, cfg.load_model) if tensors else new_arch(cfg)
     check_arch(cfg, arch)
@@ -2369,6 +2369,12 @@ def build(cfg: Config) -> Run | None:
     return run
 
 
+def from_whole_model(cfg: Config) -> Config:
+    """Where the files of a method are whole models, going on from one is to take it as the base."""
+    file = cfg.adapter_load or (str(Path(cfg.proj_dir) / f"rwkv-{cfg.epoch_begin - 1}.pth") if cfg.epoch_begin else "")
+    return replace(cfg, load_model=file, adapter_load="") if file and ADAPTER[cfg.peft].whole else cfg
+
+
 def adapt(
     model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -2381,7 +2387,7 @@ def adapt(
     init_path, load_path = cfg.adapter_init, cfg.adapter_load
     if resumed or (cfg.epoch_begin and not load_path):
         init_path = str(folder / "init_pissa.pth") if method.layer.taken else ""
-        load_path = "" if resumed else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
+        load_path = "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
     init, about_init = read_described(init_path, "pissa_init") if init_path else ({}, {})
     load, about_load = read_described(load_path, "adapter_load") if load_path else ({}, {})
     for path, found in ((init_path, about_init), (load_path, about_load)):
@@ -2408,11 +2414,11 @@ def take_parts(model: RWKV, method: Method, load: dict[str, Tensor], path: str) 
     parameters = dict(model.named_parameters())
     for name, t in load.items():
         part = parameters.get(name)
-        if part is None and (method.is_own(name) or name in UNUSED):
+        if part is None and method.is_own(name):
             continue
         if part is None or part.numel() != t.numel():
             raise Fatal(f"{path}: {name} does not fit this model; is it of this --peft?")
-        part.data = t.to(part.device, part.dtype).view(part.shape)
+        part.data.copy_(t.view(part.shape))
     missing = [name for name in parameters if load and method.is_own(name) and name not in load]
     if missing:
         raise Fatal(f"{path}: lacks {some(missing)}; is it of this --peft?")
