@@ -15,7 +15,7 @@ The file follows a run; a section uses only what stands above it:
      2 the operator     the delta-rule memory as a recurrence               wkv7_ref, wkv6_ref
      3 the model        time mixing, channel mixing, loading, detection     RWKV, TimeMix_x070, detect, fill
      4 frozen weights   how untrained matrices are held; nf4, int8          QUANT, FrozenLinear
-     5 adapters         PiSSA, LoRA                                         PiSSALinear, top_singular, add_adapters
+     5 adapters         PiSSA, LoRA, Bone; state tuning                     ADAPTER, PiSSALinear, add_adapters
      6 data             readers -> one stream; samplers; masks              Corpus, Loader
      7 loss             cross-entropy without all the logits                HeadLoss
      8 optimiser        AdamW on one flat buffer; schedules                 ZeroAdamW, lr_at
@@ -40,11 +40,14 @@ Names. Parameters are called as in the files of the RWKV world; locals bear the 
     ln_x                    group norm, one group a head        (A)
     lora_A, lora_B          an adapter's factors A, B           (r,in), (out,r) A, B
     sigma                   singular values (S is taken)        (r)             S
+    disha                   Bone's matrix D                     (r,out)         D
+    time_state              S_0, where it is learnt             (H,N value,N key)
     codes; absmax, scale    what a quantised matrix is held as  (n/2); (n/64)
     row; micro-batch; step  what one sequence, one backward, one update take
     n                       learnt tokens of an optimiser step
 
 References: RWKV-7 "Goose" arXiv 2503.14456 - RWKV-5/6 "Eagle and Finch" 2404.05892 - PiSSA 2404.02948 - LoRA 2106.09685
+- DiSHA, Bone 2409.15371
 - nf4, QLoRA 2305.14314 - dynamic 8-bit code 1511.04561 - randomised SVD 0909.4061 - AdamW 1711.05101 - ZeRO 1910.02054.
 """
 
@@ -1005,7 +1008,8 @@ class FrozenLinear(nn.Module):
 
 
 # ======================================================================================================================
-# 5. Adapters: two thin matrices beside each frozen one. LoRA starts them at nothing, PiSSA at the matrix's main part.
+# 5. Adapters: a few numbers beside each frozen matrix. LoRA's and Bone's start at nothing, PiSSA's at the matrix's main
+#    part. State tuning leaves the matrices alone and trains what the memory holds when a text begins.
 # ======================================================================================================================
 
 OVERSAMPLE = 8                                                        # directions that the last singular values need
@@ -1182,7 +1186,7 @@ class PiSSALinear(LoRALinear):
         return in_slabs(torch.empty_like(W), lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
 
 
-BONE_MODES = ("bone", "bat")
+BONE_MODES = ("bone", "bat")                                          # the forms that its update has
 
 
 class BoneLinear(Adapter):
@@ -1416,7 +1420,7 @@ def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[s
     if unsplit:
         say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
-    if shares:
+    if any(error for error, *_ in shares.values()):
         say(f"{cfg.peft}, quant {cfg.quant}: what the start is off by, |W - W'| / |W| by type, in brackets if W itself"
             " were quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
@@ -2189,8 +2193,8 @@ def merge_files(
     held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
     write(Path(output), merge(tensors, taken, trained, method, scale, held))
     if method.state:
-        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6, and ignores that of RWKV-7: there"
-            f" pass what is in {checkpoint} as its state")
+        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there pass"
+            f" what is in {checkpoint} as its state")
 
 
 # ======================================================================================================================
