@@ -59,10 +59,12 @@ QUANT = P.QUANT | {"legacy_int8": P.Quant(hold_legacy_int8, read_legacy_int8)}
 def parser() -> argparse.ArgumentParser:
     p = Parser("merge.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--type", required=True, choices=["pissa", "lora"], help="what was trained")
+    p.add_argument("--type", required=True, choices=[name for name, m in P.ADAPTER.items() if not m.whole],
+                   help="what was trained")
     p.add_argument("--base_model", required=True, help="the model that was adapted")
     p.add_argument("--lora_init", "--pissa_init", default="", help="PiSSA: init_pissa.pth of the run")
-    p.add_argument("--lora_checkpoint", "--pissa_checkpoint", required=True, help="rwkv-<N>.pth of the run")
+    p.add_argument("--lora_checkpoint", *(f"--{x}_checkpoint" for x in ("pissa", "bone", "peft", "state")),
+                   required=True, help="rwkv-<N>.pth of the run")
     p.add_argument("--output", required=True, help="where the full model goes")
     p.add_argument("--quant", default="", help=f"what the base was held as: {', '.join(QUANT)}; ours know that")
     p.add_argument("--lora_alpha", type=float, help="LoRA: alpha; a checkpoint of pissa_rwkv knows its own")
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line about what the user can mend."""
     try:
         args = parser().parse_args(argv)
-        if args.type == "pissa" and not args.lora_init:
+        if P.ADAPTER[args.type].layer.taken and not args.lora_init:
             raise Fatal("--lora_init is missing: PiSSA took a part out of the base, and init_pissa.pth says which")
         if Path(args.output).exists():
             raise Fatal(f"--output {args.output} exists already; name another file")
