@@ -215,31 +215,42 @@ struct GradientTiles : OutputTiles<PARTS> {
 
 // ---------------------------------------------------------------------------------------------- the stages of a chunk
 
-// Tokens first .. first + 31 of one head's [B,T,H,N] -> tile, bf16 without waiting; zeros from token T on.
+// A chunk of one head's [B,T,H,N] -> tile, bf16 without waiting; x: its first token, stride: from one token to the next.
+// Of the chunk `tokens` exist; for the others there are zeros.
 template <typename IO>
-__device__ void fetch(Tile<parts<IO>, L>& tile, const IO* x, int64_t stride, int64_t first, int64_t T) {
+__device__ void fetch(Tile<parts<IO>, L>& tile, const IO* x, int stride, int tokens) {
     constexpr int UNIT = std::is_same_v<IO, bf16> ? 8 : 4;  // numbers a thread fetches at once
 #pragma unroll
     for (int part = 0; part < L * N / UNIT / THREADS; part++) {
         const int n = part * THREADS + threadIdx.x, t = n / (N / UNIT), column = n % (N / UNIT) * UNIT;
-        const IO* from = x + (first + t) * stride + column;
+        const IO* from = x + (t * stride + column);
         if constexpr (std::is_same_v<IO, bf16>) {
-            cp_async16(at(tile.part[0], t, column), from, first + t < T);
+            cp_async16(at(tile.part[0], t, column), from, t < tokens);
         } else {
-            const Quad<IO> quad = first + t < T ? *reinterpret_cast<const Quad<IO>*>(from) : Quad<IO>::pack(0, 0, 0, 0);
+            const Quad<IO> quad = t < tokens ? *reinterpret_cast<const Quad<IO>*>(from) : Quad<IO>::pack(0, 0, 0, 0);
             const float4 y = quad.unpack();
             tile.set_pair(t, column, y.x, y.y), tile.set_pair(t, column + 2, y.z, y.w);
         }
     }
 }
+// The same as numbers of IO [L][64], over a tile that is done with.
 template <typename IO>
-__device__ void write_out(const Tile<parts<IO>, L>& tile, IO* x, int64_t stride, int64_t first, int64_t T) {
+__device__ void fetch_raw(void* tile, const IO* x, int stride, int tokens) {
+    constexpr int UNIT = 16 / sizeof(IO);
+#pragma unroll
+    for (int part = 0; part < L * N / UNIT / THREADS; part++) {
+        const int n = part * THREADS + threadIdx.x, t = n / (N / UNIT), column = n % (N / UNIT) * UNIT;
+        cp_async16(static_cast<IO*>(tile) + n * UNIT, x + (t * stride + column), t < tokens);
+    }
+}
+template <typename IO>
+__device__ void write_out(const Tile<parts<IO>, L>& tile, IO* x, int stride, int tokens) {
 #pragma unroll
     for (int part = 0; part < L * N / 4 / THREADS; part++) {
         const int n = part * THREADS + threadIdx.x, t = n / (N / 4), column = n % (N / 4) * 4;
         const float2 low = tile.get_pair(t, column), high = tile.get_pair(t, column + 2);
-        if (first + t < T) {
-            *reinterpret_cast<Quad<IO>*>(x + (first + t) * stride + column) =
+        if (t < tokens) {
+            *reinterpret_cast<Quad<IO>*>(x + (t * stride + column)) =
                 Quad<IO>::pack(low.x, low.y, high.x, high.y);
         }
     }
@@ -247,9 +258,9 @@ __device__ void write_out(const Tile<parts<IO>, L>& tile, IO* x, int64_t stride,
 
 // d of this lane's key in the 16 tokens of a step, from w of the first one; those beyond `tokens` decay by nothing.
 template <typename IO>
-__device__ void decays(float (&d)[STEP], const IO* w, int64_t stride, int64_t tokens) {
+__device__ void decays(float (&d)[STEP], const IO* w, int stride, int tokens) {
 #pragma unroll
-    for (int t = 0; t < STEP; t++) d[t] = t < tokens ? expf(-expf(to_float(w[t * stride]))) : 1.0f;
+    for (int t = 0; t < STEP; t++, w += stride) d[t] = t < tokens ? expf(-expf(to_float(*w))) : 1.0f;
 }
 
 // Q, K (what the mode needs of them) and P of 16 tokens, a key j a lane.
@@ -420,13 +431,14 @@ __device__ void diagonal(GradientTiles<PARTS>& tiles, const Block (&D)[4], int s
 // dr dk dw of 16 tokens, a key j a lane; returns what they add to du. at: the step's first token and this key in
 // [B,T,H,N]. The sums over pairs go down in t and, for each t, down in s; then, for all s < t,
 //     old = k_s d(s,t)      new_s = sum_(z>t) C_zs r_z d(t,z)      after t:  new_s <- new_s d_t + C_ts r_t
-// and at t = s what new_s has become is the sum in dk_s.
+// and at t = s what new_s has become is the sum in dk_s. X is gathered where d was, dQ where dQ is.
 template <typename IO>
-__device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x, int step, int j, int64_t at,
-                          int64_t stride, int64_t tokens) {
-    float(*dQ)[N] = tiles.dQK[0] + STEP * step, (*dK)[N] = tiles.dQK[1] + STEP * step;
+__device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x, int step, int j, int64_t at, int stride,
+                          int tokens) {
+    const IO(*w)[N] = reinterpret_cast<const IO(*)[N]>(&tiles.Q) + STEP * step;
+    float(*dQ)[N] = tiles.dQK[0] + STEP * step, (*dK)[N] = tiles.dQK[1] + STEP * step, (*X)[N] = tiles.d + STEP * step;
     const float(*C)[STEP] = tiles.C[step];
-    float k[STEP], d[STEP], X[STEP], newer[STEP];
+    float k[STEP], d[STEP], newer[STEP];
     float leaving = 0.0f, before = 1.0f;
 #pragma unroll
     for (int n = 0; n < WARPS; n++) leaving += tiles.SD[step][n][j];
@@ -434,16 +446,17 @@ __device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x,
 #pragma unroll
     for (int t = 0; t < STEP; t++) {
         const int row = STEP * step + t;
-        k[t] = tiles.k.get(row, j), d[t] = tiles.d[row][j], newer[t] = 0.0f;
-        X[t] = leaving;
+        k[t] = tiles.k.get(row, j), d[t] = X[t][j], newer[t] = 0.0f;
+        X[t][j] = leaving;
         leaving += tiles.K.get(row, j) * dK[t][j];
         dQ[t][j] *= before;
         before *= d[t];
     }
     const float u = tiles.u[j];
+    at += (STEP - 1) * stride;
     float behind = 1.0f, arriving = 0.0f, du = 0.0f;
 #pragma unroll
-    for (int t = STEP - 1; t >= 0; t--) {
+    for (int t = STEP - 1; t >= 0; t--, at -= stride) {
         const float r = tiles.r.get(STEP * step + t, j), C_tt = C[t][t];
         float dr = dQ[t][j] + C_tt * u * k[t], dk = behind * dK[t][j] + C_tt * u * r + newer[t];
         float across = 0.0f, product = 1.0f;
@@ -455,15 +468,15 @@ __device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x,
             newer[s] = newer[s] * d[t] + C[t][s] * r;
             product *= d[s];
         }
-        X[t] += arriving + across * d[t];
+        const float all = X[t][j] + arriving + across * d[t];
         arriving += r * dQ[t][j];
         behind *= d[t];
         du += C_tt * r * k[t];
         if (t < tokens) {
-            const int64_t place = at + t * stride;
-            x.dr[place] = from_float<IO>(dr), x.dk[place] = from_float<IO>(dk);
+            x.dr[at] = from_float<IO>(dr), x.dk[at] = from_float<IO>(dk);
             // from w = 5 on d, and with it X, is 0; exp(w) alone would overflow
-            x.dw[place] = from_float<IO>(-expf(fminf(to_float(x.w[place]), 80.0f)) * X[t]);
+            const float rate = expf(fminf(to_float(w[t][j]), 80.0f));
+            x.dw[at] = from_float<IO>(-rate * all);
         }
     }
     return du;
@@ -481,20 +494,23 @@ struct Traits {
     static constexpr size_t smem = sizeof(Tiles);
 };
 
-// At least 2 blocks fit into a multiprocessor of an H100, in bf16 3: registers must suffice for them too.
+// So many blocks fit into the 227 KB of an H100's multiprocessor; registers must suffice for them too.
 template <Mode MODE, typename IO>
-__global__ void __launch_bounds__(THREADS, parts<IO> == 1 ? 3 : 2) wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
+__global__ void __launch_bounds__(THREADS, parts<IO> == 1 && MODE != GRADIENTS ? 3 : 2) wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
     using M = Traits<MODE, IO>;
     constexpr int PARTS = M::PARTS;
     typename M::Tiles& tiles = *reinterpret_cast<typename M::Tiles*>(dyn_smem());
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // so that nvcc knows it is the same in all lanes
     const int its_step = warp / 2, half = warp % 2, j = 32 * half + threadIdx.x % 32;
     // Of each head all segments; but nothing asks how the walk's last one changes the state.
-    const int64_t each = sizes.segments() - !M::outputs;
-    const int64_t head = blockIdx.x / each, segment = blockIdx.x % each + (MODE == LOCAL_MIRRORED);
+    const unsigned each = sizes.segments() - !M::outputs;
+    const int64_t head = blockIdx.x / each;
+    const unsigned segment = blockIdx.x % each + (MODE == LOCAL_MIRRORED);
     const int64_t cell = head * sizes.segments() + segment;
-    const int64_t first = segment * sizes.segment_chunks, end = lesser(first + sizes.segment_chunks, sizes.chunks());
-    const int64_t T = sizes.T, stride = sizes.H * N, offset = sizes.offset(head);
+    const int first = segment * sizes.segment_chunks;  // a chunk's number; below, the count of this segment's
+    const int count = lesser(sizes.segment_chunks, sizes.chunks() - first);
+    const int stride = sizes.H * N;
+    const int64_t offset = sizes.offset(head);
     const auto& reads = M::mirror ? tiles.K : tiles.Q;   // what the state is multiplied with
     const auto& writes = M::mirror ? tiles.Q : tiles.K;  // and what is written into it
 
@@ -504,16 +520,18 @@ __global__ void __launch_bounds__(THREADS, parts<IO> == 1 ? 3 : 2) wkv6_walk_ker
         load_state(S, x.start + cell * N * N, warp);
         if (threadIdx.x < N) tiles.u[threadIdx.x] = to_float(x.u[head % sizes.H * N + threadIdx.x]);
     }
-    for (int64_t n = 0; first + n < end; n++) {
-        const int64_t chunk = M::mirror ? end - 1 - n : first + n, token = chunk * L, its_token = token + STEP * its_step;
+    for (int n = 0; n < count; n++) {
+        const int chunk = first + (M::mirror ? count - 1 - n : n);
+        const int64_t token = int64_t{chunk} * L, at = offset + token * stride;
+        const int tokens = lesser(sizes.T - token, L), its_at = STEP * its_step * stride + j;
         __syncthreads();  // all is done with the chunk before
-        if constexpr (MODE != LOCAL) fetch<IO>(tiles.r, x.r + offset, stride, token, T);
-        if constexpr (MODE != LOCAL_MIRRORED) fetch<IO>(tiles.k, x.k + offset, stride, token, T);
-        if constexpr (M::gradients) fetch<IO>(tiles.v, x.v + offset, stride, token, T);
-        fetch<IO>(tiles.in, (M::mirror ? x.dy : x.v) + offset, stride, token, T);
+        if constexpr (MODE != LOCAL) fetch<IO>(tiles.r, x.r + at, stride, tokens);
+        if constexpr (MODE != LOCAL_MIRRORED) fetch<IO>(tiles.k, x.k + at, stride, tokens);
+        if constexpr (M::gradients) fetch<IO>(tiles.v, x.v + at, stride, tokens);
+        fetch<IO>(tiles.in, (M::mirror ? x.dy : x.v) + at, stride, tokens);
         cp_async_commit();
         float d[STEP];
-        decays(d, x.w + offset + its_token * stride + j, stride, T - its_token);
+        decays(d, x.w + at + its_at, stride, tokens - STEP * its_step);
         cp_async_wait<0>();
         __syncthreads();  // inputs are here
         factors<MODE>(tiles, d, its_step, j);
@@ -531,7 +549,7 @@ __global__ void __launch_bounds__(THREADS, parts<IO> == 1 ? 3 : 2) wkv6_walk_ker
             product(dQ, tiles.in, tiles.S[its_step], its_step, half);
             __syncthreads();  // nobody needs S of others any more, nor dY
         }
-#pragma unroll
+#pragma unroll 1  // both at once take more registers than there are
         for (int i = 0; i < STEPS; i++) {
             const int step = M::mirror ? STEPS - 1 - i : i;
             const Parts<PARTS> in = take<left_t>(tiles.in, STEP * step, 16 * warp);
@@ -559,16 +577,19 @@ __global__ void __launch_bounds__(THREADS, parts<IO> == 1 ? 3 : 2) wkv6_walk_ker
         }
         if constexpr (M::outputs) {
             __syncthreads();
-            write_out<IO>(tiles.in, x.out + offset, stride, token, T);
+            write_out<IO>(tiles.in, x.out + at, stride, tokens);
         } else if (threadIdx.x < N) {
             for (int step = 0; step < STEPS; step++) all *= tiles.P[step][threadIdx.x];
         }
         if constexpr (M::gradients) {
+            fetch_raw(&tiles.Q, x.w + at, stride, tokens);  // once more: dw needs it
+            cp_async_commit();
             product(dK, tiles.v, tiles.S[its_step], its_step, half);
-            __syncthreads();  // nobody needs D any more
+            cp_async_wait<0>();
+            __syncthreads();  // w is here; nobody needs D any more
             put_sums(tiles.dQK[0], dQ, its_step, half), put_sums(tiles.dQK[1], dK, its_step, half);
             __syncwarp();
-            du += channels(tiles, x, its_step, j, offset + its_token * stride + j, stride, T - its_token);
+            du += channels(tiles, x, its_step, j, at + its_at, stride, tokens - STEP * its_step);
         }
     }
     if constexpr (!M::outputs) {
