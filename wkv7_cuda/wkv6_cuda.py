@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import build, op
+from . import build, op, wkv6_chunk
+from .cuda import verify
 from .fast import segment_chunks
 from .nvcc import DTYPES, aligned, call, check_gpu, open_library
 
@@ -29,9 +30,10 @@ def load(ready: bool = True) -> op.WKV6:
     if ready:
         capability = check_gpu("cuda")
         if capability < CAPABILITY:
-            raise build.BuildError(f"the cuda operator of wkv6 needs sm_80, not sm_{''.join(map(str, capability))}")
+            found = "sm_{}{}".format(*capability)
+            raise build.BuildError(f"the cuda operator of wkv6 needs a GPU of sm_80, not {found}: take another, {build.REMEDY}")
         open_library(SOURCE, bind, capability)
-        verify(*kernels(library), "cuda")
+        verify(*kernels(library), "cuda", wkv6_chunk.differs)
     return operator()
 
 
