@@ -383,7 +383,7 @@ __device__ void replay(GradientTiles<PARTS>& tiles, const uint4* saved, int warp
 #pragma unroll
         for (int p = 0; p < PARTS; p++) {
             const uint4 s = saved[(p * WARPS * 4 + m) * 32];
-            before.part[p] = {{s.x, s.y, s.z, s.w}};
+            memcpy(before.part[p].x, &s, sizeof s);
         }
         tiles.S[0].put(16 * warp, 16 * m, before);
         S[m] = before.sum();

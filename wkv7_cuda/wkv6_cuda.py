@@ -31,7 +31,9 @@ def load(ready: bool = True) -> op.WKV6:
         capability = check_gpu("cuda")
         if capability < CAPABILITY:
             found = "sm_{}{}".format(*capability)
-            raise build.BuildError(f"the cuda operator of wkv6 needs a GPU of sm_80, not {found}: take another, {build.REMEDY}")
+            raise build.BuildError(
+                f"the cuda operator of wkv6 needs a GPU of sm_80, not {found}: take another, {build.REMEDY}"
+            )
         open_library(SOURCE, bind, capability)
         verify(*kernels(library), "cuda", wkv6_chunk.differs)
     return operator()
