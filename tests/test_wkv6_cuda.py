@@ -241,7 +241,7 @@ def test_what_was_compiled_is_looked_at(library):
 
 
 def test_what_is_saved_is_known_without_a_gpu():
-    """The `cuda` op on meta tensors: 256 bytes per token and head in bf16, else 512; no more is needed to count bytes."""
+    """The `cuda` op on meta tensors: 256 bytes per token and head in bf16, else 512, which is all a rehearsal needs."""
     wkv6 = wkv7_cuda.load("cuda", "wkv6", ready=False)
     for dtype, kept in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.half, torch.float32)):
         tokens = [torch.empty(1, 70, 2, N, dtype=dtype, device="meta", requires_grad=True) for _ in range(4)]
