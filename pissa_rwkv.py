@@ -2130,7 +2130,7 @@ def merge(
             if own:
                 check_fit(module, W.shape, own, layer)
                 taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float() for x in layer.taken}
-            new = held(layer.left(W.float(), taken))
+            new = held(layer.left(W.float(), taken)).float()
             new = new + layer.delta(new, scale, **own) if own else new
         if new.numel() != W.numel():
             raise Fatal(f"{name} is {list(W.shape)} in the base, {list(new.shape)} in the checkpoint")
