@@ -1394,7 +1394,7 @@ def add_adapter(
     """
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     W = model.get_submodule(name).weight
-    W = W.to(device, torch.promote_types(W.dtype, torch.float32))
+    W = W.to(device, torch.promote_types(W.dtype, torch.float32), copy=True)              # (never the file itself)
     check_rank(name, W.shape, cfg)
     start = saved_start(W, name, cfg, init) if init else new_start(W, dtype, cfg, draw)
     frozen = FrozenLinear(layer.left(W, start.taken), dtype, cfg.quant)
@@ -2106,6 +2106,11 @@ def write_binidx(prefix: str, corpus: Corpus) -> None:
     write_whole(Path(prefix + ".idx"), lambda file: file.write(header + b"".join(part.tobytes() for part in index)))
 
 
+def is_matrix(name: str, W: Tensor) -> bool:
+    """Whether a model file's tensor is one of the matrices that `adapted` finds in the model."""
+    return name.startswith("blocks.") and name.endswith(".weight") and W.dim() == 2
+
+
 def merge(
     base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], method: Method, scale: float = 1.0,
     held: Callable[[Tensor], Tensor] = lambda W: W,
@@ -2124,7 +2129,7 @@ def merge(
             merged[state] = merged_state(left, state, W)
         if name in left:
             new = left.pop(name)
-        elif name.startswith("blocks.") and module != name and W.dim() == 2:
+        elif is_matrix(name, W):
             own = {x: left.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in left}
             taken = {}
             if own:

@@ -68,6 +68,14 @@ def written_out(method, W, numbers):
     return torch.cat(made, 1)
 
 
+@pytest.mark.parametrize("version", P.TIME_MIX)
+def test_merging_knows_the_matrices_that_are_adapted(version):
+    with torch.device("meta"):
+        model = P.RWKV(P.new_arch(P.Config(version=version, n_layer=2)), None)
+    found = [name for name, t in model.state_dict().items() if P.is_matrix(name, t)]
+    assert found == [f"{name}.weight" for name in P.adapted(model)] and len(found) >= 12
+
+
 # ------------------------------------------------------------------------------------------- the start and the formula
 
 
@@ -164,7 +172,7 @@ def test_bat_keeps_no_matrix_for_backward_and_makes_one_at_a_time():
     for module in (frozen, layer):
         kept = []
         with P.Peak("cpu") as peak:
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t.numel()) or t, lambda t: t):
                 y = module(x)
             y.sum().backward()
         most.append(peak.most)
