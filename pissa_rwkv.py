@@ -193,8 +193,7 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
-    train_parts: tuple = opt(("auto",), "also trained: parameters named so (emb, head, time, ln), or nothing; auto:"
-                             " time ln with adapters, everything with none")
+    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, time, ln; auto: time ln, of none all")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start, 1 to 5; more lessen quantisation's error")
     # the machine
