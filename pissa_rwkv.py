@@ -205,8 +205,7 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
-    train_parts: tuple = opt(("auto",), "also trained: parameters named so (emb, head, time, ln), or nothing; auto:"
-                             " time ln with adapters, everything with none")
+    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, time, ln; auto: time ln, of none all")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start, 1 to 5; more lessen quantisation's error")
     # the machine
@@ -1594,7 +1593,7 @@ def add_adapter(
     """
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     W = model.get_submodule(name).weight
-    W = W.to(device, torch.promote_types(W.dtype, torch.float32))
+    W = W.to(device, torch.promote_types(W.dtype, torch.float32), copy=True)              # (never the file itself)
     check_rank(name, W.shape, cfg)
     start = saved_start(W, name, cfg, init) if init else new_start(W, dtype, cfg, draw)
     frozen = FrozenLinear(layer.left(W, start.taken), dtype, cfg.quant)
@@ -2489,6 +2488,11 @@ def write_binidx(prefix: str, corpus: Corpus) -> None:
     write_whole(Path(prefix + ".idx"), lambda file: file.write(header + b"".join(part.tobytes() for part in index)))
 
 
+def is_matrix(name: str, W: Tensor) -> bool:
+    """Whether a model file's tensor is one of the matrices that `adapted` finds in the model."""
+    return name.startswith("blocks.") and name.endswith(".weight") and W.dim() == 2
+
+
 def merge(
     base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], method: Method, scale: float = 1.0,
     held: Callable[[Tensor], Tensor] = lambda W: W,
@@ -2507,13 +2511,13 @@ def merge(
             merged[state] = merged_state(left, state, W)
         if name in left:
             new = left.pop(name)
-        elif name.startswith("blocks.") and module != name and W.dim() == 2:
+        elif is_matrix(name, W):
             own = {x: left.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in left}
             taken = {}
             if own:
                 check_fit(module, W.shape, own, layer)
                 taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float() for x in layer.taken}
-            new = held(layer.left(W.float(), taken))
+            new = held(layer.left(W.float(), taken)).float()
             new = new + layer.delta(new, scale, **own) if own else new
         if new.numel() != W.numel():
             raise Fatal(f"{name} is {list(W.shape)} in the base, {list(new.shape)} in the checkpoint")

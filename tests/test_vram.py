@@ -40,7 +40,7 @@ def really_taken(function):
 
 def plain(r, w, k, v, a, b, state):
     """In the operator's place: all it allocates is to be seen, in a few operations instead of thousands."""
-    return r * w + k * v + a * b, state * 2
+    return r * w + k * v + a * b + state.sum(), state * 2
 
 
 def loaded(cfg, tensors, arch, dtype):
@@ -59,6 +59,9 @@ def loaded(cfg, tensors, arch, dtype):
     (dict(quant="nf4", ctx_len=100), torch.float32),
     (dict(quant="int8", micro_bsz=5), torch.bfloat16), (dict(quant="nf4dq", grad_cp=False), torch.bfloat16),
     (dict(peft="lora", emb_on_cpu=True), torch.bfloat16), (dict(peft="none", grad_cp=False), torch.float32),
+    (dict(peft="bone", quant="int8"), torch.float32), (dict(peft="bone", bone_mode="bat"), torch.float32),
+    (dict(peft="state", quant="nf4", micro_bsz=5), torch.bfloat16),
+    (dict(peft="none", train_parts=("ln", "head"), quant="int8", grad_cp=False), torch.float32),
     (dict(micro_bsz=4, accumulate_grad_batches=2, train_parts=()), torch.bfloat16)], ids=str)
 def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypatch):
     """Real tensors, through the same functions: held, at the peak of loading, and at the peak of a step."""
@@ -66,7 +69,7 @@ def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypa
     path = random_model(tmp_path / "base.pth", n_layer=3, n_embd=192, vocab_size=2048, dtype=torch.bfloat16)
     cfg = P.Config(**dict(load_model=str(path), op="torch", ctx_len=64, micro_bsz=2, rank=8) | options)
     tensors = P.read_pth(path, "")                                    # (memory-mapped: not the allocator's)
-    arch = P.detect(tensors, "")
+    arch, tensors = P.begin(P.detect(tensors, ""), tensors, cfg)
     P.nf4_levels(torch.device("cpu")), P.dynamic_levels(torch.device("cpu"))  # (tables of levels are made once)
     (run, taken), loading, held = really_taken(lambda: loaded(cfg, tensors, arch, dtype))
     _, step, left = really_taken(lambda: P.train_step(run, 1e-5))
