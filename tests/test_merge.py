@@ -11,7 +11,7 @@ import torch
 from conftest import load_model, logits_of, random_tensors
 
 import merge as command
-from pissa_rwkv import DESCRIPTION, Config, Fatal, build, merge_files, train
+from pissa_rwkv import DESCRIPTION, Config, Fatal, build, merge_files, parse, train
 
 TOKENS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 26, 43, 0, 83, 27]
 MATRICES = [f"blocks.{i}.{m}" for i in range(2) for m in (
@@ -296,3 +296,74 @@ def test_a_number_too_large_for_fp16_is_refused(tmp_path):
     with pytest.raises(Fatal, match="emb.weight has numbers beyond"):
         command.save_st(tmp_path / "m.st", {"emb.weight": torch.full((2, 2), 1e5)})
     assert not (tmp_path / "m.st").exists()
+
+
+# ---------------------------------------------------------------------------------------------- PiSSA written as a LoRA
+
+
+def as_lora(run, *more):
+    """`run` with --type pissa2lora: the file it wrote, as a run of LoRA; the command line of the merge of that."""
+    lora = SimpleNamespace(kind="lora", base=run.base, checkpoint=run.output.with_name("lora.pth"), init="",
+                           output=run.output.with_name("merged-lora.pth"))
+    line = ["--type", "pissa2lora", *arguments(run)[2:-2], "--output", str(lora.checkpoint), *more]
+    return lora, line, ["--type", "lora", "--base_model", str(run.base), "--lora_checkpoint", str(lora.checkpoint),
+                        "--output", str(lora.output), "--lora_alpha", "8"]
+
+
+@pytest.mark.parametrize("dtype, spacing", [(torch.float32, 2**-22), (torch.bfloat16, 2**-7)], ids=str)
+def test_pissa_written_as_a_lora_merges_to_the_same_weights(dtype, spacing, model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file(dtype=dtype), precision="bf16" if dtype == torch.bfloat16 else "fp32")
+    _, write, merge = as_lora(run)
+    assert command.main(write) == 0 and "rank 8, to be used with alpha 8" in capsys.readouterr().out
+    assert command.main(merge) == 0
+    direct, found = merged(run), torch.load(merge[7], weights_only=True)
+    assert list(found) == list(direct)
+    for name, W in direct.items():
+        bound = spacing * W.float().abs().max() if name.removesuffix(".weight") in MATRICES else 0.0
+        assert ((found[name].float() - W.float()).abs() <= bound).all(), name
+
+
+def test_the_lora_has_the_names_and_shapes_of_rwkv_peft(model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file())
+    lora, write, _ = as_lora(run)
+    assert command.main(write) == 0
+    found, init = torch.load(lora.checkpoint, weights_only=True), torch.load(run.init, weights_only=True)
+    factors = {f"{name}.lora_{x}" for name in MATRICES for x in "AB"}
+    assert set(found) == factors | {name for name in torch.load(run.base) if "ln" in name}
+    assert all(t.dtype == torch.float32 for t in found.values())
+    for name in MATRICES:
+        A, B = (found[f"{name}.lora_{x}"] for x in "AB")
+        (A0, A1), (B0, B1) = A.split(4), B.split(4, dim=1)
+        assert torch.equal(A0, run.masters[f"{name}.lora_A"]) and torch.equal(B0, run.masters[f"{name}.lora_B"])
+        assert torch.equal(A1, init[f"{name}.init_lora_A"]) and torch.equal(B1, -init[f"{name}.init_lora_B"])
+
+
+def test_training_goes_on_from_the_lora_at_the_adapted_model(model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file())
+    lora, write, _ = as_lora(run)
+    assert command.main(write) == 0
+    config = f'{{"lora_load": "{lora.checkpoint}", "lora_r": 8, "lora_alpha": 8}}'
+    there = build(parse(["--load_model", str(run.base), "--data_file", str(tmp_path / "run.txt"), "--proj_dir",
+                         str(tmp_path / "there"), "--peft", "lora", "--lora_config", config, "--ctx_len", "16",
+                         "--accelerator", "cpu", "--op", "torch", "--precision", "fp32"]))
+    wanted, _ = logits_of(run.model, TOKENS)
+    found, _ = logits_of(there.model.eval(), TOKENS)
+    base, _ = logits_of(load_model(run.base), TOKENS)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max() < 1e-3 * (base - wanted).abs().max()
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["by the file", "by --quant"])
+def test_pissa_on_a_quantised_base_is_no_lora(told, model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file(), **dict(quant="nf4") if told else {})
+    lora, write, _ = as_lora(run, *([] if told else ["--quant", "nf4"]))
+    assert "held as nf4" in refused(capsys, write) and not lora.checkpoint.exists()
+
+
+def test_a_lora_is_a_pth_and_belongs_to_its_base(model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file())
+    _, write, _ = as_lora(run)
+    assert "--lora_init is missing" in refused(capsys, write[:4] + write[6:])
+    assert "'.pth'" in refused(capsys, [*write[:-1], str(tmp_path / "lora.st")])
+    assert "holds no adapters" in refused(capsys, [*write[:7], str(run.base), *write[8:]])
+    other = model_file(name="other.pth", seed=1)
+    assert "made with base" in refused(capsys, [*write[:3], str(other), *write[4:]])
