@@ -1,4 +1,4 @@
-"""pissa_rwkv: fine-tune RWKV-7 language models with PiSSA. The whole of it, in one file to be read from top to bottom.
+"""pissa_rwkv: fine-tune RWKV-7, 6 and 5 with PiSSA. The whole of it, in one file to be read from top to bottom.
 
 A trained matrix W acts mostly along few directions. PiSSA takes these out, W = W_res + B A, trains A and B, and freezes
 the rest. The run starts exactly where the base model is; what is trained are one or two numbers in a hundred, those
@@ -36,7 +36,10 @@ Names. Parameters are called as in the files of the RWKV world; locals bear the 
     g; g1 g2                output gate                         (B,T,A)         g
     v_first; v0 v1 v2       layer 0's value, mixed into all others'             v_0
     r_k                     bonus of the token itself           (H,N)           rho
-    x_r ... x_g             token-shift weights mu              (1,1,C)         mu
+    x_r ... x_g             token-shift weights mu, of x_{t-1}  (1,1,C)         mu
+    time_maa_*, time_mix_*  the same in x060; in x052 of x_t    (1,1,C)         mu
+    time_decay; *_w1 *_w2   x060, x052: the raw decay logit w   (1,1,A); (H,N)  omega, lambda
+    time_faaaa              u, the bonus in x060 and x052       (H,N)           u
     ln_x                    group norm, one group a head        (A)
     lora_A, lora_B          an adapter's factors A, B           (r,in), (out,r) A, B
     sigma                   singular values (S is taken)        (r)             S
@@ -138,13 +141,15 @@ class Config:
     """What one run does. An empty string or 0 means: taken from the base file, the data or the machine."""
 
     # the base model
-    load_model: str = opt("", "base model, a .pth of RWKV-7; without one, --peft none pretrains a new model")
-    version: str = opt("", "architecture; read from the base file (new models: x070)", "my_testing")
+    load_model: str = opt("", "base model, a .pth of RWKV-7, 6 or 5; without one, --peft none pretrains a new model")
+    version: str = opt("", "x070, x060 or x052; read from the base file (new models: x070)", "my_testing")
     n_layer: int = opt(0, "layers; read from the base file (new models: 12)")
     n_embd: int = opt(0, "embedding width; read from the base file (new models: 768)")
-    dim_att: int = opt(0, "attention width; equals n_embd in x070")
-    dim_ffn: int = opt(0, "width of the channel mixing; read from the base file (new models: 4 n_embd)")
+    dim_att: int = opt(0, "attention width; read from the base file (new models: n_embd)")
+    dim_ffn: int = opt(0, "width of the channel mixing; read from the base file (new models: 4 or 3.5 n_embd)")
     head_size: int = opt(0, "channels of a head; read from the base file (new models: 64)", "head_size_a")
+    pre_ffn: bool = opt(False, "x052, x060: block 0 has a channel mixing for time mixing; read from the base file")
+    head_qk: int = opt(0, "width of a head that copies earlier tokens; read from the base file")
     vocab_size: int = opt(0, "vocabulary; read from the base file (new models: 65536 world, 256 byte)")
     # data
     data_file: str = opt("", "corpus: .jsonl, .txt, or a binidx prefix; for dummy the family, base or shift")
@@ -205,7 +210,7 @@ class Config:
     epoch_save: int = opt(1, "save after every so many epochs, and after the last")
     save_steps: int = opt(0, "also write what --resume needs every so many steps")
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
-    auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch")
+    auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch", "merge")
     sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
     sample_len: int = opt(100, "tokens of that sample")
     sample_top_p: float = opt(0.5, "nucleus of that sample; 0 takes the likeliest token always")
@@ -232,8 +237,6 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
     "avg_loss": "a step's loss is always the mean over its learnt tokens",
     "compile": "the operators are compiled already",
     **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
-    **dict.fromkeys(["pre_ffn", "head_qk"], "RWKV-7 has no such part"),
-    "merge": "--auto_merge does that",
     "train_type": "--peft says what is trained",
     "chunk_ctx": "--ctx_len is the length of a row",
     "sft_split": "--data_file names the file",
@@ -313,8 +316,8 @@ def read_json(option: str, text: str) -> dict[str, Any]:
 
 
 # ======================================================================================================================
-# 2. The WKV operator: a memory S that maps keys to values and is corrected by a delta rule, one token after another.
-#    The definition is here; `wkv7_cuda/` holds programs that compute the same faster.
+# 2. The WKV operator: a memory S that maps keys to values. Every token makes it fade and writes to it; in RWKV-7 what
+#    was stored under a key is taken out first. The definitions are here; `wkv7_cuda/` computes the same faster.
 # ======================================================================================================================
 
 
@@ -418,10 +421,16 @@ class Arch:
     head_size: int                                                    # N
     vocab_size: int                                                   # V
     ranks: tuple[tuple[str, int], ...]                                # of the built-in low-rank maps
+    pre_ffn: bool = False                                             # a channel mixing is block 0's time mixing
+    head_qk: int = 0                                                  # Q, the width of the copying head
 
     @property
     def n_head(self) -> int:
         return self.dim_att // self.head_size
+
+    def depth(self, layer: int) -> tuple[float, float]:
+        """rho, from 0 in the first layer to 1 in the last, and tau, from 1 in the first down to 1/L."""
+        return layer / max(self.n_layer - 1, 1), 1 - layer / self.n_layer
 
 
 @dataclass
@@ -463,19 +472,26 @@ class TimeMix(nn.Module):
     """What all versions share: token shift, the WKV memory, a norm per head, the gate, the output projection.
 
     A version adds `project`, which turns tokens into the operator's inputs and the gate, and where it has one
-    `bonus`, which adds to what was read from the memory.
+    `bonus`, which adds to what was read from the memory. The four attributes below tell its files from others'.
     """
+
+    signature: tuple[str, ...]                                        # parameters that no other version has all of
+    per_head: str                                                     # the parameter that shows H and N
+    low_rank: dict[str, str]                                          # low-rank map -> its second factor (rank,A)
+    maps = ("receptance", "key", "value", "output")                   # in the order of the file
 
     def __init__(self, arch: Arch, layer: int, wkv: Callable):
         super().__init__()
         self.arch, self.layer, self.wkv = arch, layer, wkv
         C, A = arch.n_embd, arch.dim_att
         parameters_of(self, self.shapes())
-        self.receptance = Linear(C, A)
-        self.key = Linear(C, A)
-        self.value = Linear(C, A)
-        self.output = Linear(A, C)
+        for name in self.maps:
+            self.add_module(name, Linear(A, C) if name == "output" else Linear(C, A))
         self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(...,A) -> (...,H,N)"""
+        return x.unflatten(-1, (self.arch.n_head, self.arch.head_size))
 
     def bonus(self, *inputs: Tensor) -> Tensor | float:
         return 0.0
@@ -483,16 +499,116 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, v_first: Tensor | None, last: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B,T,C), v_first (B,T,A), last (B,C), S (B,H,N,N) -> the update (B,T,C), v_first, the next S."""
         B, T, _ = x.shape
-        H, N = self.arch.n_head, self.arch.head_size
         inputs, g, v_first = self.project(x, shift(x, last), v_first)
-        inputs = [i.view(B, T, H, N) for i in inputs]
         y, S = self.wkv(*inputs, S)                                                       # (B,T,H,N)
-        y = self.ln_x(y.view(B * T, H * N)).view(B, T, H, N) + self.bonus(*inputs)
-        return self.output(y.view(B, T, H * N) * g), v_first, S
+        y = self.heads(self.ln_x(y.view(B * T, -1)).view(B, T, -1)) + self.bonus(*inputs)
+        return self.output(y.flatten(-2) * g), v_first, S
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """A new model's weights, as RWKV-LM draws them; a version adds its own."""
+        for name in self.maps:
+            nn.init.orthogonal_(self.get_submodule(name).weight, dict(key=0.1, gate=0.1).get(name, 1.0))
+        self.output.weight.zero_()
+        self.ln_x.weight.fill_(((1 + self.layer) / self.arch.n_layer) ** 0.7)
+        self.ln_x.bias.zero_()
+
+
+class TimeMix_x052(TimeMix):
+    """RWKV-5.2 "Eagle" (arXiv 2404.05892): every channel forgets at a pace of its own, the same at every token."""
+
+    signature, per_head, low_rank = ("time_mix_g", "time_decay", "time_faaaa", "gate.weight"), "time_faaaa", {}
+    maps = (*TimeMix.maps, "gate")
+
+    @staticmethod
+    def new_ranks(C: int) -> dict[str, int]:
+        return {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        C, HN = self.arch.n_embd, (self.arch.n_head, self.arch.head_size)
+        return {f"time_mix_{i}": (1, 1, C) for i in "kvrg"} | {"time_decay": HN, "time_faaaa": HN}
+
+    def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
+        # Version 5 stores the weight of x_t, 6 and 7 that of x_{t-1}.
+        weights = self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g
+        return tuple(torch.lerp(previous, x, m) for m in weights)
+
+    def decay(self) -> Tensor:
+        return self.time_decay                                                            # (H,N)
+
+    def project(self, x: Tensor, previous: Tensor, v_first: None) -> tuple[list[Tensor], Tensor, None]:
+        x_k, x_v, x_r, x_g, *x_w = self.mix(x, previous)
+        r, k, v = map(self.heads, (self.receptance(x_r), self.key(x_k), self.value(x_v)))  # (B,T,H,N)
+        w = self.decay(*x_w).expand_as(r)                                                 # raw decay logit
+        return [r, w, k, v, self.time_faaaa], F.silu(self.gate(x_g)), v_first
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        super().initialise()
+        A, (rho, _) = self.arch.dim_att, self.arch.depth(self.layer)
+        c = torch.arange(A)
+        self.time_decay.view(-1)[:] = -6 + 5 * (c / (A - 1)) ** (0.7 + 1.3 * rho)
+        self.time_faaaa.view(-1)[:] = rho * (1 - c / (A - 1)) + 0.1 * ((c + 1) % 3 - 1)
+        weights = self.new_mix()
+        for name, p in self.named_parameters():
+            if name.startswith("time_mix_"):
+                p[:] = weights[name[-1]]
+
+    def new_mix(self) -> dict[str, Tensor]:
+        """The weights of x_t in a new model."""
+        delta, (rho, tau) = torch.arange(self.arch.n_embd) / self.arch.n_embd, self.arch.depth(self.layer)
+        x, v, r = delta**tau, delta**tau + 0.3 * rho, delta ** (tau / 2)
+        return dict(x=x, w=x, k=x, v=v, r=r, g=r)
+
+
+class TimeMix_x060(TimeMix_x052):
+    """RWKV-6 "Finch" (arXiv 2404.05892): the token decides what is mixed into it, and how fast is forgotten."""
+
+    signature = ("time_maa_x", "time_maa_w1", "time_faaaa", "gate.weight")
+    low_rank = {"decay": "time_decay_w2", "mix": "time_maa_w2"}
+
+    @staticmethod
+    def new_ranks(C: int) -> dict[str, int]:
+        return dict(decay=128, mix=64) if C >= 4096 else dict(decay=64, mix=32)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        C, A, D = self.arch.n_embd, self.arch.dim_att, dict(self.arch.ranks)
+        mix = {f"time_maa_{i}": (1, 1, C) for i in "xwkvrg"}
+        mix |= {"time_maa_w1": (C, 5 * D["mix"]), "time_maa_w2": (5, D["mix"], C)}
+        decay = {"time_decay": (1, 1, A), "time_decay_w1": (C, D["decay"]), "time_decay_w2": (D["decay"], A)}
+        return mix | decay | {"time_faaaa": (self.arch.n_head, self.arch.head_size)}
+
+    def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
+        p = previous - x
+        hidden = torch.tanh((x + p * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B,T,5,D)
+        m_w, m_k, m_v, m_r, m_g = torch.einsum("btfd,fdc->fbtc", hidden, self.time_maa_w2)
+        weights = (self.time_maa_k + m_k, self.time_maa_v + m_v, self.time_maa_r + m_r, self.time_maa_g + m_g,
+                   self.time_maa_w + m_w)
+        return tuple(x + p * mu for mu in weights)
+
+    def decay(self, x_w: Tensor) -> Tensor:
+        return self.heads(self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        super().initialise()
+        for i, m in self.new_mix().items():
+            self.get_parameter(f"time_maa_{i}")[:] = 1 - m
+        for m in ("time_maa", "time_decay"):
+            self.get_parameter(f"{m}_w1").zero_()
+            self.get_parameter(f"{m}_w2").uniform_(-0.01, 0.01)
 
 
 class TimeMix_x070(TimeMix):
-    """RWKV-7 "Goose" (arXiv 2503.14456)."""
+    """RWKV-7 "Goose" (arXiv 2503.14456): what is stored under a key is taken out before something new is put there."""
+
+    signature, per_head = ("r_k", "x_r", "w0", "a0", "g1"), "r_k"
+    low_rank = {m: f"{m}2" for m in "wavg"}
+
+    @staticmethod
+    def new_ranks(C: int) -> dict[str, int]:
+        """What RWKV-LM gives to such a width since July 2025."""
+        return {m: max(32, 32 * round(f * math.sqrt(C) / 32)) for m, f in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         C, D = self.arch.n_embd, dict(self.arch.ranks)
@@ -516,18 +632,19 @@ class TimeMix_x070(TimeMix):
         else:                                                                             # value residual
             v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
         # The removal key is taken from k as it is before the learning rate is folded into k.
-        kappa = F.normalize((k * self.k_k).unflatten(-1, (self.arch.n_head, -1)), dim=-1).flatten(-2)
+        kappa = F.normalize(self.heads(k * self.k_k), dim=-1)                             # (B,T,H,N)
         k = k * (1 + (eta - 1) * self.k_a)
-        return [r, w, k, v, -kappa, kappa * eta], g, v_first
+        return [*map(self.heads, (r, w, k, v)), -kappa, kappa * self.heads(eta)], g, v_first
 
     def bonus(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return (r * k * self.r_k).sum(-1, keepdim=True) * v                               # (B,T,H,N)
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """A new model's weights, as RWKV-LM draws them since May 2025."""
+        """Since May 2025."""
+        super().initialise()
         arch, C = self.arch, self.arch.n_embd
-        rho, tau = self.layer / max(arch.n_layer - 1, 1), 1 - self.layer / arch.n_layer
+        rho, tau = arch.depth(self.layer)
         c = torch.arange(C)
         linear, delta = c / (C - 1) - 0.5, c / C
         z = (c % arch.head_size - (arch.head_size - 1) / 2) / ((arch.head_size - 1) / 2)
@@ -542,38 +659,84 @@ class TimeMix_x070(TimeMix):
             self.get_parameter(f"{m}1").zero_()
             nn.init.orthogonal_(self.get_parameter(f"{m}2"), 0.1)
         self.k_k[:], self.k_a[:], self.r_k[:] = 0.71 - 0.1 * linear, 1.02, -0.04
-        for linear_map, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0)):
-            nn.init.orthogonal_(linear_map.weight, gain)
-        self.output.weight.zero_()
-        self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
-        self.ln_x.bias.zero_()
 
 
-class ChannelMix_x070(nn.Module):
-    """key, squared relu, value: the memory of a token's own channels."""
+class ChannelMix(nn.Module):
+    """key, squared relu, value: the memory of a token's own channels. Before version 7 a gate stands behind it."""
+
+    mixes: tuple[str, ...]                                            # token-shift weights
+    maps = ("key", "receptance", "value")                             # in the order of the file
 
     def __init__(self, arch: Arch, layer: int):
         super().__init__()
         self.arch, self.layer = arch, layer
-        parameters_of(self, {"x_k": (1, 1, arch.n_embd)})
-        self.key = Linear(arch.n_embd, arch.dim_ffn)
-        self.value = Linear(arch.dim_ffn, arch.n_embd)
+        C, F = arch.n_embd, arch.dim_ffn
+        parameters_of(self, {name: (1, 1, C) for name in self.mixes})
+        for name in self.maps:
+            self.add_module(name, Linear(F if name == "value" else C, F if name == "key" else C))
 
-    def forward(self, x: Tensor, last: Tensor) -> Tensor:
-        """x (B,T,C), last (B,C) -> the update (B,T,C)."""
-        k = self.key(torch.lerp(x, shift(x, last), self.x_k))                             # (B,T,F)
-        return self.value(torch.relu(k) ** 2)
+    def recall(self, x_k: Tensor) -> Tensor:
+        return self.value(torch.relu(self.key(x_k)) ** 2)                                 # (B,T,F) in between
 
     @torch.no_grad()
     def initialise(self) -> None:
-        C, tau = self.arch.n_embd, 1 - self.layer / self.arch.n_layer
-        self.x_k[:] = 1 - (torch.arange(C) / C) ** tau**4
+        delta, (_, tau) = torch.arange(self.arch.n_embd) / self.arch.n_embd, self.arch.depth(self.layer)
+        for name in self.mixes:
+            self.get_parameter(name)[:] = self.new_mix(delta, tau)
+        for name in self.maps:
+            self.get_submodule(name).weight.zero_()
         nn.init.orthogonal_(self.key.weight, 1.0)
-        self.value.weight.zero_()
 
 
-TIME_MIX = {"x070": TimeMix_x070}
-CHANNEL_MIX = {"x070": ChannelMix_x070}
+class ChannelMix_x052(ChannelMix):
+    mixes = ("time_mix_k", "time_mix_r")
+
+    @staticmethod
+    def new_width(C: int) -> int:
+        return int(3.5 * C) // 32 * 32
+
+    @staticmethod
+    def new_mix(delta: Tensor, tau: float) -> Tensor:
+        return delta**tau
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        """x (B,T,C), last (B,C) -> the update (B,T,C)."""
+        previous = shift(x, last)
+        x_k, x_r = (torch.lerp(previous, x, m) for m in (self.time_mix_k, self.time_mix_r))
+        return torch.sigmoid(self.receptance(x_r)) * self.recall(x_k)
+
+
+class ChannelMix_x060(ChannelMix_x052):
+    mixes = ("time_maa_k", "time_maa_r")
+
+    @staticmethod
+    def new_mix(delta: Tensor, tau: float) -> Tensor:
+        return 1 - delta**tau**3
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        previous = shift(x, last)
+        x_k, x_r = (torch.lerp(x, previous, mu) for mu in (self.time_maa_k, self.time_maa_r))
+        return torch.sigmoid(self.receptance(x_r)) * self.recall(x_k)
+
+
+class ChannelMix_x070(ChannelMix):
+    mixes, maps = ("x_k",), ("key", "value")
+
+    @staticmethod
+    def new_width(C: int) -> int:
+        return 4 * C
+
+    @staticmethod
+    def new_mix(delta: Tensor, tau: float) -> Tensor:
+        return 1 - delta**tau**4
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        return self.recall(torch.lerp(x, shift(x, last), self.x_k))
+
+
+TIME_MIX = {"x070": TimeMix_x070, "x060": TimeMix_x060, "x052": TimeMix_x052}
+CHANNEL_MIX = {"x070": ChannelMix_x070, "x060": ChannelMix_x060, "x052": ChannelMix_x052}
+PRE_FFN = ("x060", "x052")                                            # x070's first time mixing makes v_first
 
 
 class Block(nn.Module):
@@ -583,13 +746,19 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(arch.n_embd)
         if layer == 0:
             self.ln0 = nn.LayerNorm(arch.n_embd)
-        self.att = TIME_MIX[arch.version](arch, layer, wkv)
+        if layer == 0 and arch.pre_ffn:
+            self.ffnPre = CHANNEL_MIX[arch.version](arch, layer)
+        else:
+            self.att = TIME_MIX[arch.version](arch, layer, wkv)
         self.ffn = CHANNEL_MIX[arch.version](arch, layer)
 
     def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor, BlockState]:
         """x (B,T,C) -> x (B,T,C), v_first (B,T,A), the state after the last token."""
-        h = self.ln1(x)
-        update, v_first, S = self.att(h, v_first, state.att, state.wkv)
+        h, S = self.ln1(x), state.wkv
+        if hasattr(self, "ffnPre"):
+            update = self.ffnPre(h, state.att)
+        else:
+            update, v_first, S = self.att(h, v_first, state.att, S)
         x = x + update
         h2 = self.ln2(x)
         x = x + self.ffn(h2, state.ffn)
@@ -606,6 +775,9 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(arch, i, wkv) for i in range(arch.n_layer))
         self.ln_out = nn.LayerNorm(arch.n_embd)
         self.head = nn.Linear(arch.n_embd, arch.vocab_size, bias=False)
+        if arch.head_qk:
+            self.head_q = nn.Linear(arch.n_embd, arch.head_qk, bias=False)
+            self.head_k = nn.Linear(arch.n_embd, arch.head_qk, bias=False)
 
     def forward(self, tokens: Tensor, states: list[BlockState] | None = None) -> tuple[Tensor, list[BlockState]]:
         """tokens (B,T) -> what the head reads (B,T,C), and the state of every block after the last token."""
@@ -620,6 +792,20 @@ class RWKV(nn.Module):
             after.append(state)
         return self.ln_out(x), after
 
+    def votes(self, x: Tensor) -> Tensor:
+        """head_qk: what each position adds to the logits of the tokens up to its own, (B,T,T); without it (B,T,0).
+
+            c_ts = (W_q x_t) . (W_k x_s) / Q  for s <= t, else 0;     logits_t += sum over s of c_ts onehot(token_s)
+        """
+        if not self.arch.head_qk:
+            return x.new_empty(*x.shape[:2], 0)
+        return (self.head_q(x) @ self.head_k(x).mT / self.arch.head_qk).tril()
+
+    def next_logits(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """(B,V), of the token that follows tokens (B,T), which forward turned into x (B,T,C)."""
+        votes = self.votes(x)[:, -1]                                                      # (B,T) or (B,0)
+        return (x[:, -1] @ self.head.weight.T).scatter_add(-1, tokens[:, :votes.shape[-1]], votes)
+
     @torch.no_grad()
     def initialise(self) -> RWKV:
         """Draws the weights of a new model."""
@@ -627,20 +813,24 @@ class RWKV(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        for block in self.blocks:
-            block.att.initialise()
-            block.ffn.initialise()
+        for mix in (m for m in self.modules() if isinstance(m, (TimeMix, ChannelMix))):
+            mix.initialise()
         self.emb.weight.uniform_(-1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, 0.5 * math.sqrt(max(V / C, 1)))
+        if self.arch.head_qk:
+            self.head_q.weight.zero_()
+            nn.init.orthogonal_(self.head_k.weight, 0.1)
         return self
 
 
-SIGNATURE = {  # version -> keys that only a file of this version holds all of
-    "x070": ("att.r_k", "att.x_r", "att.w0", "att.a0", "att.g1"),
-    "x060": ("att.time_maa_x", "att.time_maa_w1", "att.gate.weight"),
-    "x052": ("att.time_mix_g", "att.gate.weight", "att.time_decay"),
+NOT_OURS = {  # a key that ends so -> what the file is
+    "att.time_first": "RWKV-4 or an early RWKV-5", "att.gate_w1": "x060a, an experiment",
+    "att.time_maa_rkvw_w1": "x060b or x060c, experiments", "ffn.s_emb.weight": "x070a (DeepEmbed)",
+    "qkv.q.weight": "x070b (with attention)", "pos_emb_x": "a model with --my_pos_emb", "tiny_q.weight": "a model with"
+    " --tiny_att_dim",
 }
-UNUSED = tuple(f"blocks.0.att.v{i}" for i in "012")                   # layer 0's value residual: some files have it
+# Some files have layer 0's value residual, and those with head_qk the mask that `tril` is.
+UNUSED = (*(f"blocks.0.att.v{i}" for i in "012"), "copy_mask")
 NOT_A_PTH = {  # how a file begins -> what it is
     b"": "an empty file", b"<": "a web page: the download failed", b"{": "JSON",
     b"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
@@ -701,46 +891,52 @@ def describe(value: Any) -> str:
 
 def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     """The Arch of a model file, from its keys and shapes alone."""
-    version = next((v for v, keys in SIGNATURE.items() if all(f"blocks.0.{k}" in tensors for k in keys)), None)
-    if version is None:
-        raise Fatal(f"--load_model {path}: no RWKV model ({len(tensors)} tensors, first {next(iter(tensors))!r});"
-                    f" it takes {', '.join(TIME_MIX)}")
-    pick(TIME_MIX, f"--load_model {path}: version", version)
     layers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
+    last = f"blocks.{max(layers, default=0)}."                        # (block 0 may lack what the others have)
+    held = {name.partition("att.")[2] for name in tensors}
+    version = next((v for v, mix in TIME_MIX.items() if held.issuperset(mix.signature)), None)
+    if version is None:
+        odd = next((what for key, what in NOT_OURS.items() if any(name.endswith(key) for name in tensors)), "")
+        raise Fatal(f"--load_model {path}: {f'this is {odd}' if odd else 'no RWKV model'} ({len(tensors)} tensors,"
+                    f" first {next(iter(tensors))!r}); it takes {', '.join(TIME_MIX)}")
     if layers != set(range(len(layers))):
         raise Fatal(f"--load_model {path}: its blocks are numbered {sorted(layers)}, with gaps; the file is incomplete")
-    wanted = ["emb.weight", "head.weight", "blocks.0.att.key.weight", "blocks.0.ffn.key.weight",
-              *(f"blocks.0.att.{m}" for m in ("r_k", "w1", "a1", "g1")),
-              *(["blocks.1.att.v1"] if len(layers) > 1 else [])]
-    missing = [name for name in wanted if name not in tensors or tensors[name].dim() != 2]
+    mix = TIME_MIX[version]
+    low_rank = {m: f"{last}att.{factor}" for m, factor in mix.low_rank.items() if (m, len(layers)) != ("v", 1)}
+    matrices = ["emb.weight", "head.weight", f"{last}att.key.weight", f"{last}ffn.key.weight",
+                f"{last}att.{mix.per_head}"]
+    missing = [name for name in (*matrices, *low_rank.values())
+               if name not in tensors or tensors[name].dim() < 2 or name in matrices and tensors[name].dim() > 2]
     if missing:
         raise Fatal(f"--load_model {path}: lacks {', '.join(missing)}, as matrices")
     V, C = tensors["emb.weight"].shape
-    H, N = tensors["blocks.0.att.r_k"].shape
-    ranks = {m: tensors[f"blocks.0.att.{m}1"].shape[1] for m in "wag"}
-    ranks["v"] = tensors["blocks.1.att.v1"].shape[1] if len(layers) > 1 else 32
-    A, F = (tensors[f"blocks.0.{mix}.key.weight"].shape[0] for mix in ("att", "ffn"))
+    A, F = (tensors[f"{last}{mix}.key.weight"].shape[0] for mix in ("att", "ffn"))
+    H, N = tensors[f"{last}att.{mix.per_head}"].shape
+    ranks = {"v": 32} if "v" in mix.low_rank else {}                  # one layer has no such map to read it from
+    ranks |= {m: tensors[factor].shape[-2] for m, factor in low_rank.items()}
     if A != H * N:
         raise Fatal(f"--load_model {path}: its attention is {A} wide, but has {H} heads of {N}")
-    return Arch(version, len(layers), C, A, F, N, V, tuple(sorted(ranks.items())))
+    head_qk = len(tensors["head_q.weight"]) if "head_q.weight" in tensors else 0
+    pre_ffn = version in PRE_FFN and "blocks.0.ffnPre.key.weight" in tensors
+    return Arch(version, len(layers), C, A, F, N, V, tuple(sorted(ranks.items())), pre_ffn, head_qk)
 
 
 def new_arch(cfg: Config) -> Arch:
-    """The sizes of a new model: the flags', with the ranks RWKV-LM gives to such a width since July 2025."""
-    C, N = cfg.n_embd or 768, cfg.head_size or 64
+    """The sizes of a new model: the flags', and for the rest what RWKV-LM gives to such a width."""
+    C, N, version = cfg.n_embd or 768, cfg.head_size or 64, cfg.version or "x070"
+    time_mix, channel_mix = pick(TIME_MIX, "--version", version), CHANNEL_MIX[version]
     if C % N or cfg.dim_att not in (0, C):
         raise Fatal(f"--n_embd {C} is no multiple of --head_size {N}, or not --dim_att {cfg.dim_att or C}")
-    rank = {m: max(32, 32 * round(f * math.sqrt(C) / 32)) for m, f in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
+    if cfg.pre_ffn and version not in PRE_FFN:
+        raise Fatal(f"--pre_ffn 1: {version} has no such form; {' and '.join(PRE_FFN)} have")
     vocab_size = cfg.vocab_size or (65536 if cfg.tokenizer == "world" else 256)
-    version = cfg.version or "x070"
-    pick(TIME_MIX, "--version", version)
-    return Arch(version, cfg.n_layer or 12, C, C, cfg.dim_ffn or 4 * C, N, vocab_size,
-                tuple(sorted(rank.items())))
+    return Arch(version, cfg.n_layer or 12, C, C, cfg.dim_ffn or channel_mix.new_width(C), N, vocab_size,
+                tuple(sorted(time_mix.new_ranks(C).items())), cfg.pre_ffn, cfg.head_qk)
 
 
 def check_arch(cfg: Config, arch: Arch) -> None:
     """A flag that contradicts the file is an error that shows both."""
-    for name in ("version", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size", "vocab_size"):
+    for name in ("version", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size", "vocab_size", "pre_ffn", "head_qk"):
         flag, found = getattr(cfg, name), getattr(arch, name)
         if flag and flag != found:
             raise Fatal(f"--{name} {flag}: {cfg.load_model} has {name} {found}; leave the flag out")
@@ -1641,48 +1837,59 @@ class HeadLoss(torch.autograd.Function):
     """sum of cross-entropies of (x W^T, targets) / n; with L2Wrap, which adds L2_WRAP m / n to the gradient of each
     position's largest logit m and leaves the value alone.
 
-    x (M,C) in the compute dtype, W (V,C), targets (M), n the learnt tokens of the whole optimiser step. A few positions
-    at a time, the logits become the loss and its gradient in one go; backward only scales that gradient.
+    x (M,C) in the compute dtype, W (V,C), targets (M), n the learnt tokens of the whole optimiser step; votes (M,S) are
+    added to the logits of the tokens spoken (M,S). A few positions at a time, the logits become the loss and its
+    gradient in one go; backward only scales that gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, targets: Tensor, n: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, targets: Tensor, n: int, votes: Tensor | None = None,
+        spoken: Tensor | None = None,
+    ) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         dW = torch.zeros_like(W, dtype=dtype) if ctx.needs_input_grad[1] else None
+        dvotes = None if votes is None else torch.empty_like(votes)
         loss = torch.zeros((), dtype=dtype, device=x.device)
         rows = max(1, LOGITS_HELD // len(W))
         for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
             logits, target = (x[part] @ W.T).to(dtype), targets[part, None]               # (rows,V), (rows,1)
+            if votes is not None:
+                logits.scatter_add_(1, spoken[part], votes[part].to(dtype))
             right, (m, top) = logits.gather(1, target), logits.max(-1, keepdim=True)      # (rows,1)
             # In place, all of it: torch's logsumexp makes another matrix as large as the logits.
             Z = logits.sub_(m).exp_().sum(-1, keepdim=True)                               # (rows,1)
             loss += (m + Z.log() - right).sum()
-            if dx is None and dW is None:
+            if not any(ctx.needs_input_grad):
                 continue
             dlogits = logits.div_(Z)                                                      # softmax
             dlogits.scatter_add_(1, target, torch.full_like(m, -1.0)).scatter_add_(1, top, L2_WRAP * m)
             dlogits = dlogits.to(x.dtype)
+            if votes is not None:
+                dvotes[part] = dlogits.gather(1, spoken[part])
             if dx is not None:
                 dx[part] = dlogits @ W
             if dW is not None:
                 dW += (dlogits.T @ x[part]).to(dtype)
-        ctx.save_for_backward(dx, dW)
+        ctx.save_for_backward(dx, dW, dvotes)
         ctx.n = n
         return loss / n
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dW = ctx.saved_tensors
         # Divided by n here, together with the incoming gradient: in fp16 dlogits / n alone would underflow.
-        dx = None if dx is None else (dx.to(g.dtype) * (g / ctx.n)).to(dx.dtype)
-        return dx, None if dW is None else dW * (g / ctx.n), None, None
+        dx, dW, dvotes = (None if d is None else (d.to(g.dtype) * (g / ctx.n)).to(d.dtype) for d in ctx.saved_tensors)
+        return dx, dW, None, None, dvotes, None
 
 
 def batch_loss(model: RWKV, batch: Batch, n: int) -> Tensor:
     """The share that a micro-batch has in the loss of an optimiser step with n learnt tokens."""
     x, _ = model(batch.inputs)                                                            # (B,T,C)
-    return HeadLoss.apply(x.flatten(0, 1)[batch.learnt], model.head.weight, batch.targets, n)
+    copying = ()
+    if model.arch.head_qk:
+        copying = model.votes(x).flatten(0, 1)[batch.learnt], batch.inputs[batch.learnt // x.shape[1]]    # (M,T) both
+    return HeadLoss.apply(x.flatten(0, 1)[batch.learnt], model.head.weight, batch.targets, n, *copying)
 
 
 # ======================================================================================================================
@@ -2379,14 +2586,17 @@ def generate(model: RWKV, tokenizer: ByteTokenizer, prompt: str, length: int, to
     model.eval()
     tokens, states, out = tokenizer.encode(prompt) or [0], None, []
     while len(out) < length:
-        x, states = model(torch.tensor([tokens], device=model.head.weight.device), states)
-        p = (x[0, -1] @ model.head.weight.T).float().softmax(-1).cpu()                    # (V)
+        read = torch.tensor([tokens], device=model.head.weight.device)
+        x, states = model(read, states)
+        p = model.next_logits(x, read)[0].float().softmax(-1).cpu()                       # (V)
         p, order = p.sort(descending=True)
         p[1:][p.cumsum(0)[:-1] >= top_p] = 0                                              # the likeliest, up to top_p
-        tokens = [order[torch.multinomial(p, 1, generator=draw)].item()]
-        if tokens == [0]:
+        new = order[torch.multinomial(p, 1, generator=draw)].item()
+        if new == 0:
             break
-        out += tokens
+        out.append(new)
+        # The states remember what was read, but head_qk looks back at every token.
+        tokens, states = ([*tokens, new], None) if model.arch.head_qk else ([new], states)
     model.train(was_training)
     return tokenizer.decode(out)
 

@@ -1,21 +1,30 @@
 """The model against the official `rwkv` package, its own pieces, and the formulas it is initialised by."""
 
+import functools
 import math
 import re
+from dataclasses import replace
 
 import pytest
+import token_by_token
 import torch
 from conftest import load_model, logits_of, random_tensors
 
 from pissa_rwkv import (
     RWKV,
+    TIME_MIX,
+    WKV,
     Arch,
+    Batch,
+    ByteTokenizer,
     Config,
     Fatal,
+    batch_loss,
     check_arch,
     detect,
     fill,
     fingerprint,
+    generate,
     new_arch,
     read_pth,
     wkv7_ref,
@@ -23,12 +32,18 @@ from pissa_rwkv import (
 
 TOKENS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 26, 43, 0, 83, 27, 95, 2, 88, 41, 97]
 SIZES = [
+    dict(version="x060", n_embd=128, vocab_size=300, dim_ffn=96),
+    dict(version="x060", n_layer=3, head_size=32),
+    dict(version="x060", n_layer=1),
+    dict(version="x052", n_embd=128, vocab_size=300, dim_ffn=96),
+    dict(version="x052", n_layer=3),
     dict(n_layer=1),
     dict(n_layer=2, n_embd=128, vocab_size=300, dim_ffn=96),
     dict(n_layer=3, head_size=32, layer0_v=True),
     dict(n_layer=4, vocab_size=65536),
 ]
 each_size = pytest.mark.parametrize("sizes", SIZES, ids=str)
+each_version = pytest.mark.parametrize("version", TIME_MIX)
 
 
 def assert_near(found, wanted, of=1e-4):
@@ -47,7 +62,8 @@ def test_logits_and_states_equal_the_official_packages(sizes, model_file, offici
     assert_near(found, wanted)
     for i, mine in enumerate(states):
         assert_near(mine.att[0], state[3 * i])
-        assert_near(mine.wkv[0], state[3 * i + 1])  # (H,value,key) in both
+        older = sizes.get("version", "x070") != "x070"
+        assert_near(mine.wkv[0].mT if older else mine.wkv[0], state[3 * i + 1])
         assert_near(mine.ffn[0], state[3 * i + 2])
 
 
@@ -61,19 +77,63 @@ def test_a_carried_state_equals_the_official_packages(sizes, model_file, officia
         assert_near(found, wanted)
 
 
-def test_bf16_logits_are_at_most_twice_as_wrong_as_the_official_packages(model_file, official):
-    path = model_file(n_layer=3, n_embd=128, dtype=torch.bfloat16)
+@each_version
+def test_bf16_logits_are_at_most_twice_as_wrong_as_the_official_packages(version, model_file, official):
+    path = model_file(version=version, n_layer=3, n_embd=128, dtype=torch.bfloat16)
     exact, _ = official(path, TOKENS)
     error = (official(path, TOKENS, dtype="bf16")[0] - exact).square().mean()
     assert (logits_of(load_model(path, torch.bfloat16), TOKENS)[0] - exact).square().mean() <= 4 * error
 
 
+# -------------------------------------------------------------------------------------------------- one token at a time
+
+FORMS = [dict(version="x070"), dict(version="x070", head_size=32, n_layer=3), dict(version="x060", head_size=32),
+         dict(version="x052", head_size=32), dict(version="x060", pre_ffn=True), dict(version="x052", pre_ffn=True),
+         *(dict(version=version, head_qk=16) for version in TIME_MIX)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_logits_and_gradients_equal_the_token_by_token_models(form, tmp_path):
+    """The loss of 12 tokens after 12, whole and through the chunked loss of training, in float64."""
+    tensors = random_tensors(vocab_size=32, dtype=torch.float64, **form)
+    tokens, targets = [t % 32 for t in TOKENS[:12]], [t % 32 for t in TOKENS[1:13]]
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    wanted = token_by_token.logits(leaves, tokens)
+    loss = torch.nn.functional.cross_entropy(wanted, torch.tensor(targets))
+    (loss + 0.5e-4 / 12 * wanted.amax(1).square().sum()).backward()                       # with L2Wrap's gradient
+
+    model = load_model(store(tensors, tmp_path / "base.pth"), torch.float64)
+    batch = Batch(torch.tensor([tokens]), torch.arange(12), torch.tensor(targets), [0])
+    found = batch_loss(model, batch, 12)
+    found.backward()
+    torch.testing.assert_close(found, loss, rtol=1e-12, atol=0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, leaves[name].grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    with torch.no_grad():
+        x, _ = model(batch.inputs)
+        torch.testing.assert_close(model.next_logits(x, batch.inputs)[0], wanted[-1].detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_a_copying_head_writes_as_its_logits_say(model_file):
+    path = model_file(vocab_size=200, head_qk=16)
+    tensors = {name: t.double() for name, t in read_pth(path, "--load_model").items()}
+    tensors["head_q.weight"] = 40 * tensors["head_q.weight"]  # votes that decide
+    torch.save(tensors, path)
+    tokens, plain = [*b"To copy"], {name: t for name, t in tensors.items() if "head_" not in name}
+    for _ in range(4):
+        tokens.append(int(token_by_token.logits(tensors, tokens)[-1].argmax()))
+    written = generate(load_model(path, torch.float64), ByteTokenizer(), "To copy", 4)
+    assert written == bytes(tokens[7:]).decode(errors="replace")
+    assert int(token_by_token.logits(plain, [*b"To copy"])[-1].argmax()) != tokens[7]
+
+
 # ------------------------------------------------------------------------------------------------- state is an argument
 
 
+@each_version
 @pytest.mark.parametrize("pieces", [(3, 4), (4, 3), (1,) * 7, (6, 1)], ids=str)
-def test_feeding_pieces_equals_feeding_the_whole(pieces, model_file):
-    model = load_model(model_file(n_layer=2), torch.float64)
+def test_feeding_pieces_equals_feeding_the_whole(pieces, version, model_file):
+    model = load_model(model_file(version=version, n_layer=2), torch.float64)
     whole, last = logits_of(model, TOKENS[:7])
     states, found, at = None, [], 0
     for n in pieces:
@@ -84,8 +144,9 @@ def test_feeding_pieces_equals_feeding_the_whole(pieces, model_file):
         torch.testing.assert_close(mine.wkv, wanted.wkv, rtol=1e-11, atol=1e-11)
 
 
-def test_rows_of_a_batch_do_not_see_each_other(model_file):
-    model = load_model(model_file(n_layer=2), torch.float64)
+@each_version
+def test_rows_of_a_batch_do_not_see_each_other(version, model_file):
+    model = load_model(model_file(version=version, n_layer=2), torch.float64)
     rows = [TOKENS[:9], TOKENS[9:18]]
     with torch.no_grad():
         x, _ = model(torch.tensor(rows))
@@ -123,13 +184,16 @@ def test_the_architecture_is_read_from_the_file(sizes):
     sizes = dict(n_layer=2, n_embd=64, vocab_size=256, head_size=64, dim_ffn=4 * sizes.get("n_embd", 64)) | sizes
     arch = detect(random_tensors(**sizes), "base.pth")
     rank_v = 16 if sizes["n_layer"] > 1 else 32  # one layer has no v1 to read it from, and no use for it
-    assert arch == Arch("x070", sizes["n_layer"], sizes["n_embd"], sizes["n_embd"], sizes["dim_ffn"],
-                        sizes["head_size"], sizes["vocab_size"], (("a", 12), ("g", 20), ("v", rank_v), ("w", 8)))
+    version = sizes.get("version", "x070")
+    ranks = dict(x070=(("a", 12), ("g", 20), ("v", rank_v), ("w", 8)), x060=(("decay", 20), ("mix", 12)), x052=())
+    assert arch == Arch(version, sizes["n_layer"], sizes["n_embd"], sizes["n_embd"], sizes["dim_ffn"],
+                        sizes["head_size"], sizes["vocab_size"], ranks[version])
 
 
-def test_keys_shapes_and_order_of_a_saved_model_are_those_of_a_released_file(model_file):
-    wanted = random_tensors(n_layer=3, head_size=32)
-    found = load_model(model_file(n_layer=3, head_size=32)).state_dict()
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_keys_shapes_and_order_of_a_saved_model_are_those_of_a_released_file(form, model_file):
+    wanted = random_tensors(**form)
+    found = load_model(model_file(**form)).state_dict()
     assert [(name, t.shape) for name, t in found.items()] == [(name, t.shape) for name, t in wanted.items()]
 
 
@@ -172,16 +236,8 @@ def renumbered(old, new):
     return lambda t: {name.replace(f"blocks.{old}.", f"blocks.{new}."): x for name, x in t.items()}
 
 
-def other_version(**renamed):
-    """A file with another version's keys in the place of block attention's own."""
-    def change(tensors):
-        kept = {n: t for n, t in tensors.items() if ".att." not in n or n.endswith(".weight")}
-        return kept | {f"blocks.{i}.att.{name}": torch.zeros(1, 64) for i in range(2) for name in renamed["keys"]}
-    return change
-
-
 BAD_FILES = {  # what is wrong -> (how the file is made, what the error names)
-    "missing key": (without("blocks.1.att.w2"), r"lacks blocks\.1\.att\.w2$"),
+    "missing key": (without("blocks.1.att.w2"), r"lacks blocks\.1\.att\.w2"),
     "missing v0 of layer 1": (without("blocks.1.att.v0"), r"lacks blocks\.1\.att\.v0$"),
     "missing head": (without("head.weight"), r"lacks head\.weight"),
     "unknown key": (lambda t: t | {"blocks.1.att.time_state": torch.zeros(2)}, r"unknown blocks\.1\.att\.time_state$"),
@@ -193,10 +249,14 @@ BAD_FILES = {  # what is wrong -> (how the file is made, what the error names)
     "wrong shape": (lambda t: t | {"head.weight": t["head.weight"][:-1]}, r"head\.weight is \[255, 64\].*\[256, 64\]"),
     "transposed": (lambda t: t | {"blocks.1.ffn.value.weight": t["blocks.1.ffn.value.weight"].T},
                    r"blocks\.1\.ffn\.value\.weight is \[64, 256\].*\[256, 64\]|is \[256, 64\].*\[64, 256\]"),
-    "heads without a size": (lambda t: t | {"blocks.0.att.r_k": torch.zeros(64)}, r"blocks\.0\.att\.r_k"),
+    "heads without a size": (lambda t: t | {"blocks.1.att.r_k": torch.zeros(64)}, r"blocks\.1\.att\.r_k"),
     "integers": (lambda t: t | {"ln_out.bias": torch.zeros(64, dtype=torch.int8)}, r"ln_out\.bias.*int8"),
-    "x060": (other_version(keys=("time_maa_x", "time_maa_w1", "time_decay", "time_faaaa", "gate.weight")), "x060"),
-    "x052": (other_version(keys=("time_mix_g", "time_decay", "time_faaaa", "gate.weight")), "x052"),
+    "v4": (lambda t: {"blocks.0.att.time_first": t["ln_out.bias"], "blocks.0.att.time_decay": t["ln_out.bias"]},
+           "this is RWKV-4"),
+    "DeepEmbed": (lambda t: {n.replace("att.w0", "ffn.s_emb.weight"): x for n, x in t.items()},
+                  "DeepEmbed"),
+    "pre_ffn of x070": (lambda t: t | {"blocks.0.ffnPre.key.weight": t["blocks.0.ffn.key.weight"]},
+                        r"unknown blocks\.0\.ffnPre\.key"),
     "another kind of model": (lambda t: {"model.layers.0.weight": torch.zeros(2)}, "no RWKV model"),
 }
 
@@ -211,7 +271,8 @@ def test_a_file_that_is_no_whole_model_is_refused_by_name(wrong, tmp_path):
 
 
 @pytest.mark.parametrize("flag", [dict(n_layer=12), dict(n_embd=768), dict(vocab_size=65536), dict(head_size=32),
-                                  dict(version="x060"), dict(dim_att=128), dict(dim_ffn=224)], ids=str)
+                                  dict(version="x060"), dict(dim_att=128), dict(dim_ffn=224), dict(pre_ffn=True),
+                                  dict(head_qk=8)], ids=str)
 def test_a_flag_that_contradicts_the_file_is_refused_with_both_values(flag):
     arch = detect(random_tensors(n_layer=2), "base.pth")
     (name, given), = flag.items()
@@ -225,35 +286,52 @@ def test_a_flag_that_contradicts_the_file_is_refused_with_both_values(flag):
 L, C, N, V = 3, 128, 64, 300
 
 
-@pytest.fixture(scope="module")
-def new():
+@functools.cache
+def new(version):
     """A new model's tensors in float64."""
     torch.manual_seed(1)
-    model = RWKV(new_arch(Config(n_layer=L, n_embd=C, vocab_size=V)), wkv7_ref).initialise()
-    return {name: t.double() for name, t in model.state_dict().items()}
+    arch = new_arch(Config(version=version, n_layer=L, n_embd=C, vocab_size=V))
+    return {name: t.double() for name, t in RWKV(arch, wkv7_ref).initialise().state_dict().items()}
 
 
-def formulas(i, c):
+def formulas(version, i, c):
     """What RWKV-LM gives channel c of layer i, name by name."""
     rho, tau, delta, lin, z = i / (L - 1), 1 - i / L, c / C, c / (C - 1) - 0.5, (c % 64 - 31.5) / 31.5
     zig = z * abs(z)
-    return {
-        **{f"att.x_{m}": 1 - delta ** (e * tau) for m, e in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True)},
-        "att.w0": -6 + 6 * (c / (C - 1)) ** (1 + rho ** 0.3) + 0.5 + 2.5 * zig,
-        "att.a0": -0.19 + 0.3 * zig + 0.4 * lin,
-        **({"att.v0": 0.73 - 0.4 * lin} if i else {}),
-        "att.k_k": 0.71 - 0.1 * lin, "att.k_a": 1.02, "att.r_k": -0.04,
-        "att.ln_x.weight": ((1 + i) / L) ** 0.7, "att.ln_x.bias": 0.0,
-        "ffn.x_k": 1 - delta ** (tau ** 4),
-        "ln1.weight": 1.0, "ln1.bias": 0.0, "ln2.weight": 1.0, "ln2.bias": 0.0,
+    common = {"att.ln_x.weight": ((1 + i) / L) ** 0.7, "att.ln_x.bias": 0.0,
+              "ln1.weight": 1.0, "ln1.bias": 0.0, "ln2.weight": 1.0, "ln2.bias": 0.0}
+    older = {"att.time_decay": -6 + 5 * (c / (C - 1)) ** (0.7 + 1.3 * rho),
+             "att.time_faaaa": rho * (1 - c / (C - 1)) + 0.1 * ((c + 1) % 3 - 1)}
+    own = {
+        "x070": {
+            **{f"att.x_{m}": 1 - delta ** (e * tau) for m, e in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items()},
+            "att.w0": -6 + 6 * (c / (C - 1)) ** (1 + rho ** 0.3) + 0.5 + 2.5 * zig,
+            "att.a0": -0.19 + 0.3 * zig + 0.4 * lin,
+            **({"att.v0": 0.73 - 0.4 * lin} if i else {}),
+            "att.k_k": 0.71 - 0.1 * lin, "att.k_a": 1.02, "att.r_k": -0.04,
+            "ffn.x_k": 1 - delta ** (tau ** 4),
+        },
+        "x060": older | {
+            **{f"att.time_maa_{m}": 1 - delta ** tau for m in "xwk"},
+            "att.time_maa_v": 1 - (delta ** tau + 0.3 * rho),
+            **{f"att.time_maa_{m}": 1 - delta ** (0.5 * tau) for m in "rg"},
+            "ffn.time_maa_k": 1 - delta ** (tau ** 3), "ffn.time_maa_r": 1 - delta ** (tau ** 3),
+        },
+        "x052": older | {
+            "att.time_mix_k": delta ** tau, "att.time_mix_v": delta ** tau + 0.3 * rho,
+            "att.time_mix_r": delta ** (0.5 * tau), "att.time_mix_g": delta ** (0.5 * tau),
+            "ffn.time_mix_k": delta ** tau, "ffn.time_mix_r": delta ** tau,
+        },
     }
+    return common | own[version]
 
 
+@each_version
 @pytest.mark.parametrize("layer", range(L))
-def test_vectors_of_a_new_model_follow_the_formulas(layer, new):
+def test_vectors_of_a_new_model_follow_the_formulas(layer, version):
     for c in range(C):
-        for name, wanted in formulas(layer, c).items():
-            found = new[f"blocks.{layer}.{name}"].reshape(-1)[c].item()
+        for name, wanted in formulas(version, layer, c).items():
+            found = new(version)[f"blocks.{layer}.{name}"].reshape(-1)[c].item()
             assert found == pytest.approx(wanted, abs=4e-6), (name, c)
 
 
@@ -263,43 +341,80 @@ def assert_orthogonal(W, gain):
                                rtol=1e-5, atol=0)
 
 
-def test_matrices_of_a_new_model_are_orthogonal_or_zero(new):
+GAINS = [("att.receptance.weight", 1.0), ("att.key.weight", 0.1), ("att.value.weight", 1.0), ("ffn.key.weight", 1.0),
+         ("att.gate.weight", 0.1), *((f"att.{m}2", 0.1) for m in "wavg")]
+ZEROS = ["att.output.weight", "ffn.value.weight", "ffn.receptance.weight", "att.time_maa_w1", "att.time_decay_w1",
+         *(f"att.{m}1" for m in "wavg")]
+
+
+@each_version
+def test_matrices_of_a_new_model_are_orthogonal_small_or_zero(version):
+    tensors, seen = new(version), set()
     for i in range(L):
-        for name, gain in (("att.receptance.weight", 1.0), ("att.key.weight", 0.1), ("att.value.weight", 1.0),
-                           ("ffn.key.weight", 1.0), *((f"att.{m}2", 0.1) for m in ("wag", "wavg")[i > 0])):
-            assert_orthogonal(new[f"blocks.{i}.{name}"], gain)
-        for name in ("att.output.weight", "ffn.value.weight", *(f"att.{m}1" for m in ("wag", "wavg")[i > 0])):
-            assert not new[f"blocks.{i}.{name}"].any(), name
-    assert_orthogonal(new["head.weight"], 0.5 * math.sqrt(V / C))
-    emb = new["emb.weight"]
+        mine = {n.removeprefix(f"blocks.{i}."): t for n, t in tensors.items() if n.startswith(f"blocks.{i}.")}
+        for name in [name for name, _ in GAINS if name in mine]:
+            assert_orthogonal(mine[name], dict(GAINS)[name])
+        assert not any(mine[name].any() for name in ZEROS if name in mine)
+        small = [name for name in ("att.time_maa_w2", "att.time_decay_w2") if name in mine]
+        assert all(0.0098 < mine[name].abs().max() <= 0.01 for name in small)
+        seen |= {*mine} - {*dict(GAINS), *ZEROS, *small, *formulas(version, i, 0)}
+    assert seen <= {"ln0.weight", "ln0.bias"}  # nothing is left that no test looks at
+    assert_orthogonal(tensors["head.weight"], 0.5 * math.sqrt(V / C))
+    emb = tensors["emb.weight"]
     assert 0.99e-4 < emb.abs().max() <= 1e-4 and abs(emb.mean()) < 1e-6
 
 
-def test_every_weight_of_a_new_model_is_set_and_finite():
+@each_version
+def test_every_weight_of_a_new_model_is_set_and_finite(version):
     """Built on memory full of NaN, as to_empty may give it; one layer, where the depth ratio would be 0/0."""
-    for n_layer in (1, 2):
-        model = RWKV(new_arch(Config(n_layer=n_layer, n_embd=64)), wkv7_ref)
+    for n_layer, head_qk in ((1, 0), (2, 8)):
+        model = RWKV(new_arch(Config(version=version, n_layer=n_layer, n_embd=64, head_qk=head_qk)), wkv7_ref)
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(torch.nan)
         assert all(p.isfinite().all() for p in model.initialise().parameters())
 
 
-@pytest.mark.parametrize("n_embd, ranks", [
-    (768, dict(w=64, a=64, v=32, g=128)), (4096, dict(w=160, a=160, v=96, g=320)), (64, dict(w=32, a=32, v=32, g=32))])
-def test_ranks_of_a_new_model_follow_its_width(n_embd, ranks):
-    assert dict(new_arch(Config(n_embd=n_embd)).ranks) == ranks
+@pytest.mark.parametrize("version, n_embd, dim_ffn, ranks", [
+    ("x070", 768, 3072, dict(w=64, a=64, v=32, g=128)), ("x070", 4096, 16384, dict(w=160, a=160, v=96, g=320)),
+    ("x070", 64, 256, dict(w=32, a=32, v=32, g=32)), ("x060", 2048, 7168, dict(decay=64, mix=32)),
+    ("x060", 4096, 14336, dict(decay=128, mix=64)), ("x052", 2560, 8960, {})])
+def test_sizes_of_a_new_model_follow_its_width(version, n_embd, dim_ffn, ranks):
+    arch = new_arch(Config(version=version, n_embd=n_embd))
+    assert (arch.dim_ffn, dict(arch.ranks)) == (dim_ffn, ranks)
 
 
-def test_the_blocks_of_a_new_model_add_nothing_yet(new):
-    """Their output matrices are zero: the logits are the head's view of the embedding."""
-    arch = new_arch(Config(n_layer=L, n_embd=C, vocab_size=V))
+RELEASED = {  # version, L, C, ranks -> parameters
+    ("x070", 12, 768, (("a", 64), ("g", 128), ("v", 32), ("w", 64))): 191_034_624,
+    ("x060", 24, 2048, (("decay", 64), ("mix", 32))): 1_599_873_024,
+    ("x060", 32, 4096, (("decay", 128), ("mix", 64))): 7_635_746_816,
+    ("x052", 24, 1024, ()): 461_721_600,
+}
+
+
+@pytest.mark.parametrize("release", RELEASED, ids=str)
+def test_released_sizes_have_the_released_number_of_parameters(release):
+    version, n_layer, n_embd, ranks = release
+    arch = replace(new_arch(Config(version=version, n_layer=n_layer, n_embd=n_embd, vocab_size=65536)), ranks=ranks)
     with torch.device("meta"):
-        model = RWKV(arch, wkv7_ref)
-    fill(model, new, "new.pth", "cpu", torch.float64)
-    e = new["emb.weight"][TOKENS[:5]]
+        assert sum(p.numel() for p in RWKV(arch, wkv7_ref).parameters()) == RELEASED[release]
+
+
+@each_version
+def test_the_blocks_of_a_new_model_add_nothing_yet(version):
+    """Their output matrices are zero: the logits are the head's view of the embedding."""
+    arch, tensors = new_arch(Config(version=version, n_layer=L, n_embd=C, vocab_size=V)), new(version)
+    with torch.device("meta"):
+        model = RWKV(arch, WKV[version, "torch"]())
+    fill(model, tensors, "new.pth", "cpu", torch.float64)
+    e = tensors["emb.weight"][TOKENS[:5]]
     normed = torch.nn.functional.layer_norm(torch.nn.functional.layer_norm(e, (C,)), (C,))
-    torch.testing.assert_close(logits_of(model, TOKENS[:5])[0], normed @ new["head.weight"].T)
+    torch.testing.assert_close(logits_of(model, TOKENS[:5])[0], normed @ tensors["head.weight"].T)
+
+
+def test_a_new_x070_cannot_begin_with_a_channel_mixing():
+    with pytest.raises(Fatal, match="--pre_ffn 1: x070 .* x060 and x052"):
+        new_arch(Config(pre_ffn=True))
 
 
 def test_the_head_size_must_divide_the_width():
