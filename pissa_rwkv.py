@@ -363,17 +363,11 @@ def wkv6_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tenso
     return torch.stack(ys, 1).to(y_dtype), S
 
 
+RECURRENCE = {"x070": ("wkv7", wkv7_ref), "x060": ("wkv6", wkv6_ref), "x052": ("wkv6", wkv6_ref)}
 WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what loads it
-    ("x070", "cuda"): partial(wkv7_cuda.load, "cuda"),
-    ("x070", "cuda_precise"): partial(wkv7_cuda.load, "cuda_precise"),
-    ("x070", "triton"): partial(wkv7_cuda.load, "triton"),
-    ("x070", "fla"): partial(wkv7_cuda.load, "fla"),
-    ("x070", "cpu"): partial(wkv7_cuda.load, "cpu"),
-    ("x070", "chunk"): partial(wkv7_cuda.load, "chunk"),
-    ("x070", "torch"): lambda: wkv7_ref,
-    ("x060", "torch"): lambda: wkv6_ref,
-    ("x052", "torch"): lambda: wkv6_ref,
-}
+    (version, op): partial(wkv7_cuda.load, op, name)
+    for version, (name, _) in RECURRENCE.items() for op in wkv7_cuda.OPS[name]
+} | {(version, "torch"): lambda ref=ref: ref for version, (_, ref) in RECURRENCE.items()}
 FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
 TRACED_ANYWHERE = ("cuda", "cuda_precise")                             # count bytes without a GPU and unbuilt
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}

@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     py_modules=["pissa_rwkv", "merge"],
     packages=["wkv7_cuda"],
-    package_data={"wkv7_cuda": ["*.cu", "*.cuh", "*.cpp", "*.md"]},
+    package_data={"wkv7_cuda": ["*.cu", "*.cuh", "*.cpp", "*.h", "*.md"]},
     install_requires=["torch>=2.10", "ninja", "numpy", "tqdm"],
     extras_require={
         "test": [
