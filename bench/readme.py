@@ -244,6 +244,21 @@ def curve() -> str:
     return "\n".join(lines) + f"\n\n{rows[0]['steps']} steps, bf16. {source(rows)}{gpu}"
 
 
+def clients() -> str:
+    """How near each program comes, with a merged file, to the same file here in float64."""
+    rows = record.read("clients")
+    versions = {"x070": "RWKV-7", "x060": "RWKV-6", "x052": "RWKV-5"}
+    lines = ["| program | opens | " + " | ".join(versions.values()) + " |", "|---" * (len(versions) + 2) + "|"]
+    for name, package in {(r["client"], r["package"]): 0 for r in rows}:
+        found = {r["version"]: f"{r['relative']:.0e}; {r['same']} of {r['tokens']}" for r in rows if r["client"] == name}
+        cells = " | ".join(found.get(v, "does not know it") for v in versions)
+        lines.append(f"| {name} ({package}) | {OPENS[name]} | {cells} |")
+    return "\n".join(lines) + f"\n\n{source(rows)}"
+
+
+OPENS = {"rwkv": "`.pth`, in fp32", "web-rwkv": "`.st`, in fp16", "llama.cpp": "`.gguf` made of the `.pth`, in fp32"}
+
+
 def cells(kind: str) -> dict[tuple[str, str], dict]:
     """(model, quant) -> the newest row, at the tutorial's setting."""
     return {(r["model"], r["quant"]): r for r in record.read("vram") if r["kind"] == kind and not r["setting"]}
@@ -280,7 +295,7 @@ def levers() -> str:
 
 
 TABLES = {
-    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8, memory, levers),
+    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8, memory, levers, clients),
     OPS_README: (measured, curve),
 }
 

@@ -58,11 +58,15 @@ def without_description(path):
 # ------------------------------------------------------------------------------------------------------ what is merged
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(svd_niter=0, rank=16), dict(peft="lora", lora_alpha=6.0), dict(train_parts=("emb", "head", "ln")),
+@pytest.mark.parametrize("version, options", [
+    ("x070", dict()), ("x070", dict(svd_niter=0, rank=16)), ("x070", dict(peft="lora", lora_alpha=6.0)),
+    ("x070", dict(train_parts=("emb", "head", "ln"))), ("x060", dict()), ("x052", dict()),
+    ("x060", dict(peft="lora")),
 ], ids=str)
-def test_the_merged_file_in_the_official_package_is_the_model_with_adapters(options, model_file, tmp_path, official):
-    run = finished(tmp_path / "run", model_file(n_layer=2, n_embd=128), **options)
+def test_the_merged_file_in_the_official_package_is_the_model_with_adapters(
+    version, options, model_file, tmp_path, official
+):
+    run = finished(tmp_path / "run", model_file(n_layer=2, n_embd=128, version=version), **options)
     merged(run)
     wanted, _ = logits_of(run.model, TOKENS)
     found, _ = official(run.output, TOKENS)
@@ -279,17 +283,37 @@ def test_an_alpha_that_contradicts_the_run_never_changes_the_result(peft, model_
         assert "--lora_alpha 20" in capsys.readouterr().err
 
 
-def test_a_file_for_web_rwkv(tmp_path):
-    """.st: fp16, names and order kept, low-rank factors transposed; opened with the format's own package."""
+# Of what lies in a block: name in the .pth -> name in the .st, whether the last two dims are swapped. The rest stays.
+OTHERWISE = {
+    "x070": {f"att.{m}{i}": (f"att.{m}{i}", True) for m in "wavg" for i in "12"},
+    "x060": {f"att.time_maa_{m}": (f"att.time_mix_{m}", False) for m in "xwkvrg"} | {
+        "att.time_maa_w1": ("att.time_mix_w1", True), "att.time_maa_w2": ("att.time_mix_w2", True),
+        "att.time_decay_w1": ("att.time_decay_w1", True), "att.time_decay_w2": ("att.time_decay_w2", True),
+        "att.time_faaaa": ("att.time_first", False),
+        "ffn.time_maa_k": ("ffn.time_mix_k", False), "ffn.time_maa_r": ("ffn.time_mix_r", False)},
+    "x052": {"att.time_faaaa": ("att.time_first", False)},
+}
+
+
+@pytest.mark.parametrize("version", OTHERWISE)
+def test_a_file_for_web_rwkv(version, tmp_path):
+    """.st: fp16, some names and layouts changed; opened with the format's own package."""
     from safetensors import safe_open
 
-    base = random_tensors(seed=3)
+    base = random_tensors(seed=3, version=version) | {"blocks.1.att.time_state": torch.randn(1, 64, 64)}
+    otherwise = OTHERWISE[version] | {"att.time_state": ("att.time_state", True)}
     command.save_st(tmp_path / "m.st", base)
     with safe_open(tmp_path / "m.st", "pt") as file:
-        assert file.metadata() == {"format": "pt"} and set(file.keys()) == set(base)
+        assert file.metadata() == {"format": "pt"}
+        left = set(file.keys())
         for name, t in base.items():
-            turned = name.rsplit(".", 1)[1] in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
-            assert torch.equal(file.get_tensor(name), (t.T if turned else t).half())
+            _, i, leaf = name.split(".", 2) if name.startswith("blocks.") else ("", "", name)
+            new, swapped = otherwise.get(leaf, (leaf, False))
+            wanted = (torch.einsum("...ij->...ji", t) if swapped else t).half()
+            left.remove(new := f"blocks.{i}.{new}" if i else new)
+            found = file.get_tensor(new)
+            assert found.dtype == torch.float16 and torch.equal(found, wanted), name
+        assert not left
 
 
 def test_a_number_too_large_for_fp16_is_refused(tmp_path):
