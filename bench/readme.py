@@ -249,10 +249,10 @@ def clients() -> str:
     rows = record.read("clients")
     versions = {"x070": "RWKV-7", "x060": "RWKV-6", "x052": "RWKV-5"}
     lines = ["| program | opens | " + " | ".join(versions.values()) + " |", "|---" * (len(versions) + 2) + "|"]
-    for name, package in {(r["client"], r["package"]): 0 for r in rows}:
-        found = {r["version"]: f"{r['relative']:.0e}; {r['same']} of {r['tokens']}" for r in rows if r["client"] == name}
-        cells = " | ".join(found.get(v, "does not know it") for v in versions)
-        lines.append(f"| {name} ({package}) | {OPENS[name]} | {cells} |")
+    for name, package in dict.fromkeys((r["client"], r["package"]) for r in rows):
+        found = {r["version"]: r for r in rows if r["client"] == name}
+        cells = ["{relative:.0e}, {same} of {tokens}".format(**found[v]) if v in found else "no" for v in versions]
+        lines.append(f"| {name} ({package}) | {OPENS[name]} | {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\n{source(rows)}"
 
 
