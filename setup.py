@@ -23,10 +23,12 @@ setup(
     extras_require={
         "test": [
             "pytest", "rwkv==0.8.32", "triton", "ruff==0.17.6", "safetensors", "matplotlib", "bitsandbytes==0.50.2",
+            "Pillow", "wandb",
         ],
         "tokenizer": ["rwkv"],
         "plot": ["matplotlib"],
         "wandb": ["wandb"],
+        "image": ["Pillow"],
         "export": ["safetensors"],
         "triton": ["triton"],
         "fla": ["flash-linear-attention"],

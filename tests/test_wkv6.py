@@ -69,6 +69,16 @@ def test_extreme_decays(op, w, dtype):
 
 
 @each_op
+def test_nan_is_not_swallowed(op):
+    """A NaN among the decays shows in all later tokens, and in none before."""
+    inputs, _, _ = make(1, 40, 1, dtype=torch.float32, recurrence="wkv6")
+    with torch.no_grad():
+        inputs[1][0, 20, 0, 5] = torch.nan
+        y, state = wkv7_cuda.load(op, "wkv6")(*inputs)
+    assert y[:, :21].isfinite().all() and y[:, 21:].isnan().all() and state[..., 5].isnan().all()
+
+
+@each_op
 def test_decay_gradient_where_little_is_left(op):
     """w = 3: d = 2e-9. dw is as accurate as all else, relative to itself; from r o dr - k o dk it would be noise."""
     inputs, dy, dstate = make(1, 40, 2, "brisk", torch.float32, recurrence="wkv6")

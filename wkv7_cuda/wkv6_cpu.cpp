@@ -32,8 +32,9 @@ namespace {
 template <class F> void decay(const F* w, F* d, F* slope) {
     #pragma omp simd
     for (int j = 0; j < N; j++) {
-        const F e = exp_negative(w[j] < 0 ? w[j] : -w[j]), rate = w[j] < 0 ? e : 1 / e;
-        d[j] = rate < -LOWEST<F> ? exp_negative(-rate) : 0;
+        const F e = exp_negative(w[j] < 0 ? w[j] : -w[j]), inverse = 1 / e;
+        const F rate = w[j] < 0 ? e : inverse, some = exp_negative(-rate);
+        d[j] = rate > -LOWEST<F> ? 0 : some;  // thus NaN stays NaN
         slope[j] = -d[j] * rate;
     }
 }
