@@ -37,12 +37,12 @@ from torch import Tensor
 import merge
 import pissa_rwkv as P
 
-LAYERS, C, TOKENS = 4, 256, 48                                       # web-rwkv divides by zero below 4 layers
+LAYERS, C, V, TOKENS = 4, 256, 65536, 48      # web-rwkv divides by zero below 4 layers, and llama.cpp wants this V
 
 
 def random_base(version: str, path: Path) -> None:
     """A new model in which no weight is left as special as it was drawn, in bf16 like the files that are released."""
-    arch = P.new_arch(P.Config(version=version, n_layer=LAYERS, n_embd=C, tokenizer="world"))
+    arch = P.new_arch(P.Config(version=version, n_layer=LAYERS, n_embd=C, vocab_size=V))
     model = P.RWKV(arch, P.load_wkv(version, arch.head_size, "torch", "cpu"), False)
     with torch.no_grad():
         for name, t in model.initialise().state_dict().items():
@@ -106,7 +106,7 @@ def llama_cpp(folder: Path, version: str, tokens: list[int]) -> Tensor:
     llama.disable_logging()
     logits, batch = [], llama.LlamaBatch(n_tokens=1, embd=0, n_seq_max=1)
     # (0.2.18 asks the model for n_vocab, which it does not have.)
-    model = type("Model", (llama.LlamaModel,), {"n_vocab": 65536})(str(folder / "model.gguf"), llama.LlamaModelParams())
+    model = type("Model", (llama.LlamaModel,), {"n_vocab": V})(str(folder / "model.gguf"), llama.LlamaModelParams())
     context = llama.LlamaContext(model, llama.LlamaContextParams())
     for i, token in enumerate(tokens):
         batch.reset()
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the models and the text")
     args = parser.parse_args()
     rows = []
-    tokens = random.Random(args.seed).choices(range(1, 65530), k=TOKENS)
+    tokens = random.Random(args.seed).choices(range(1, V), k=TOKENS)
     for version in ("x070", "x060", "x052"):
         torch.manual_seed(args.seed)
         with tempfile.TemporaryDirectory() as folder:
