@@ -253,7 +253,9 @@ def clients() -> str:
         found = {r["version"]: r for r in rows if r["client"] == name}
         cells = ["{relative:.0e}, {same} of {tokens}".format(**found[v]) if v in found else "no" for v in versions]
         lines.append(f"| {name} ({package}) | {OPENS[name]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\n{source(rows)}"
+    behind = max(r["behind"] for r in rows)
+    ties = f"The other tokens are almost ties: behind by {behind:.0e} at most. " if behind else ""
+    return "\n".join(lines) + f"\n\n{ties}{source(rows)}"
 
 
 OPENS = {"rwkv": "`.pth`, in fp32", "web-rwkv": "`.st`, in fp16", "llama.cpp": "`.gguf` made of the `.pth`, in fp32"}
