@@ -119,9 +119,9 @@ def write_lora(args: argparse.Namespace) -> None:
         again = P.merge(P.read_pth(args.base_model, "--base_model"), {}, lora)
         off = max(apart(again[f"{module}.weight"], merged[f"{module}.weight"]) for module in modules)
         save(path, lora)
-        rank = len(lora[f"{modules[0]}.lora_A"])
+        rank, dtype = len(lora[f"{modules[0]}.lora_A"]), merged[f"{modules[0]}.weight"].dtype
         P.say(f"LoRA of rank {rank}, to be used with alpha {rank}: {path}\nMerged it is the model of --type pissa,"
-              f" but for {off:.0e} of a matrix's largest number, by rounding")
+              f" but for {off:.0e} of a matrix's largest number, by rounding to {dtype}")
 
     merge_files("pissa", args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha, write)
 
