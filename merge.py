@@ -116,7 +116,7 @@ def write_lora(args: argparse.Namespace) -> None:
 
     def write(path: Path, merged: dict[str, Tensor]) -> None:
         lora = as_lora(P.read_described(args.lora_init, "--lora_init")[0], trained)
-        again = P.merge(P.read_pth(args.base_model, "--base_model"), {}, lora)
+        again = P.merge(P.read_pth(args.base_model, "--base_model"), {}, lora, P.ADAPTER["lora"])
         off = max(apart(again[f"{module}.weight"], merged[f"{module}.weight"]) for module in modules)
         save(path, lora)
         rank, dtype = len(lora[f"{modules[0]}.lora_A"]), merged[f"{modules[0]}.weight"].dtype
@@ -126,7 +126,9 @@ def write_lora(args: argparse.Namespace) -> None:
     merge_files("pissa", args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha, write)
 
 
-TYPE = {"pissa": merge_to_model, "lora": merge_to_model, "pissa2lora": write_lora}
+# --type -> what was trained, what makes the file
+TYPE = {name: (name, merge_to_model) for name, method in P.ADAPTER.items() if not method.whole}
+TYPE |= {"pissa2lora": ("pissa", write_lora)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,7 +138,8 @@ def parser() -> argparse.ArgumentParser:
                    help="what was trained; pissa2lora: PiSSA, to be written as a LoRA")
     p.add_argument("--base_model", required=True, help="the model that was adapted")
     p.add_argument("--lora_init", "--pissa_init", default="", help="PiSSA: init_pissa.pth of the run")
-    p.add_argument("--lora_checkpoint", "--pissa_checkpoint", required=True, help="rwkv-<N>.pth of the run")
+    p.add_argument("--lora_checkpoint", *(f"--{x}_checkpoint" for x in ("pissa", "bone", "peft", "state")),
+                   required=True, help="rwkv-<N>.pth of the run")
     p.add_argument("--output", required=True, help="where the full model, or the LoRA, goes")
     p.add_argument("--quant", default="", help=f"what the base was held as: {', '.join(QUANT)}; ours know that")
     p.add_argument("--lora_alpha", type=float, help="LoRA: alpha; a checkpoint of pissa_rwkv knows its own")
@@ -147,13 +150,14 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line about what the user can mend."""
     try:
         args = parser().parse_args(argv)
-        if args.type in ("pissa", "pissa2lora") and not args.lora_init:
+        method, make = TYPE[args.type]
+        if P.ADAPTER[method].layer.taken and not args.lora_init:
             raise Fatal("--lora_init is missing: PiSSA took a part out of the base, and init_pissa.pth says which")
         if Path(args.output).exists():
             raise Fatal(f"--output {args.output} exists already; name another file")
         if not Path(args.output).resolve().parent.is_dir():
             raise Fatal(f"--output {args.output}: there is no folder {Path(args.output).parent}")
-        TYPE[args.type](args)
+        make(args)
         return 0
     except Fatal as e:
         print(f"merge.py: error: {' '.join(str(e).split())}", file=sys.stderr)

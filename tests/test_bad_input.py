@@ -492,7 +492,7 @@ MERGES = [
     ("PiSSA as LoRA", "--type lora", "run/rwkv-0.pth|peft pissa"),
     ("init as checkpoint", "--lora_checkpoint plain/init_pissa.pth", "init_lora_A"),
     ("checkpoint as init", "--lora_init plain/rwkv-0.pth", "init_lora_A"),
-    ("undescribed files, a wider base", f"{PLAIN} --base_model wide.pth", "[128"),
+    ("undescribed files, a wider base", f"{PLAIN} --base_model wide.pth", "[128, 128]|lora_A [4, 64]"),
     ("undescribed files, half of them", f"{PLAIN} --lora_checkpoint plain/only-A.pth", "lora_B"),
     ("undescribed LoRA without alpha", "--type lora --lora_checkpoint plain/rwkv-0.pth", "--lora_alpha"),
     ("unknown quant", "--quant nf5", "--quant nf5|'legacy_int8'|did you mean nf4"),

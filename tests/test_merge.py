@@ -193,7 +193,7 @@ BAD_CHECKPOINTS = {  # of RWKV-PEFT, which describes nothing: what is wrong -> (
     "a factor is missing": (lambda t: {n: x for n, x in t.items() if n != "blocks.1.att.key.lora_B"},
                             r"blocks\.1\.att\.key\.lora_B"),
     "the other factor is missing": (lambda t: {n: x for n, x in t.items() if n != "blocks.1.att.key.lora_A"},
-                                    r"blocks\.1\.att\.key\.lora_B"),
+                                    r"blocks\.1\.att\.key\.lora_A"),
     "more layers": (lambda t: t | {"blocks.7.ln1.bias": torch.zeros(64)}, r"holds blocks\.7\.ln1\.bias"),
     "another rank": (lambda t: {n: x[:2] if n.endswith("lora_A") else x[:, :2] if n.endswith("lora_B") else x
                                 for n, x in t.items()}, r"init_lora_A is \[4, 64\], \[2, 64\] is wanted"),
@@ -219,7 +219,7 @@ def test_a_base_of_another_width_is_refused_with_both_widths(n_embd, model_file,
     without_description(run.init)
     with pytest.raises(Fatal, match=r"blocks\.0\.att\.receptance") as error:
         merged(run, base=model_file(name="other.pth", n_embd=n_embd))
-    assert f"[{n_embd}, {n_embd}]" in str(error.value) and "[128, 128]" in str(error.value)
+    assert f"[{n_embd}, {n_embd}]" in str(error.value) and "lora_A [4, 128]" in str(error.value)
 
 
 # ----------------------------------------------------------------------------------------------------- the command line

@@ -48,7 +48,7 @@ def loaded(cfg, tensors, arch, dtype):
     with torch.device("meta"):
         model = P.RWKV(arch, P.load_wkv("x070", 64, cfg.op, "cpu"), cfg.grad_cp)
     P.fill(model, tensors, cfg.load_model, "cpu", dtype, P.left_in_file(model, cfg))
-    taken = P.add_adapters(model, cfg, {}, {}) if P.ADAPTER[cfg.peft] else {}
+    taken = P.add_adapters(model, cfg, {}, {})
     optimiser = P.ZeroAdamW(((n, p) for n, p in model.named_parameters() if p.requires_grad), cfg)
     loader = P.FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")
     return P.Run(cfg, "cpu", arch, None, loader, None, model, optimiser, {}, 1), sum(t.nbytes for t in taken.values())
