@@ -109,7 +109,7 @@ def write_lora(args: argparse.Namespace) -> None:
     modules = [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]
     if not modules:
         raise Fatal(f"--lora_checkpoint {args.lora_checkpoint}: holds no adapters, whose names end in .lora_A")
-    quant = args.quant or about.get("quant", "none")
+    quant = about.get("quant", args.quant or "none")
     if pick(QUANT, "--quant", quant).lossy:
         raise Fatal(f"--type pissa2lora: {args.lora_checkpoint} was trained on a base held as {quant}, and what that"
                     " changed is no LoRA; --type pissa merges it")
@@ -123,7 +123,8 @@ def write_lora(args: argparse.Namespace) -> None:
         P.say(f"LoRA of rank {rank}, to be used with alpha {rank}: {path}\nMerged it is the model of --type pissa,"
               f" but for {off:.0e} of a matrix's largest number, by rounding to {dtype}")
 
-    merge_files("pissa", args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha, write)
+    merge_files("pissa", args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha, write,
+                args.quant, QUANT)
 
 
 # --type -> what was trained, what makes the file

@@ -376,10 +376,12 @@ def test_training_goes_on_from_the_lora_at_the_adapted_model(model_file, tmp_pat
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max() < 1e-3 * (base - wanted).abs().max()
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["by the file", "by --quant"])
-def test_pissa_on_a_quantised_base_is_no_lora(told, model_file, tmp_path, capsys):
-    run = finished(tmp_path / "run", model_file(), **dict(quant="nf4") if told else {})
-    lora, write, _ = as_lora(run, *([] if told else ["--quant", "nf4"]))
+@pytest.mark.parametrize("described, flag", [(True, []), (True, ["--quant", "none"]), (False, ["--quant", "nf4"])])
+def test_pissa_on_a_quantised_base_is_no_lora(described, flag, model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file(), quant="nf4")
+    if not described:
+        as_rwkv_peft(run.checkpoint, "", torch.float32)
+    lora, write, _ = as_lora(run, *flag)
     assert "held as nf4" in refused(capsys, write) and not lora.checkpoint.exists()
 
 
