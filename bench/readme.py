@@ -245,6 +245,23 @@ def curve() -> str:
     return "\n".join(lines) + f"\n\n{rows[0]['steps']} steps, bf16. {source(rows)}{gpu}"
 
 
+def clients() -> str:
+    """How near each program comes, with a merged file, to the same file here in float64."""
+    rows = record.read("clients")
+    versions = {"x070": "RWKV-7", "x060": "RWKV-6", "x052": "RWKV-5"}
+    lines = ["| program | opens | " + " | ".join(versions.values()) + " |", "|---" * (len(versions) + 2) + "|"]
+    for name, package in dict.fromkeys((r["client"], r["package"]) for r in rows):
+        found = {r["version"]: r for r in rows if r["client"] == name}
+        cells = ["{relative:.0e}, {same} of {tokens}".format(**found[v]) if v in found else "no" for v in versions]
+        lines.append(f"| {name} ({package}) | {OPENS[name]} | {' | '.join(cells)} |")
+    behind = max(r["behind"] for r in rows)
+    ties = f"The other tokens are almost ties: behind by {behind:.0e} at most. " if behind else ""
+    return "\n".join(lines) + f"\n\n{ties}{source(rows)}"
+
+
+OPENS = {"rwkv": "`.pth`, in fp32", "web-rwkv": "`.st`, in fp16", "llama.cpp": "`.gguf` made of the `.pth`, in fp32"}
+
+
 def cells(kind: str) -> dict[tuple[str, str], dict]:
     """(model, quant) -> the newest row, at the tutorial's setting."""
     return {(r["model"], r["quant"]): r for r in record.read("vram") if r["kind"] == kind and not r["setting"]}
@@ -281,7 +298,7 @@ def levers() -> str:
 
 
 TABLES = {
-    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8, memory, levers),
+    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8, memory, levers, clients),
     OPS_README: (measured, curve),
 }
 
