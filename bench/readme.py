@@ -365,7 +365,7 @@ def memory_picture() -> None:
             if row["published"]:
                 ax.plot([x - 0.42, x + 0.42], [row["published"]] * 2, color="black", linewidth=1.5,
                         label="published" if x == 0 else None)  # fmt: skip
-        ax.set_title(name.removeprefix("RWKV7-"))
+        ax.set_title(name.removeprefix("RWKV").replace("-", "\n"), fontsize=9)
         ax.set_xticks(range(len(vram.QUANTS)), ["bf16", *vram.QUANTS[1:]], fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("GB")
