@@ -800,8 +800,7 @@ class RWKV(nn.Module):
     def forward(self, tokens: Tensor, states: list[BlockState] | None = None) -> tuple[Tensor, list[BlockState]]:
         """tokens (B,T) -> what the head reads (B,T,C), and the state of every block after the last token."""
         x = self.blocks[0].ln0(self.emb(tokens.to(self.emb.weight.device)).to(self.head.weight))  # (B,T,C)
-        zeros = BlockState.zeros(self.arch, len(tokens), x)
-        states = states or [block.first_state(zeros) for block in self.blocks]
+        states = states or self.first_states(len(tokens), x)
         v_first, after = None, []
         for block, state in zip(self.blocks, states, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
@@ -810,6 +809,11 @@ class RWKV(nn.Module):
                 x, v_first, state = block(x, v_first, state)
             after.append(state)
         return self.ln_out(x), after
+
+    def first_states(self, B: int, like: Tensor) -> list[BlockState]:
+        """Of B texts that begin."""
+        zeros = BlockState.zeros(self.arch, B, like)
+        return [block.first_state(zeros) for block in self.blocks]
 
     def votes(self, x: Tensor) -> Tensor:
         """head_qk: what each position adds to the logits of the tokens up to its own, (B,T,T); without it (B,T,0).
@@ -2799,6 +2803,9 @@ def adapt(
         compare(path, found, about)
     if "init" in about_load:
         compare(init_path, about_init, {"init": about_load["init"]})
+    if about_load.get("rank") == cfg.rank:                            # (another one is refused with both shapes)
+        described = method.layer.describe(cfg)
+        compare(load_path, about_load, {item: described[item] for item in ("scale", "mode") if item in described})
     compares = not load and not resumed and bool(to_freeze(model, cfg))
     before = first_loss(model, loader) if compares else 0.0
     take_parts(model, method, load, load_path)

@@ -103,6 +103,7 @@ def test_values_and_gradients_are_those_of_the_matrices_written_out(method, quan
     with torch.no_grad():
         for p in trained.values():
             p.add_(0.1 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
+    model.grad_cp = quant == "int8"
     loss_of(model).backward()
 
     copies = {n: p.detach().clone().requires_grad_() for n, p in trained.items()}
@@ -240,7 +241,7 @@ def test_a_run_goes_on_from_saved_files(method, place):
 
 @pytest.mark.parametrize("method, other, words", [
     ("bone", "lora", "made with peft lora, but here it is bone"), ("state", "bone", "made with peft bone"),
-    ("bat", "bone", r"disha is \[4, 64\], \[16, 4, 4\] is wanted"), ("lora", "state", "made with peft state")])
+    ("bat", "bone", "made with mode bone, but here it is bat"), ("lora", "state", "made with peft state")])
 def test_a_file_of_another_method_is_refused(method, other, words, place):
     file = place / f"of-{other}" / "rwkv-0.pth"
     if not file.exists():
