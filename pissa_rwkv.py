@@ -18,7 +18,7 @@ The file follows a run; a section uses only what stands above it:
      5 adapters         PiSSA, LoRA                                         PiSSALinear, top_singular, add_adapters
      6 data             readers -> one stream; samplers; masks              Corpus, Loader
      7 loss             cross-entropy without all the logits                HeadLoss
-     8 optimiser        AdamW on one flat buffer; schedules                 ZeroAdamW, lr_at
+     8 optimiser        AdamW on one flat buffer, shared out; schedules     ZeroAdamW, Ranks, lr_at
      9 files            written whole or not at all; merging                save, merge
     10 training         the loop, resuming, generating, the demonstration   build, train, generate, main
 
@@ -84,6 +84,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1893,7 +1894,7 @@ def batch_loss(model: RWKV, batch: Batch, n: int) -> Tensor:
 
 
 # ======================================================================================================================
-# 8. Optimiser: AdamW over one flat fp32 buffer, and the learning rate.
+# 8. Optimiser: AdamW over one flat fp32 buffer, of which each process may hold a slice (ZeRO); and the learning rate.
 # ======================================================================================================================
 
 
@@ -1902,20 +1903,155 @@ def allocated(storage: torch.UntypedStorage) -> int:
     return -(-storage.nbytes() // 512) * 512
 
 
-class ZeroAdamW:
-    """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer.
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together, and which of them this is. One alone has nobody to talk to: its collectives
+    do nothing. All must call the same ones in the same order."""
 
-    The parameters themselves become views of a buffer in the compute dtype; `master`, `m` and `v` are fp32: in bf16 a
-    step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it and frees
-    it; where several are added `grad` is fp32 too, while one alone has no more bits than it came with. In bf16 that
-    makes 16 bytes a number. A group is one slice: same learning rate, same decay.
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        """All-reduce, in place: x summed over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def sum_slices(self, x: Tensor) -> Tensor:
+        """Reduce-scatter: of x (W S) summed over the ranks, this rank's slice (S)."""
+        if self.size == 1:
+            return x
+        own = x.new_empty(len(x) // self.size)
+        dist.reduce_scatter_tensor(own, x)
+        return own
+
+    def gather_slices(self, x: Tensor, own: Tensor) -> None:
+        """All-gather: fills x (W S) with the slices (S) of all; `own` may be the slice of x itself."""
+        if self.size > 1:
+            dist.all_gather_into_tensor(x, own.clone())
+
+    def collect(self, own: Tensor, part: int) -> Tensor:
+        """The slices (S) of all ranks end to end (W S), in the host's memory; on one rank `own` itself."""
+        if self.size == 1:
+            return own
+        x = torch.empty(self.size, len(own), dtype=own.dtype)
+        for at in range(0, len(own), part):
+            piece = own[at: at + part]
+            all_pieces = own.new_empty(self.size * len(piece))
+            dist.all_gather_into_tensor(all_pieces, piece.contiguous())
+            x[:, at: at + part] = all_pieces.view(self.size, -1).cpu()
+        return x.view(-1)
+
+    def copy_from(self, owner: int, x: Tensor) -> Tensor:
+        """Broadcast, in place: x as `owner` has it."""
+        if self.size > 1:
+            dist.broadcast(x, owner)
+        return x
+
+
+ONE_RANK = Ranks()
+
+
+def common(a: slice, b: slice) -> slice:
+    """What two slices share; of length 0 if nothing."""
+    start = max(a.start, b.start)
+    return slice(start, max(start, min(a.stop, b.stop)))
+
+
+def shifted(a: slice, by: int) -> slice:
+    """The slice, counted from `by`."""
+    return slice(a.start - by, a.stop - by)
+
+
+class Buckets:
+    """Stage 2's gradients on their way. A bucket is a part of one rank's slice; it takes memory from the first gradient
+    that falls into it until the sum over ranks has come to that rank. Backward begins with the last parameters: so do
+    the buckets, and they are sent in this order on every rank, whatever happens there.
+    """
+
+    SIZE = 2**24                                                      # numbers
+    IN_FLIGHT = 2                                                     # sent and not yet arrived, at most
+
+    def __init__(self, own: Tensor, ranks: Ranks, numbers: int, eager: bool):
+        """own (S): where the sums for this rank are added. numbers: of all parameters. eager: send a bucket as soon as
+        every number in it has had a gradient, which is right where each has one in a micro-batch."""
+        self.own, self.ranks, self.eager = own, ranks, eager
+        size = len(own)
+        self.parts = [(rank, slice(rank * size + at, rank * size + min(at + self.SIZE, size)))
+                      for rank in range(ranks.size) for at in range(0, size, self.SIZE)][::-1]
+        self.lengths = [max(0, min(part.stop, numbers) - part.start) for _, part in self.parts]  # without padding
+        self.flying: list[tuple[dist.Work, int]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self.buffers: list[Tensor | None] = [None] * len(self.parts)
+        self.filled, self.sent = [0] * len(self.parts), 0
+
+    def take(self, where: slice, g: Tensor) -> None:
+        for i, (_, part) in enumerate(self.parts):
+            both = common(where, part)
+            if n := both.stop - both.start:
+                self.buffer(i)[shifted(both, part.start)] += g[shifted(both, where.start)]
+                self.filled[i] += n
+        while self.eager and self.sent < len(self.parts) and self.filled[self.sent] == self.lengths[self.sent]:
+            self.send()
+
+    def buffer(self, i: int) -> Tensor:
+        if self.buffers[i] is None:
+            part = self.parts[i][1]
+            self.buffers[i] = self.own.new_zeros(part.stop - part.start)
+        return self.buffers[i]
+
+    def send(self) -> None:
+        i = self.sent
+        self.flying.append((dist.reduce(self.buffer(i), self.parts[i][0], async_op=True), i))
+        self.sent += 1
+        if len(self.flying) > self.IN_FLIGHT:
+            self.land()
+
+    def land(self) -> None:
+        work, i = self.flying.pop(0)
+        work.wait()
+        owner, part = self.parts[i]
+        if owner == self.ranks.rank:
+            self.own[shifted(part, owner * len(self.own))] += self.buffers[i]
+        self.buffers[i] = None
+
+    def flush(self) -> None:
+        """Sends the rest, and waits for all."""
+        while self.sent < len(self.parts):
+            self.send()
+        while self.flying:
+            self.land()
+        self.begin()
+
+
+class ZeroAdamW:
+    """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer and shared out over ranks
+    as ZeRO does (arXiv 1910.02054).
+
+    The parameters themselves become views of `working`, a buffer in the compute dtype; `master`, `m` and `v` are fp32:
+    in bf16 a step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it,
+    and frees it. Of a parameter in bf16 each of W ranks holds and sends (x 1 - 1/W) so many bytes a step:
+
+        stage   gradients, fp32                   master, m, v   then                    bytes held        sent
+        0       all-reduced                       all            -                       2 + 4 + 12        8
+        1       reduce-scattered after backward   a slice        working is gathered     2 + 4 + 16 / W    4 + 2
+        2       reduced in backward, by buckets   a slice        working is gathered     2 + 16 / W        4 + 2
+
+    One rank alone sends nothing, holds 16, and its gradient, unless several are added, is no wider than it came. A
+    group is one slice: same learning rate, same decay.
     """
 
     PART = 2**22                                                      # numbers that are worked on at a time
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], cfg: Config, exact: dict[str, Tensor] | None = None):
-        """Takes over the parameters; `exact` holds fp32 values of those that an earlier run saved."""
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], cfg: Config, exact: dict[str, Tensor] | None = None,
+        ranks: Ranks = ONE_RANK, stage: int = 1, eager: bool = True,
+    ):
+        """Takes over the parameters; `exact` holds fp32 values of those an earlier run saved; eager is Buckets'."""
         self.beta1, self.beta2, self.eps, self.t = cfg.beta1, cfg.beta2, cfg.adam_eps, 0
+        self.ranks, self.stage = ranks, stage if ranks.size > 1 else 0
 
         def kind(item: tuple[str, nn.Parameter]) -> tuple[float, float]:
             name, p = item
@@ -1926,38 +2062,64 @@ class ZeroAdamW:
         self.named = sorted(named, key=kind)
         if not self.named:
             raise Fatal("nothing is trained: --peft none, or a rank and --train_parts that name something")
-        ends = itertools.accumulate(p.numel() for _, p in self.named)
+        ends = list(itertools.accumulate(p.numel() for _, p in self.named))
         self.where = {name: slice(end - p.numel(), end) for (name, p), end in zip(self.named, ends, strict=True)}
-        self.groups: list[tuple[slice, float, float]] = []
+        self.numbers = ends[-1]
+        slices = ranks.size if self.stage else 1
+        self.slice = -(-self.numbers // slices)                       # S, of which the last may end in padding
+        begin = ranks.rank * self.slice if self.stage else 0
+        self.own = slice(begin, begin + self.slice)
+        self.groups: list[tuple[slice, float, float]] = []            # of this rank's slice
         for (scale, decay), items in itertools.groupby(self.named, key=kind):
             names = [name for name, _ in items]
-            self.groups.append((slice(self.where[names[0]].start, self.where[names[-1]].stop), scale, decay))
-        self.working = torch.cat([p.detach().reshape(-1) for _, p in self.named])
-        self.master = self.working if self.working.dtype.itemsize >= 4 else self.working.float()
+            group = common(slice(self.where[names[0]].start, self.where[names[-1]].stop), self.own)
+            self.groups.append((shifted(group, begin), scale, decay))
+        values = [p.detach().reshape(-1) for _, p in self.named]
+        self.working = torch.cat([*values, values[0].new_zeros(slices * self.slice - self.numbers)])
+        own = self.working[self.own]
+        self.master = own if own.dtype.itemsize >= 4 else own.float()
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.grad = torch.zeros_like(self.working if cfg.accumulate_grad_batches == 1 else self.master)
+        wide = self.master if ranks.size > 1 or cfg.accumulate_grad_batches > 1 else self.working
+        self.grad = torch.zeros_like(own if self.stage == 2 else self.working, dtype=wide.dtype)
+        self.buckets = Buckets(self.grad, ranks, self.numbers, eager) if self.stage == 2 else None
+        self.summed: Tensor | None = None                             # (S) of the gradient, once it is summed
         for name, p in self.named:
             p.data = self.working[self.where[name]].view(p.shape)
             p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
             if exact and name in exact:
-                self.master[self.where[name]] = exact[name].to(self.master).reshape(-1)
+                part = common(self.where[name], self.own)
+                self.master[shifted(part, begin)] = exact[name].reshape(-1)[shifted(part, self.where[name].start)]
 
     def take(self, where: slice, p: nn.Parameter) -> None:
-        self.grad[where] += p.grad.reshape(-1)
+        """A parameter's gradient, as soon as there is one."""
+        if self.buckets:
+            self.buckets.take(where, p.grad.reshape(-1))
+        else:
+            self.grad[where] += p.grad.reshape(-1)
         p.grad = None
 
-    def norm(self) -> float:
-        """The norm of the whole gradient."""
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.grad.split(self.PART)]
-        return torch.linalg.vector_norm(torch.stack(norms)).item()
+    def sum_micro_batch(self) -> None:
+        """After the backward of every micro-batch: stage 2 sends what it has not sent meanwhile."""
+        if self.buckets:
+            self.buckets.flush()
+
+    def reduce(self) -> float:
+        """After the last one: sums the gradient of the step over the ranks. Returns its norm, that of all slices."""
+        if self.stage == 0:
+            self.summed = self.ranks.sum(self.grad)
+        else:
+            self.summed = self.grad if self.buckets else self.ranks.sum_slices(self.grad)
+        squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in self.summed.split(self.PART)]
+        total = torch.stack(squares).sum()
+        return (self.ranks.sum(total) if self.stage else total).sqrt().item()
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:
-        """One step with the gradient times grad_scale (clipping, and undoing a loss scale); clears the gradient."""
+        """One step with the reduced gradient times grad_scale (clipping, undoing a loss scale); clears the gradient."""
         self.t += 1
         correction1, correction2 = 1 - self.beta1**self.t, 1 - self.beta2**self.t
         for where, scale, decay in self.groups:
-            parts = (x[where].split(self.PART) for x in (self.grad, self.m, self.v, self.master))
+            parts = (x[where].split(self.PART) for x in (self.summed, self.m, self.v, self.master))
             for g, m, v, p in zip(*parts, strict=True):
                 g = g.to(p.dtype) * grad_scale
                 p.mul_(1 - lr * scale * decay)
@@ -1965,35 +2127,49 @@ class ZeroAdamW:
                 v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
                 p.addcdiv_(m, (v.sqrt() / math.sqrt(correction2)).add_(self.eps), value=-lr * scale / correction1)
         self.publish()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the gradient."""
         self.grad.zero_()
+        self.summed = None
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Rounds the master weights into the parameters."""
-        if self.working is not self.master:
-            self.working.copy_(self.master)
+        """Rounds the master weights into the parameters, of all ranks."""
+        own = self.working[self.own]
+        own.copy_(self.master)                                        # (in fp32 they are the same memory)
+        if self.stage:
+            self.ranks.gather_slices(self.working, own)
 
     def nbytes(self) -> int:
-        """Of all its buffers, the trained parameters among them."""
+        """Of all its buffers on this rank, the trained parameters among them."""
         buffers = {t.untyped_storage() for t in (self.working, self.master, self.m, self.v, self.grad)}
         return sum(map(allocated, buffers))
 
     def layout(self) -> str:
         """Tells two selections of parameters apart."""
         names = hashlib.sha256(repr(sorted((name, where.start) for name, where in self.where.items())).encode())
-        return f"{len(self.named)} tensors of {len(self.master)} numbers ({names.hexdigest()[:8]})"
+        return f"{len(self.named)} tensors of {self.numbers} numbers ({names.hexdigest()[:8]})"
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The slices of all ranks put together, without padding. (All ranks call it.)"""
+        return (self.ranks.collect(own, self.PART) if self.stage else own)[: self.numbers]
 
     def masters(self) -> dict[str, Tensor]:
-        """Name -> fp32 master weight, in the parameter's shape."""
-        return {name: self.master[self.where[name]].view(p.shape) for name, p in self.named}
+        """Name -> fp32 master weight, in the parameter's shape. (All ranks call it.)"""
+        master = self.whole(self.master)
+        return {name: master[self.where[name]].view(p.shape) for name, p in self.named}
 
     def state(self) -> dict[str, Tensor]:
-        return {"master": self.master, "m": self.m, "v": self.v, "t": torch.tensor(self.t)}
+        """What `load` takes, on any number of ranks and at any stage. (All ranks call it.)"""
+        return {x: self.whole(getattr(self, x)) for x in ("master", "m", "v")} | {"t": torch.tensor(self.t)}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         for name in ("master", "m", "v"):
-            getattr(self, name).copy_(state[name])
+            saved = state[name][self.own]
+            getattr(self, name)[: len(saved)] = saved
         self.t = int(state["t"])
         self.publish()
 
@@ -2473,13 +2649,14 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
         share = batch_loss(run.model, batch, n)
         (share * run.loss_scale).backward()
         loss += share.item()
-    norm = optimiser.norm() / run.loss_scale
+        optimiser.sum_micro_batch()
+    norm = optimiser.reduce() / run.loss_scale
     if math.isfinite(loss) and math.isfinite(norm):
         clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
         optimiser.step(lr, clip / run.loss_scale)
         run.bad_steps = 0
     else:
-        optimiser.grad.zero_()
+        optimiser.clear()
         skip(run, loss, [row for batch in batches for row in batch.rows])
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(b.inputs.numel() for b in batches), "learnt": n}
 
