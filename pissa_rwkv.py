@@ -1903,6 +1903,14 @@ def allocated(storage: torch.UntypedStorage) -> int:
     return -(-storage.nbytes() // 512) * 512
 
 
+def all_gather(x: Tensor, own: Tensor) -> None:
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(x, own)               # (renamed in torch 2.13)
+
+
+def reduce_scatter(own: Tensor, x: Tensor) -> None:
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, x)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes that train together, and which of them this is. One alone has nobody to talk to: its collectives
@@ -1922,13 +1930,13 @@ class Ranks:
         if self.size == 1:
             return x
         own = x.new_empty(len(x) // self.size)
-        dist.reduce_scatter_tensor(own, x)
+        reduce_scatter(own, x)
         return own
 
     def gather_slices(self, x: Tensor, own: Tensor) -> None:
         """All-gather: fills x (W S) with the slices (S) of all; `own` may be the slice of x itself."""
         if self.size > 1:
-            dist.all_gather_into_tensor(x, own.clone())
+            all_gather(x, own.clone())
 
     def collect(self, own: Tensor, part: int) -> Tensor:
         """The slices (S) of all ranks end to end (W S), in the host's memory; on one rank `own` itself."""
@@ -1938,7 +1946,7 @@ class Ranks:
         for at in range(0, len(own), part):
             piece = own[at: at + part]
             all_pieces = own.new_empty(self.size * len(piece))
-            dist.all_gather_into_tensor(all_pieces, piece.contiguous())
+            all_gather(all_pieces, piece)
             x[:, at: at + part] = all_pieces.view(self.size, -1).cpu()
         return x.view(-1)
 

@@ -154,6 +154,7 @@ def test_micro_batches_are_one_step_with_the_summed_gradient():
     backward(theirs, {name: first[name] + second[name] for name in first})
     optimiser.reduce()
     optimiser.step(1e-2, 0.5)
+    whole.reduce()
     whole.step(1e-2, 0.5)
     assert all(torch.equal(p, theirs[name]) for name, p in mine.items())
 
@@ -174,6 +175,7 @@ def test_a_loaded_state_goes_on_to_the_bit(dtype):
     again.load(state)
     for wanted in steps[3:]:
         backward(resumed, wanted)
+        again.reduce()
         again.step(1e-3, 1.0)
     assert torch.equal(again.master, optimiser.master)
     assert all(torch.equal(p, whole[name]) for name, p in resumed.items())
