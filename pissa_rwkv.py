@@ -17,7 +17,7 @@ The file follows a run; a section uses only what stands above it:
      4 frozen weights   how untrained matrices are held; nf4, int8          QUANT, FrozenLinear
      5 adapters         PiSSA, LoRA                                         PiSSALinear, top_singular, add_adapters
      6 data             readers -> one stream; samplers; masks              Corpus, Loader
-     7 loss             cross-entropy without all the logits                HeadLoss
+     7 loss             cross-entropy without all the logits; chunks        HeadLoss, batch_losses
      8 optimiser        AdamW on one flat buffer, shared out; schedules     ZeroAdamW, Ranks, lr_at
      9 files            written whole or not at all; merging                save, merge
     10 training         the loop, resuming, generating, the demonstration   build, train, generate, main
@@ -58,8 +58,10 @@ import ast
 import copy
 import difflib
 import errno
+import glob
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -71,6 +73,7 @@ import shutil
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import weakref
@@ -151,11 +154,12 @@ class Config:
     head_size: int = opt(0, "channels of a head; read from the base file (new models: 64)", "head_size_a")
     pre_ffn: bool = opt(False, "x052, x060: block 0 has a channel mixing for time mixing; read from the base file")
     head_qk: int = opt(0, "width of a head that copies earlier tokens; read from the base file")
-    vocab_size: int = opt(0, "vocabulary; read from the base file (new models: 65536 world, 256 byte)")
+    vocab_size: int = opt(0, "vocabulary; read from the base file (new models: 65536 world, 256 byte, or the data's)")
     # data
-    data_file: str = opt("", "corpus: .jsonl, .txt, or a binidx prefix; for dummy the family, base or shift")
-    data_type: str = opt("", "binidx, jsonl, sft, utf-8 or dummy; read off data_file")
+    data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family, base or shift")
+    data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img or dummy; read off data_file")
     sft_fields: tuple = opt(("question", "answer"), "sft: the fields that become user and assistant", "sft_field")
+    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square; tokens 1 (black) to 255", "my_img_size")
     tokenizer: str = opt("", "world or byte; world where the vocabulary has 65536 tokens")
     vocab_file: str = opt("", "the World vocabulary; found in the `rwkv` package")
     dataload: str = opt("", "sampler: pad, only or get; pad, and get where the corpus is one long document")
@@ -167,6 +171,9 @@ class Config:
     make_binidx: str = opt("", "only convert this .jsonl (of --data_type jsonl or sft) into binidx, then stop")
     # the length of the run
     ctx_len: int = opt(1024, "tokens of a training row")
+    train_type: str = opt("normal", "normal: a row at once; infctx: in chunks that pass on their state")
+    chunk_ctx: int = opt(0, "infctx: tokens of a chunk (0: 512); memory follows it instead of ctx_len")
+    chunk_grad: str = opt("truncated", "infctx: gradients reach back in the chunk (truncated) or over the row (full)")
     micro_bsz: int = opt(4, "rows of a micro-batch")
     accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step")
     epoch_steps: int = opt(0, "optimiser steps of an epoch; one pass over the corpus")
@@ -215,7 +222,7 @@ class Config:
     sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
     sample_len: int = opt(100, "tokens of that sample")
     sample_top_p: float = opt(0.5, "nucleus of that sample; 0 takes the likeliest token always")
-    wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`)")
+    wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`); WANDB_MODE=offline needs no network")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
     vram_gb: float = opt(0.0, "dry_run: size of the card to fill, in 10^9 bytes; that of the GPU at hand")
 
@@ -238,8 +245,6 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
     "avg_loss": "a step's loss is always the mean over its learnt tokens",
     "compile": "the operators are compiled already",
     **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
-    "train_type": "--peft says what is trained",
-    "chunk_ctx": "--ctx_len is the length of a row",
     "sft_split": "--data_file names the file",
 }
 
@@ -364,17 +369,11 @@ def wkv6_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tenso
     return torch.stack(ys, 1).to(y_dtype), S
 
 
+RECURRENCE = {"x070": ("wkv7", wkv7_ref), "x060": ("wkv6", wkv6_ref), "x052": ("wkv6", wkv6_ref)}
 WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what loads it
-    ("x070", "cuda"): partial(wkv7_cuda.load, "cuda"),
-    ("x070", "cuda_precise"): partial(wkv7_cuda.load, "cuda_precise"),
-    ("x070", "triton"): partial(wkv7_cuda.load, "triton"),
-    ("x070", "fla"): partial(wkv7_cuda.load, "fla"),
-    ("x070", "cpu"): partial(wkv7_cuda.load, "cpu"),
-    ("x070", "chunk"): partial(wkv7_cuda.load, "chunk"),
-    ("x070", "torch"): lambda: wkv7_ref,
-    ("x060", "torch"): lambda: wkv6_ref,
-    ("x052", "torch"): lambda: wkv6_ref,
-}
+    (version, op): partial(wkv7_cuda.load, op, name)
+    for version, (name, _) in RECURRENCE.items() for op in wkv7_cuda.OPS[name]
+} | {(version, "torch"): lambda ref=ref: ref for version, (_, ref) in RECURRENCE.items()}
 FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
 TRACED_ANYWHERE = ("cuda", "cuda_precise")                             # count bytes without a GPU and unbuilt
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
@@ -447,6 +446,9 @@ class BlockState:
         H, N, C = arch.n_head, arch.head_size, arch.n_embd
         S = like.new_zeros(B, H, N, N, dtype=torch.promote_types(like.dtype, torch.float32))
         return BlockState(like.new_zeros(B, C), S, like.new_zeros(B, C))
+
+    def detach(self) -> BlockState:
+        return BlockState(self.att.detach(), self.wkv.detach(), self.ffn.detach())
 
 
 def shift(x: Tensor, last: Tensor) -> Tensor:
@@ -1520,14 +1522,17 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
     return Corpus(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
 
 
-def read_text(path: str) -> str:
-    """A file of UTF-8 text."""
+def read_text(path: str, encoding: str = "utf-8") -> str:
+    """A file of text. (Some editors begin it with a mark, which is left out.)"""
     try:
-        return Path(path).read_text("utf-8-sig")                      # (as UTF-8; some editors begin it with a mark)
+        text = Path(path).read_text(encoding)
     except UnicodeDecodeError as e:
-        raise Fatal(f"{path}: not UTF-8 text (byte {e.start})") from None
+        raise Fatal(f"{path}: not {encoding.upper()} text (byte {e.start}: {e.reason})") from None
     except OSError as e:
         raise Fatal(f"{path}: cannot be read ({e.strerror})") from None
+    if text.startswith("\ufffe"):                                     # the mark, its two bytes the other way round
+        raise Fatal(f"{path}: UTF-16 with the high byte first; --data_type utf-16le has the low byte first")
+    return text.removeprefix("\ufeff")
 
 
 def read_lines(path: str, fields: tuple[str, ...]) -> Iterator[list[str]]:
@@ -1562,8 +1567,8 @@ def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     return from_texts((chat(*row) for row in read_lines(path, tuple(cfg.sft_fields))), tokenizer, path)
 
 
-def read_utf8(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    return from_texts([text] if (text := read_text(path)) else [], tokenizer, path)
+def read_plain(path: str, tokenizer: ByteTokenizer, cfg: Config, encoding: str = "utf-8") -> Corpus:
+    return from_texts([text] if (text := read_text(path, encoding)) else [], tokenizer, path)
 
 
 # ---------------------------------------------------------------- generated tasks: nothing to download, exact answers
@@ -1618,7 +1623,8 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     idx, bin = Path(prefix + ".idx"), Path(prefix + ".bin")
     for file in (idx, bin):
         if not file.is_file():
-            raise Fatal(f"--data_file {path}: no such file {file}; binidx is a pair, .bin and .idx")
+            raise Fatal(f"--data_file {path}: no such file {file}; binidx is a pair, .bin and .idx"
+                        " (a file of raw 16-bit tokens is --data_type uint16)")
     data = idx.read_bytes()
     if data[:9] != IDX_MAGIC or len(data) < 34:
         raise Fatal(f"{idx}: not the index of a binidx corpus (it begins with {data[:9]!r}); --make_binidx writes one")
@@ -1638,33 +1644,145 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     return Corpus(np.memmap(bin, IDX_DTYPE[code], "r"), starts)
 
 
+# ---------------------------------------------------------------------------------- streams of tokens, without an index
+
+
+def pieces(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """A long stream piece by piece: where each begins, and its tokens."""
+    return ((at, tokens[at: at + (1 << 24)]) for at in range(0, len(tokens), 1 << 24))
+
+
+def from_stream(tokens: np.ndarray) -> Corpus:
+    """Every token 0 ends a document; what follows the last is one more, without its 0."""
+    ends = [at + 1 + np.flatnonzero(piece == 0) for at, piece in pieces(tokens)]
+    return Corpus(tokens, np.unique(np.concatenate([[0], *ends, [len(tokens)]])))
+
+
+def read_numpy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    """A .npy of integers in one dimension, memory-mapped. Nothing pickled is loaded."""
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as e:
+        raise Fatal(f"{path}: no .npy of tokens, or damaged ({first_line(e)})") from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
+        raise Fatal(f"{path}: an array {list(tokens.shape)} of {tokens.dtype}; integers in one dimension are wanted")
+    return from_stream(tokens)
+
+
+def read_uint16(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    """Nothing but tokens of two bytes, the low one first."""
+    if (size := Path(path).stat().st_size) % 2 or not size:
+        raise Fatal(f"{path}: {size} bytes; tokens of two bytes each are wanted")
+    return from_stream(np.memmap(path, "<u2", "r"))
+
+
+# ------------------------------------------------------------------------------------------ images: pixels are tokens
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+def shards(path: str) -> Iterator[str]:
+    """The files a name stands for: one, a folder's .tar, or those of a pattern: x-{000..012}.tar, x-*.tar."""
+    if Path(path).is_dir():
+        yield from sorted(map(str, Path(path).glob("*.tar")))
+    elif span := re.search(r"\{(\d+)\.\.(\d+)\}", path):
+        for i in range(int(span[1]), int(span[2]) + 1):
+            yield from shards(f"{path[:span.start()]}{i:0{len(span[1])}}{path[span.end():]}")
+    else:
+        yield from [path] if Path(path).exists() else sorted(glob.glob(path)) or [path]
+
+
+def images(shard: str) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of every image in a tar. Nothing is written to disk."""
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.isfile() and Path(member.name).suffix.lower() in IMAGES:
+                    yield member.name, tar.extractfile(member).read()
+    except Exception as e:             # tarfile and the decompressors below it have many ways to say it
+        raise Fatal(f"{shard}: cannot be read as a tar ({first_line(e)})") from None
+
+
+def pixels(image: bytes, side: int) -> np.ndarray:
+    """An image as tokens (side * side), row after row: cut to a square, scaled by means, in grey levels from 1 to 255.
+
+    Black, level 0, is told as 1: token 0 ends a document.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(image)) as opened:
+        if opened.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits a pixel; save it with 8")
+        grey = ImageOps.fit(opened.convert("L"), (side, side), Image.Resampling.BOX)
+    return np.maximum(np.asarray(grey).reshape(-1), 1)
+
+
+def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
+    """WebDataset's tar shards: every image is a document, and the captions beside them are not read."""
+    if importlib.util.find_spec("PIL") is None:
+        raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed:"
+                    " `pip install 'pissa_rwkv[image]'`")
+    documents = []
+    for shard in tqdm(shards(path), "reading images", leave=False, disable=None):
+        for name, image in images(shard):
+            try:
+                documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
+            except Exception as e:     # Pillow meets nonsense with OSError, SyntaxError, struct.error and others
+                raise Fatal(f"{shard}: {name} is no image, or damaged ({first_line(e)})") from None
+    if not documents:
+        raise Fatal(f"--data_file {path}: holds no image ({', '.join(IMAGES)})")
+    return Corpus(np.concatenate(documents), np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1))
+
+
 CORPUS: dict[str, Callable[[str, ByteTokenizer, Config], Corpus]] = {
-    "binidx": read_binidx, "jsonl": read_jsonl, "sft": read_sft, "utf-8": read_utf8, "dummy": read_dummy,
+    "binidx": read_binidx, "jsonl": read_jsonl, "sft": read_sft, "utf-8": read_plain,
+    "utf-16le": partial(read_plain, encoding="utf-16le"), "numpy": read_numpy, "uint16": read_uint16,
+    "wds_img": read_wds_img, "dummy": read_dummy,
 }
+OF_TOKENS = ("binidx", "numpy", "uint16")                             # somebody else's tokenizer made these
 
 
 def data_type_of(cfg: Config, path: str) -> str:
-    """--data_type, or what the file's name says."""
+    """--data_type, or what the file's name says. (A .bin alone may be half of a binidx: it is not taken for uint16.)"""
     if cfg.data_type or not path:
         return cfg.data_type or "dummy"
-    by_suffix = {".jsonl": "jsonl", ".txt": "utf-8", ".md": "utf-8", ".bin": "binidx", ".idx": "binidx"}
+    by_suffix = {".jsonl": "jsonl", ".txt": "utf-8", ".md": "utf-8", ".bin": "binidx", ".idx": "binidx",
+                 ".npy": "numpy", ".tar": "wds_img"}
     if Path(path).suffix in by_suffix:
         return by_suffix[Path(path).suffix]
     if Path(path + ".idx").exists():
         return "binidx"
+    if any(Path(path).glob("*.tar")):
+        return "wds_img"
     raise Fatal(f"--data_file {path}: its name does not tell what it is; say so with --data_type ({', '.join(CORPUS)})")
+
+
+def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
+    return pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
 
 
 def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
     """The corpus of a file, with every token checked against the vocabulary."""
-    corpus = pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
-    for at in range(0, len(corpus.tokens), 1 << 24):
-        piece = corpus.tokens[at: at + (1 << 24)]
+    corpus = read_any(cfg, path, tokenizer)
+    for at, piece in pieces(corpus.tokens):
         bad = np.flatnonzero((piece < 0) | (piece >= tokenizer.vocab_size))
         if len(bad):
             raise Fatal(f"--data_file {path}: token {piece[bad[0]]} at position {at + bad[0]} is outside the vocabulary"
                         f" of {tokenizer.vocab_size}; was it made with another tokenizer?")
     return corpus
+
+
+def vocabulary_of_data(cfg: Config) -> int:
+    """What a new model's vocabulary must hold where the data are tokens and nobody says of which tokenizer: the first
+    power of two above the largest, from 256 on. Otherwise --vocab_size, maybe 0."""
+    if cfg.vocab_size or cfg.tokenizer or data_type_of(cfg, cfg.data_file) not in OF_TOKENS:
+        return cfg.vocab_size
+    corpora = [read_any(cfg, path, ByteTokenizer()) for path in (cfg.data_file, cfg.val_file) if path]
+    largest = max(int(piece.max()) for corpus in corpora for _, piece in pieces(corpus.tokens))
+    vocab_size = min(max(256, 1 << largest.bit_length()), 1 << 20)    # (what is beyond is an error, not a token)
+    say(f"vocabulary: {vocab_size}, since the largest token of the data is {largest}; --vocab_size or --tokenizer can"
+        " say otherwise")
+    return vocab_size
 
 
 def split(corpus: Corpus, share: float) -> tuple[Corpus, Corpus]:
@@ -1765,6 +1883,14 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         return Batch(self.inputs.to(device), self.learnt.to(device), self.targets.to(device), self.rows)
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """The batch cut behind every `size` tokens of its rows; the last piece may be shorter."""
+        row, at = self.learnt // self.inputs.shape[1], self.learnt % self.inputs.shape[1]  # (M)
+        for start in range(0, self.inputs.shape[1], size):
+            inputs, inside = self.inputs[:, start: start + size], (start <= at) & (at < start + size)
+            learnt = row * inputs.shape[1] + at - start
+            yield Batch(inputs, learnt[inside], self.targets[inside], self.rows)
 
 
 class Loader:
@@ -1884,13 +2010,61 @@ class HeadLoss(torch.autograd.Function):
         return dx, dW, None, None, dvotes, None
 
 
-def batch_loss(model: RWKV, batch: Batch, n: int) -> Tensor:
-    """The share that a micro-batch has in the loss of an optimiser step with n learnt tokens."""
-    x, _ = model(batch.inputs)                                                            # (B,T,C)
+def chunk_loss(
+    model: RWKV, chunk: Batch, n: int, states: list[BlockState] | None
+) -> tuple[Tensor, list[BlockState]]:
+    """The share that a chunk has in the loss of an optimiser step with n learnt tokens, and the states after it."""
+    chunk = chunk.to(model.head.weight.device)
+    x, states = model(chunk.inputs, states)                                               # (B,T,C)
     copying = ()
     if model.arch.head_qk:
-        copying = model.votes(x).flatten(0, 1)[batch.learnt], batch.inputs[batch.learnt // x.shape[1]]    # (M,T) both
-    return HeadLoss.apply(x.flatten(0, 1)[batch.learnt], model.head.weight, batch.targets, n, *copying)
+        copying = model.votes(x).flatten(0, 1)[chunk.learnt], chunk.inputs[chunk.learnt // x.shape[1]]    # (M,T) both
+    return HeadLoss.apply(x.flatten(0, 1)[chunk.learnt], model.head.weight, chunk.targets, n, *copying), states
+
+
+def truncated(model: RWKV, chunks: list[Batch], n: int) -> Iterator[Tensor]:
+    """A loss for each chunk, to be differentiated before the next is asked for: then it is let go. The states that a
+    chunk begins with are constants to it. Where nothing is learnt, only the states go on."""
+    states = None
+    for chunk in chunks:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and len(chunk.learnt) > 0):
+            loss, states = chunk_loss(model, chunk, n, states)
+        states = [state.detach() for state in states]
+        if len(chunk.learnt):
+            yield loss
+
+
+def full(model: RWKV, chunks: list[Batch], n: int) -> Iterator[Tensor]:
+    """One loss, whose gradient goes back through all states. What stays of a chunk are the states it began with: the
+    rest is computed again in backward, one chunk at a time, for one more forward pass."""
+    total, states = 0.0, None
+    for chunk in chunks:
+        loss, states = checkpoint(chunk_loss, model, chunk, n, states, use_reentrant=False)
+        total = total + loss
+    yield total
+
+
+CHUNK_GRAD: dict[str, Callable[[RWKV, list[Batch], int], Iterator[Tensor]]] = {"truncated": truncated, "full": full}
+TRAIN_TYPE: dict[str, Callable[[Config], int]] = {  # -> tokens of a row that go through the model at a time
+    **dict.fromkeys(("normal", "none", "state"), lambda cfg: cfg.ctx_len),
+    "infctx": lambda cfg: cfg.chunk_ctx or min(512, cfg.ctx_len),
+}
+
+
+def batch_losses(model: RWKV, batch: Batch, n: int, cfg: Config) -> Iterator[Tensor]:
+    """The share that a micro-batch has in the loss of an optimiser step with n learnt tokens, as one or more summands:
+    backward is called on each before the next is asked for. The sum does not depend on the chunks.
+
+    Of a batch that is one chunk, --chunk_grad has nothing to say.
+    """
+    chunks = [*batch.chunks(TRAIN_TYPE[cfg.train_type](cfg))]
+    return CHUNK_GRAD[cfg.chunk_grad if len(chunks) > 1 else "truncated"](model, chunks, n)
+
+
+def backward_passes(cfg: Config) -> int:
+    """How many an optimiser step makes, at most; their gradients are added."""
+    chunks = -(-cfg.ctx_len // TRAIN_TYPE[cfg.train_type](cfg)) if cfg.chunk_grad == "truncated" else 1
+    return cfg.accumulate_grad_batches * chunks
 
 
 # ======================================================================================================================
@@ -2055,9 +2229,9 @@ class ZeroAdamW:
 
     def __init__(
         self, named: Iterable[tuple[str, nn.Parameter]], cfg: Config, exact: dict[str, Tensor] | None = None,
-        ranks: Ranks = ONE_RANK, stage: int = 1, eager: bool = True,
+        ranks: Ranks = ONE_RANK, stage: int = 1,
     ):
-        """Takes over the parameters; `exact` holds fp32 values of those an earlier run saved; eager is Buckets'."""
+        """Takes over the parameters; `exact` holds fp32 values of those that an earlier run saved."""
         self.beta1, self.beta2, self.eps, self.t = cfg.beta1, cfg.beta2, cfg.adam_eps, 0
         self.ranks, self.stage = ranks, stage if ranks.size > 1 else 0
 
@@ -2087,9 +2261,10 @@ class ZeroAdamW:
         own = self.working[self.own]
         self.master = own if own.dtype.itemsize >= 4 else own.float()
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        wide = self.master if ranks.size > 1 or cfg.accumulate_grad_batches > 1 else self.working
+        wide = self.master if ranks.size > 1 or backward_passes(cfg) > 1 else self.working
         self.grad = torch.zeros_like(own if self.stage == 2 else self.working, dtype=wide.dtype)
-        self.buckets = Buckets(self.grad, ranks, self.numbers, eager) if self.stage == 2 else None
+        once = backward_passes(cfg) == cfg.accumulate_grad_batches    # each micro-batch has one backward pass
+        self.buckets = Buckets(self.grad, ranks, self.numbers, once) if self.stage == 2 else None
         self.summed: Tensor | None = None                             # (S) of the gradient, once it is summed
         for name, p in self.named:
             p.data = self.working[self.where[name]].view(p.shape)
@@ -2370,9 +2545,11 @@ def check(cfg: Config) -> None:
     pick(QUANT, "--quant", cfg.quant)
     pick(SCHEDULE, "--lr_schedule", cfg.lr_schedule)
     pick(STRATEGY, "--strategy", cfg.strategy)
+    pick(TRAIN_TYPE, "--train_type", cfg.train_type)
+    pick(CHUNK_GRAD, "--chunk_grad", cfg.chunk_grad)
     for part in cfg.train_parts:
         pick(dict.fromkeys(("emb", "head", "time", "ln")), "--train_parts", part)
-    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
+    for name in ("ctx_len", "img_side", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
         if getattr(cfg, name) < 1:
             raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
     for name in ("lr_init", "lr_final", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay", "grad_clip",
@@ -2391,7 +2568,7 @@ def check(cfg: Config) -> None:
     if not cfg.adam_eps > 0:
         raise Fatal(f"--adam_eps {cfg.adam_eps}: a number above 0 is wanted")
     if not cfg.data_file and cfg.data_type != "dummy":
-        raise Fatal("--data_file is missing: a .jsonl, a .txt or a binidx prefix; or --data_type dummy")
+        raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
     if cfg.peft != "none" and not cfg.load_model:
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
     if cfg.peft == "pissa" and bool(cfg.adapter_load) > bool(cfg.adapter_init):
@@ -2405,8 +2582,18 @@ def check(cfg: Config) -> None:
                     f" {cfg.peft} with --quant {cfg.quant}")
     if cfg.emb_on_cpu and (cfg.peft == "none" or "emb" in cfg.train_parts):
         raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
+    if cfg.train_type == "infctx" and not 0 <= cfg.chunk_ctx <= cfg.ctx_len:
+        raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; up to --ctx_len {cfg.ctx_len} is wanted")
+    if cfg.train_type == "state" and cfg.peft != "state":
+        raise Fatal(f"--train_type state: that is --peft state here, and this is --peft {cfg.peft}")
+    if cfg.train_type != "infctx" and (cfg.chunk_ctx or cfg.chunk_grad != Config.chunk_grad):
+        say("--chunk_ctx and --chunk_grad have no effect without --train_type infctx")
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install 'pissa_rwkv[wandb]'`")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
+    elif cfg.mask_id:
+        say("--mask_id has no effect without --loss_mask se")
     if cfg.peft == "pissa" and cfg.lr_init > 1e-4:
         say(f"--lr_init {cfg.lr_init:g} is high for PiSSA, which moves the main directions of a matrix; 1e-4 is usual")
 
@@ -2471,8 +2658,10 @@ def build(cfg: Config) -> Run | None:
     check(cfg)
     cfg, device, dtype = setup(cfg)
     tensors = read_pth(cfg.load_model, "--load_model") if cfg.load_model else {}
-    arch = detect(tensors, cfg.load_model) if tensors else new_arch(cfg)
+    arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
     check_arch(cfg, arch)
+    if arch.head_qk and cfg.train_type == "infctx":
+        raise Fatal("--train_type infctx: this model has head_qk, which looks back at a whole row; leave the flag out")
     folder = None if cfg.dry_run else open_folder(cfg)
     tokenizer = load_tokenizer(cfg, arch.vocab_size)
     corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
@@ -2549,8 +2738,8 @@ def adapt(
 
 @torch.no_grad()
 def first_loss(model: RWKV, loader: Loader) -> float:
-    batch = loader.batch(0).to(model.head.weight.device)
-    return batch_loss(model.eval(), batch, max(1, len(batch.learnt))).item()
+    batch = loader.batch(0)
+    return sum(loss.item() for loss in batch_losses(model.eval(), batch, max(1, len(batch.learnt)), loader.cfg))
 
 
 def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any]) -> None:
@@ -2618,6 +2807,13 @@ class Logger:
             write_whole(self.losses, lambda file: file.write(kept.encode()))
         self.wandb = load_wandb(run.cfg)
 
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        if self.wandb:
+            self.wandb.finish(exit_code=int(kind is not None))
+
     def step(self, **row: Any) -> None:
         row = {k: v if math.isfinite(v) else None for k, v in row.items()}               # JSON knows no NaN
         self.append(self.losses, json.dumps(row))
@@ -2637,26 +2833,31 @@ class Logger:
 
 
 def load_wandb(cfg: Config) -> Any:
+    """A run of Weights & Biases, whose files are all in proj_dir; None without --wandb."""
     if not cfg.wandb:
         return None
+    import wandb
+
+    folder = Path(cfg.proj_dir).absolute()
+    os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")   # its logs would go to the home folder
     try:
-        import wandb
-    except ImportError:
-        raise Fatal("--wandb: the package is not installed: `pip install wandb`") from None
-    return wandb.init(project=cfg.wandb, config=asdict(cfg), dir=cfg.proj_dir)
+        return wandb.init(project=cfg.wandb, name=folder.name, config=asdict(cfg), dir=str(folder))
+    except Exception as e:             # of wandb's own and of those of what it stands on
+        raise Fatal(f"--wandb {cfg.wandb}: {first_line(e)} (WANDB_MODE=offline logs into {cfg.proj_dir}, from where"
+                    " `wandb sync` sends it later)") from None
 
 
 def train_step(run: Run, lr: float) -> dict[str, Any]:
     """One optimiser step. A loss or gradient that is not finite changes nothing; three such steps end the run."""
     cfg, optimiser = run.cfg, run.optimiser
     numbers = range(run.step * cfg.accumulate_grad_batches, (run.step + 1) * cfg.accumulate_grad_batches)
-    batches = [run.loader.batch(i).to(run.device) for i in numbers]
+    batches = [run.loader.batch(i) for i in numbers]
     n = max(1, sum(len(batch.learnt) for batch in batches))
     loss = 0.0
     for batch in batches:
-        share = batch_loss(run.model, batch, n)
-        (share * run.loss_scale).backward()
-        loss += share.item()
+        for share in batch_losses(run.model, batch, n, cfg):
+            (share * run.loss_scale).backward()
+            loss += share.item()
         optimiser.sum_micro_batch()
     norm = optimiser.reduce() / run.loss_scale
     if math.isfinite(loss) and math.isfinite(norm):
@@ -2684,13 +2885,13 @@ def skip(run: Run, loss: float, rows: list[int]) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: RWKV, loader: Loader, device: str) -> float:
+def evaluate(model: RWKV, loader: Loader) -> float:
     """Mean loss over every learnt token of a corpus."""
     model.eval()
     total = learnt = 0
     for i in tqdm(range(-(-loader.pass_rows // loader.bsz)), "validation", leave=False, disable=None):
-        batch = loader.batch(i, last=loader.pass_rows).to(device)
-        total += batch_loss(model, batch, 1).item()
+        batch = loader.batch(i, last=loader.pass_rows)
+        total += sum(loss.item() for loss in batch_losses(model, batch, 1, loader.cfg))
         learnt += len(batch.learnt)
     model.train()
     return total / max(1, learnt)
@@ -2698,12 +2899,13 @@ def evaluate(model: RWKV, loader: Loader, device: str) -> float:
 
 def train(run: Run) -> None:
     """The loop: set the learning rate, make a step, log it; at the end of an epoch validate, sample and save."""
-    cfg, log = run.cfg, Logger(run)
+    cfg = run.cfg
     if run.held_out:
-        say(f"held-out loss before: {evaluate(run.model, run.held_out, run.device):.4f}")
+        say(f"held-out loss before: {evaluate(run.model, run.held_out):.4f}")
     run.model.train()
     pace = 0.1 if sys.stderr.isatty() else 30.0                       # seconds from one look of the bar to the next
-    with Stop() as stop, tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace) as bar:
+    with (Logger(run) as log, Stop() as stop,
+          tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace) as bar):
         while run.step < run.steps and not stop.asked:
             began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
             row = train_step(run, lr)
@@ -2736,7 +2938,7 @@ def end_epoch(run: Run, log: Logger, epoch: int, lr: float) -> None:
     log.epoch(epoch, loss, lr)
     line = f"epoch {epoch}: loss {loss:.4f}"
     if run.held_out:
-        held_out = evaluate(run.model, run.held_out, run.device)
+        held_out = evaluate(run.model, run.held_out)
         log.step(step=run.step - 1, epoch=epoch, val_loss=held_out)
         line += f", held out {held_out:.4f}"
     say(line)
@@ -2876,7 +3078,7 @@ class Rehearsal:
                     else:
                         add_adapter(model, name, cfg, {}, {}, torch.Generator())
             optimiser = ZeroAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), cfg)
-            loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "meta")
+            loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")      # (their place is counted when they are used)
             self.run = Run(cfg, "meta", arch, None, loader, None, model, optimiser, {}, 1)
         self.loading, self.held = self.peak.most, self.peak.live
 
@@ -2973,9 +3175,9 @@ def demo(cfg: Config) -> None:
         say(f"\n{2 if peft == 'pissa' else 3}. {peft} of rank 8 adapts it to the same questions in other words.")
         run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5,
                             lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), auto_merge=peft == "pissa"))
-        before = evaluate(run.model, run.held_out, run.device), exact_match(run.model, run.held_out, run.device)
+        before = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
         train(run)
-        after = evaluate(run.model, run.held_out, run.device), exact_match(run.model, run.held_out, run.device)
+        after = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
         results[peft] = before, after, run
     before, _, run = results["pissa"]
     say("\n   held out                  loss    exact answers\n"

@@ -18,15 +18,17 @@ setup(
     python_requires=">=3.10",
     py_modules=["pissa_rwkv", "merge"],
     packages=["wkv7_cuda"],
-    package_data={"wkv7_cuda": ["*.cu", "*.cuh", "*.cpp", "*.md"]},
+    package_data={"wkv7_cuda": ["*.cu", "*.cuh", "*.cpp", "*.h", "*.md"]},
     install_requires=["torch>=2.10", "ninja", "numpy", "tqdm"],
     extras_require={
         "test": [
             "pytest", "rwkv==0.8.32", "triton", "ruff==0.17.6", "safetensors", "matplotlib", "bitsandbytes==0.50.2",
+            "Pillow", "wandb",
         ],
         "tokenizer": ["rwkv"],
         "plot": ["matplotlib"],
         "wandb": ["wandb"],
+        "image": ["Pillow"],
         "export": ["safetensors"],
         "triton": ["triton"],
         "fla": ["flash-linear-attention"],

@@ -1,7 +1,8 @@
-"""Who takes part in the WKV-7 benchmark: our operators as wkv7_cuda lists them, and what others have made.
+"""Who takes part in the WKV benchmark: our operators as wkv7_cuda lists them, and what others have made.
 
-A contestant is a function f(r, w, k, v, a, b, state) -> (y, state_T or None); shapes as in wkv7_cuda/op.py, w the raw
-decay logit. Peers are given a zero state and may ignore it. What a peer needs done to its inputs is part of its time.
+A contestant is a function f(r, w, k, v, a, b, state) -> (y, state_T or None), for WKV-6 f(r, w, k, v, u, state); shapes
+as in wkv7_cuda/op.py, w the raw decay logit. Peers are given a zero state and may ignore it. What a peer needs done to
+its inputs is part of its time.
 """
 
 import math
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import wkv7_cuda
-from pissa_rwkv import wkv7_ref
+from pissa_rwkv import wkv6_ref, wkv7_ref
+from wkv7_cuda.op import RECURRENCES
 
 
 def fla() -> Callable:
@@ -50,32 +52,40 @@ def rwkv_ops() -> Callable:
         r=r, w=log_log(w), k=k, v=v, a=a, b=b, initial_state=state, output_final_state=True)  # fmt: skip
 
 
-PEERS = {  # name -> (devices, dtypes, what loads it); an operator of ours with that name takes its place
-    "torch": (("cpu", "cuda"), (torch.float32, torch.bfloat16), lambda: wkv7_ref),
-    "sequential": (("cuda",), (torch.float32, torch.bfloat16), sequential.load),
-    "fla": (("cuda",), (torch.bfloat16,), fla),
-    "wind_rwkv": (("cuda",), (torch.bfloat16,), wind_rwkv),
-    "rwkv_ops": (("cuda",), (torch.bfloat16,), rwkv_ops),
+BOTH = (torch.float32, torch.bfloat16)
+PEERS = {  # recurrence -> name -> (devices, dtypes, what loads it); an operator of ours with that name takes its place
+    "wkv7": {
+        "torch": (("cpu", "cuda"), BOTH, lambda: wkv7_ref),
+        "sequential": (("cuda",), BOTH, sequential.load),
+        "fla": (("cuda",), (torch.bfloat16,), fla),
+        "wind_rwkv": (("cuda",), (torch.bfloat16,), wind_rwkv),
+        "rwkv_ops": (("cuda",), (torch.bfloat16,), rwkv_ops),
+    },
+    "wkv6": {"torch": (("cpu", "cuda"), BOTH, lambda: wkv6_ref)},
 }
-STATEFUL = {*wkv7_cuda.OPS, "torch"}  # these take an initial state and give gradients to it
+STATEFUL = {"torch"}.union(*wkv7_cuda.OPS.values())  # these take an initial state and give gradients to it
 
 
-def loaders(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Callable]]:
+def loaders(device: str, dtype: torch.dtype, recurrence: str = "wkv7") -> dict[str, Callable[[], Callable]]:
     """Name -> what loads it, for all that may run on the device."""
-    ours = {op: lambda op=op: wkv7_cuda.load(op) for op in wkv7_cuda.OPS}
-    peers = {name: load for name, (devices, dtypes, load) in PEERS.items() if device in devices and dtype in dtypes}
+    ours = {op: lambda op=op: wkv7_cuda.load(op, recurrence) for op in wkv7_cuda.OPS[recurrence]}
+    peers = {name: load for name, (devices, dtypes, load) in PEERS[recurrence].items()
+             if device in devices and dtype in dtypes}  # fmt: skip
     return peers | ours
 
 
-def ready(device: str, dtype: torch.dtype) -> tuple[dict[str, Callable], dict[str, str]]:
+def ready(
+    device: str, dtype: torch.dtype, recurrence: str = "wkv7"
+) -> tuple[dict[str, Callable], dict[str, str]]:
     """Those that load and survive 16 tokens on this device, and one line on each that does not."""
-    works, fails = {}, {}
+    works, fails, (tokens, heads, _) = {}, {}, RECURRENCES[recurrence]
     x = torch.zeros(1, 16, 1, 64, device=device, dtype=dtype)
-    for name, load in loaders(device, dtype).items():
+    inputs = [*(x for _ in tokens), *(x[0, 0] for _ in heads), torch.zeros(1, 1, 64, 64, device=device)]
+    for name, load in loaders(device, dtype, recurrence).items():
         try:
             f = load()
             with torch.no_grad():
-                f(x, x, x, x, x, x, torch.zeros(1, 1, 64, 64, device=device))
+                f(*inputs)
             works[name] = f
         except Exception as error:  # other people's code may raise anything
             fails[name] = one_line(error)

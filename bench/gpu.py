@@ -33,8 +33,10 @@ class Step(NamedTuple):
 
 
 BUILD = """
-import wkv7_cuda, sequential
-for name, load in [*((op, lambda op=op: wkv7_cuda.load(op)) for op in wkv7_cuda.OPS), ("sequential", sequential.load)]:
+import functools, wkv7_cuda, sequential
+ours = {f"{recurrence} {op}": functools.partial(wkv7_cuda.load, op, recurrence)
+        for recurrence, ops in wkv7_cuda.OPS.items() for op in ops}
+for name, load in (ours | {"sequential": sequential.load}).items():
     try:
         load()
         print(name, "built", flush=True)
@@ -44,12 +46,13 @@ for name, load in [*((op, lambda op=op: wkv7_cuda.load(op)) for op in wkv7_cuda.
 SMALL = """
 import contestants, torch, wkv, wkv7_cuda
 for dtype in (torch.bfloat16, torch.float32):
-    for name in (op for op in wkv7_cuda.OPS if op.startswith("cuda")):
-        f = wkv7_cuda.load(name)
-        for shape in ((1, 1, 1), (1, 33, 2), (2, 80, 1)):
-            wkv.results(f, wkv.make(shape, dtype, "cuda"), True)
-        torch.cuda.synchronize()
-        print(name, dtype, "ran", flush=True)
+    for its in wkv.RECURRENCES.values():
+        for name in (op for op in wkv7_cuda.OPS[its.name] if op.startswith("cuda")):
+            f = wkv7_cuda.load(name, its.name)
+            for shape in ((1, 1, 1), (1, 33, 2), (2, 80, 1)):
+                wkv.results(f, wkv.make(shape, dtype, "cuda", its=its), True)
+            torch.cuda.synchronize()
+            print(its.name, name, dtype, "ran", flush=True)
 """
 
 
@@ -57,7 +60,8 @@ def steps(out: Path, commit: str) -> dict[str, Step]:
     python, bench = sys.executable, record.ROOT / "bench"
     run = f"import sys; sys.path[:0] = [{str(record.ROOT)!r}, {str(bench)!r}]\n"
     checker = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    measure = [python, str(bench / "wkv.py"), "--device", "cuda", "--out", str(out), "--minutes", "{minutes}"]
+    measure = [python, str(bench / "wkv.py"), "--device", "cuda", "--out", str(out), "--minutes", "{minutes}",
+               *(["--commit", commit] if commit else [])]  # fmt: skip
     return {
         "machine": Step(["nvidia-smi"], "nvidia-smi", 60),
         "build": Step([python, "-c", run + BUILD], "", 600),
@@ -68,7 +72,8 @@ def steps(out: Path, commit: str) -> dict[str, Step]:
         "curve": Step([python, str(bench / "wkv_curve.py")], "", 240),
         "memory": Step([python, str(bench / "vram.py"), "--out", str(out), *(["--commit", commit] if commit else [])],
                        "", 400),
-        "bench": Step([*measure, *(["--commit", commit] if commit else [])], "", 0, (3,)),
+        "wkv6": Step([*measure, "--recurrence", "wkv6"], "", 240, (3,)),
+        "bench": Step(measure, "", 0, (3,)),
     }
 
 
@@ -141,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {missing(step) or 'can run'}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("wkv-cuda.json", "vram.json"):                       # rows that are there are not measured again
+    for name in ("wkv-cuda.json", "wkv6-cuda.json", "vram.json"):     # rows that are there are not measured again
         if not (out / name).exists() and (record.RESULTS / name).exists():
             shutil.copy(record.RESULTS / name, out)
     rows = []

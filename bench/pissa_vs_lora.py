@@ -36,10 +36,10 @@ def texts(folder: Path) -> tuple[Path, Path]:
 def run(cfg: P.Config) -> tuple[float, float, list[float]]:
     """Held-out loss before and after training, and the loss of every step."""
     job = P.build(cfg)
-    before = P.evaluate(job.model, job.held_out, job.device)
+    before = P.evaluate(job.model, job.held_out)
     P.train(job)
     lines = [json.loads(line) for line in (job.folder / "loss_data.jsonl").read_text().splitlines()]
-    return before, P.evaluate(job.model, job.held_out, job.device), [x["loss"] for x in lines if "loss" in x]
+    return before, P.evaluate(job.model, job.held_out), [x["loss"] for x in lines if "loss" in x]
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
-"""Time and error of every WKV-7 operator that runs on this machine, ours and others', side by side.
+"""Time and error of every WKV operator that runs on this machine, ours and others', side by side.
 
     python bench/wkv.py                         # on the GPU if there is one -> bench/results/wkv-<device>.json
     python bench/wkv.py --quick                 # three shapes
+    python bench/wkv.py --recurrence wkv6       # WKV-6's -> bench/results/wkv6-<device>.json
     python bench/wkv.py --minutes 8             # the most important first; the next run goes on where this one stopped
 
 WHAT IS MEASURED, for a shape (B,T,H) with heads of 64, an initial state of zero and no gradient of the final one:
 
     forward     y alone, without autograd
     save        forward with what a backward will need
-    both        forward, and backward to all six inputs
+    both        forward, and backward to all inputs but the state
 
 each called from Python, GPU idle before the call (so that launching counts), and on a GPU also replayed as a CUDA graph
 (what the kernels themselves take). Contestants take turns call by call, on several sets of random inputs that together
@@ -16,11 +17,13 @@ exceed the L2 twice. A time is {ms: the median, low, high: 10 % and 90 %, n: cal
 
 Floors: `forward` must move 7 tensors [B,T,H,64] through memory (r w k v a b in, y out), `both` 20 (those; again the six
 and dy in, six gradients out), at the copy bandwidth measured in the same run. The definition's arithmetic is 9 * 64^2
-operations per token and head forward and 19 * 64^2 backward, whatever an algorithm does instead.
+operations per token and head forward and 19 * 64^2 backward, whatever an algorithm does instead. WKV-6: 5 tensors (r w
+k v, y) and 14, 5 * 64^2 operations and 11 * 64^2.
 
 Errors are relative (Frobenius), against the recurrence in float64 on the same inputs, by the `chunk` operator (which is
 that, shows tests/test_wkv.py): per shape for the first 4 heads, and for a small shape in five regimes of decays and
-keys, then also with an initial state, its gradient, and a gradient of the final state, where a contestant has them.
+keys (WKV-6: four of decays), then also with an initial state, its gradient, and a gradient of the final state, where a
+contestant has them. The gradient of WKV-6's u sums over the batch; only the small shape has its error.
 
 A row whose `failed` is not empty says why there is no figure. A row of this commit and machine is not measured again
 without --again. Status 3: a contestant broke the CUDA context; run again and it goes on without that one.
@@ -35,6 +38,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import contestants
 import record
@@ -49,13 +53,35 @@ MODELS = {"0.1B": 12, "0.4B": 16, "1.5B": 32, "2.9B": 40}  # RWKV-7 -> heads
 BF16, FP32 = torch.bfloat16, torch.float32
 REGIMES = ("fast", "slow", "mix", "normal", "equal keys")
 ERROR_SHAPE = {"cpu": (1, 256, 4), "cuda": (1, 1024, 4)}
-NAMES = ("y", "dr", "dw", "dk", "dv", "da", "db", "state", "dstate0")
-PASSES = {"forward": (7, 9), "save": (7, 9), "both": (20, 28)}  # -> tensors moved, operations / N^2 per token and head
+PASSES = ("forward", "save", "both")
 DEFINITION_LIMIT = {"cpu": 2**13, "cuda": 2**17}  # tokens x heads up to which `torch` takes a few seconds at most
 CURVE_HEADS = {"cpu": 32, "cuda": 40}  # of the picture: time against T at B = 1
 KEY = ("op", "shape", "dtype", "regime")
 
 Job = tuple[tuple[int, int, int], torch.dtype, bool]  # shape; dtype; whether it is the regimes
+
+
+class Recurrence(NamedTuple):
+    """What is measured: the letters of the inputs before the state; how their errors are tried; what a pass costs at
+    least, tensors moved and operations / N^2 per token and head; the stem of the rows' file."""
+
+    name: str
+    letters: str
+    regimes: tuple[str, ...]
+    costs: dict[str, tuple[int, int]]
+    file: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what `results` returns."""
+        return ("y", *(f"d{letter}" for letter in self.letters), "state", "dstate0")
+
+
+RECURRENCES = {
+    "wkv7": Recurrence("wkv7", "rwkvab", REGIMES, {"forward": (7, 9), "save": (7, 9), "both": (20, 28)}, "wkv"),
+    "wkv6": Recurrence("wkv6", "rwkvu", REGIMES[:4], {"forward": (5, 5), "save": (5, 5), "both": (14, 16)}, "wkv6"),
+}
+WKV7 = RECURRENCES["wkv7"]
 
 
 class ContextLost(Exception):
@@ -88,11 +114,13 @@ def jobs(device: str, quick: bool) -> list[Job]:
 # ---------------------------------------------------------------------------------------------------- inputs
 
 
-def make(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: int = 0, regime: str = "") -> list[Tensor]:
-    """r w k v a b, the initial state, dy, and the gradient of the final state.
+def make(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: int = 0, regime: str = "",
+         its: Recurrence = WKV7) -> list[Tensor]:
+    """The inputs, the initial state last; dy, and the gradient of the final state.
 
-    As a trained model makes them: r k v ~ N(0,1), kappa of length 1, decays from 0.55 to nearly 1. Regimes: decay at
-    its floor; near 1; of its own strength per channel; of N(0,1); near 1 with keys equal up to a tenth and eta near 1.
+    As a trained model makes them: r k v ~ N(0,1), kappa of length 1, decays from 0.55 to nearly 1; WKV-6: u ~ N(0,1),
+    most decays above 0.8. Regimes: decay at its floor (WKV-6: 0.07); near 1; of its own strength per channel; of
+    N(0,1); near 1 with keys equal up to a tenth and eta near 1.
     """
     B, T, H = shape
     draw = torch.Generator(device).manual_seed(seed)
@@ -102,27 +130,29 @@ def make(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: int
 
     r, w, k, v, u, eta, dy = (normal(B, T, H) for _ in range(7))
     state, dstate = (normal(B, H, N) for _ in range(2))
-    logit = {"": 3 * w - 3, "fast": torch.full_like(w, 20), "slow": w - 6, "normal": w, "equal keys": w - 6,
-             "mix": torch.empty_like(w[:1, :1]).uniform_(-8, 6, generator=draw).expand_as(w)}[regime]
+    usual, fast, strongest = {"wkv7": (3 * w - 3, 20, 6), "wkv6": (w - 3, 1, 2)}[its.name]
+    logit = {"": usual, "fast": torch.full_like(w, fast), "slow": w - 6, "normal": w, "equal keys": w - 6,
+             "mix": torch.empty_like(w[:1, :1]).uniform_(-8, strongest, generator=draw).expand_as(w)}[regime]
     eta = eta.sigmoid()
     if regime == "equal keys":
         u, eta = normal(B, 1, H) + 0.1 * u, torch.full_like(eta, 0.98)
     kappa = u / u.norm(dim=-1, keepdim=True)
-    six = [x.to(dtype).contiguous() for x in (r, logit, k * eta, v, -kappa, kappa * eta)]
-    return [*six, state, dy.to(dtype), dstate]
+    inputs = {"wkv7": [r, logit, k * eta, v, -kappa, kappa * eta], "wkv6": [r, logit, k, v, u[0, 0]]}[its.name]
+    return [*(x.to(dtype).contiguous() for x in inputs), state, dy.to(dtype), dstate]
 
 
 def forward(f: Callable, case: list[Tensor]) -> object:
     with torch.no_grad():
-        return f(*case[:7])
+        return f(*case[:-2])
 
 
 def save(f: Callable, case: list[Tensor]) -> object:
-    return f(*case[:7])
+    return f(*case[:-2])
 
 
 def both(f: Callable, case: list[Tensor]) -> object:
-    return torch.autograd.grad(f(*case[:7])[0], case[:6], case[7])
+    y = f(*case[:-2])[0]
+    return torch.autograd.grad(y, case[:-3], case[-2], materialize_grads=True)  # WKV-6's one token has no use for w
 
 
 # ---------------------------------------------------------------------------------------------------- time
@@ -198,33 +228,40 @@ def ceilings(device: str) -> dict:
 # ---------------------------------------------------------------------------------------------------- error
 
 
-def exact(case: list[Tensor], stateful: bool) -> list[Tensor]:
-    """What NAMES name, in float64; without a state the last two are left out."""
+def exact(case: list[Tensor], stateful: bool, its: Recurrence) -> list[Tensor]:
+    """What its names name, in float64; without a state the last two are left out."""
     wide = [x.detach().double() for x in case]
-    return results(wkv7_cuda.load("chunk"), wide if stateful else stateless(wide), stateful)
+    return results(wkv7_cuda.load("chunk", its.name), wide if stateful else stateless(wide), stateful)
 
 
 def results(f: Callable, case: list[Tensor], stateful: bool) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_(i < 6 or stateful) for i, x in enumerate(case[:7])]
-    y, state = f(*leaves)
-    outputs, grads = ((y, state), (case[7], case[8])) if stateful else ((y,), (case[7],))
-    grads = torch.autograd.grad(outputs, leaves if stateful else leaves[:6], grads)
-    return [x.detach() for x in (y, *grads[:6], *((state, grads[6]) if stateful else ()))]
+    *inputs, state, dy, dstate = case
+    leaves = [*(x.detach().requires_grad_() for x in inputs), state.detach().requires_grad_(stateful)]
+    y, state_T = f(*leaves)
+    outputs, grads = ((y, state_T), (dy, dstate)) if stateful else ((y,), (dy,))
+    grads = torch.autograd.grad(outputs, leaves if stateful else leaves[:-1], grads, materialize_grads=True)
+    return [x.detach() for x in (y, *grads[:len(inputs)], *((state_T, grads[-1]) if stateful else ()))]
 
 
 def stateless(case: list[Tensor]) -> list[Tensor]:
-    return [*case[:6], torch.zeros_like(case[6]), *case[7:]]
+    return [*case[:-3], torch.zeros_like(case[-3]), *case[-2:]]
 
 
-def errors(found: list[Tensor], true: list[Tensor]) -> dict[str, float]:
+def errors(found: list[Tensor], true: list[Tensor], its: Recurrence) -> dict[str, float]:
     """Name -> relative error. Of what is zero there is none: from a zero state the first token has no da, db, dw."""
-    pairs = zip(NAMES, found, true, strict=False)
+    pairs = zip(its.names, found, true, strict=False)
     return {name: ((x.double() - e).norm() / e.norm()).item() for name, x, e in pairs if e.norm() > 1e-12}
 
 
-def first_heads(tensors: list[Tensor]) -> list[Tensor]:
-    """Of batch entry 0: up to 4 heads, of [B,T,H,N] and of the state [B,H,N,N] at place 6 and 8."""
-    return [x[:1, :4] if i in (6, 8) else x[:1, :, :4] for i, x in enumerate(tensors)]
+def first_heads(case: list[Tensor]) -> list[Tensor]:
+    """A case of batch entry 0 and up to 4 heads."""
+    *inputs, state, dy, dstate = case
+    return [*(by_token(x) if x.dim() == 4 else x[:4] for x in inputs), state[:1, :4], by_token(dy), dstate[:1, :4]]
+
+
+def by_token(x: Tensor) -> Tensor:
+    """Of [B,T,H,N]: batch entry 0, up to 4 heads."""
+    return x[:1, :, :4]
 
 
 # ---------------------------------------------------------------------------------------------------- jobs
@@ -249,43 +286,44 @@ def check(name: str, error: Exception, device: str) -> None:
         raise ContextLost(name, contestants.one_line(error)) from error
 
 
-def regime_rows(fs: dict[str, Callable], shape: tuple, dtype: torch.dtype, device: str) -> list[dict]:
+def regime_rows(fs: dict[str, Callable], shape: tuple, dtype: torch.dtype, device: str, its: Recurrence) -> list[dict]:
     rows = []
-    for regime in REGIMES:
-        case = make(shape, dtype, device, regime=regime)
-        truth = {stateful: exact(case, stateful) for stateful in {name in contestants.STATEFUL for name in fs}}
+    for regime in its.regimes:
+        case = make(shape, dtype, device, regime=regime, its=its)
+        truth = {stateful: exact(case, stateful, its) for stateful in {name in contestants.STATEFUL for name in fs}}
         for name, f in fs.items():
             stateful, failed = name in contestants.STATEFUL, {}
             used = case if stateful else stateless(case)
             found = attempt(name, failed, partial(results, f, used, stateful), device)
-            found = found and errors(found, truth[stateful])
+            found = found and errors(found, truth[stateful], its)
             rows.append({"op": name, "regime": regime, "error": found, "failed": failed.get(name, "")})
     return rows
 
 
-def sets_of_inputs(shape: tuple, dtype: torch.dtype, device: str) -> list[list[Tensor]]:
+def sets_of_inputs(shape: tuple, dtype: torch.dtype, device: str, its: Recurrence) -> list[list[Tensor]]:
     """As many as it takes to exceed the GPU's L2 twice, at least one."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
-    volume = 7 * math.prod(shape) * N * dtype.itemsize
-    return [stateless(make(shape, dtype, device, seed)) for seed in range(max(1, math.ceil(2 * cache / volume)))]
+    volume = its.costs["forward"][0] * math.prod(shape) * N * dtype.itemsize
+    sets = max(1, math.ceil(2 * cache / volume))
+    return [stateless(make(shape, dtype, device, seed, its=its)) for seed in range(sets)]
 
 
 def time_rows(fs: dict[str, Callable], shape: tuple, dtype: torch.dtype, device: str, seconds: float,
-              ceiling: dict) -> list[dict]:
+              ceiling: dict, its: Recurrence) -> list[dict]:
     """A row per contestant: errors, times of every pass, eager and as a graph, memory; and ratios among them."""
-    on_gpu, cases = device == "cuda", sets_of_inputs(shape, dtype, device)
+    on_gpu, cases = device == "cuda", sets_of_inputs(shape, dtype, device, its)
     pool = torch.cuda.graph_pool_handle() if on_gpu else None
     failed, rows, calls = {}, {name: {"op": name, "regime": ""} for name in fs}, {}
-    truth = exact(first_heads(cases[0]), False)
+    truth = exact(first_heads(cases[0]), False, its)
     for name, f in fs.items():
         found = attempt(name, failed, partial(results, f, cases[0], False), device)
         if found:
-            rows[name]["error"] = errors([x[:1, :, :4] for x in found], truth)
+            rows[name]["error"] = errors([by_token(x) for x in found if x.dim() == 4], truth, its)
             rows[name]["peak_mib"] = attempt(name, failed, partial(peak_mib, f, cases[0], device), device)
     for case in cases:
-        for x in case[:6]:
+        for x in case[:-3]:
             x.requires_grad_()
-    for label, run in (("forward", forward), ("save", save), ("both", both)):
+    for label, run in zip(PASSES, (forward, save, both), strict=True):
         for name, f in fs.items():
             if name in failed:
                 continue
@@ -302,7 +340,7 @@ def time_rows(fs: dict[str, Callable], shape: tuple, dtype: torch.dtype, device:
     calls = {key: call for key, call in calls.items() if key[0] not in failed}
     for (name, label), times in take_turns(calls, device, seconds).items():
         rows[name][label] = spread(times, len(cases) if label.endswith("_graph") else 1)
-    return [derived(rows[name] | {"failed": failed.get(name, "")}, rows, shape, dtype, ceiling) for name in fs]
+    return [derived(rows[name] | {"failed": failed.get(name, "")}, rows, shape, dtype, ceiling, its) for name in fs]
 
 
 def peak_mib(f: Callable, case: list[Tensor], device: str) -> float | None:
@@ -321,10 +359,10 @@ def best(row: dict, label: str) -> float | None:
     return figure and figure["ms"]
 
 
-def derived(row: dict, rows: dict[str, dict], shape: tuple, dtype: torch.dtype, ceiling: dict) -> dict:
+def derived(row: dict, rows: dict[str, dict], shape: tuple, dtype: torch.dtype, ceiling: dict, its: Recurrence) -> dict:
     """The row with floors, rates, and how many times faster `both` is than the other contestants' of this run."""
     token_heads, rates = math.prod(shape), {}
-    for label, (tensors, operations) in PASSES.items():
+    for label, (tensors, operations) in its.costs.items():
         moved = token_heads * N * dtype.itemsize * tensors
         rates[label] = {"floor_ms": 1e3 * moved / ceiling["copy_bytes_per_s"]}
         if ms := best(row, label):
@@ -356,12 +394,13 @@ def name_of(job: Job) -> str:
     return f"{','.join(map(str, shape))} {str(dtype).removeprefix('torch.')}{' regimes' if regimes else ''}"
 
 
-def rows_of(job: Job, fs: dict[str, Callable], device: str, seconds: float, ceiling: dict) -> list[dict]:
+def rows_of(job: Job, fs: dict[str, Callable], device: str, seconds: float, ceiling: dict,
+            its: Recurrence) -> list[dict]:
     shape, dtype, regimes = job
     if regimes:
-        rows = regime_rows(fs, shape, dtype, device)
+        rows = regime_rows(fs, shape, dtype, device, its)
     else:
-        rows = time_rows(fs, shape, dtype, device, seconds, ceiling)
+        rows = time_rows(fs, shape, dtype, device, seconds, ceiling, its)
     return [{"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")} | row for row in rows]
 
 
@@ -382,8 +421,8 @@ class Run:
     """What stays the same from job to job: where rows go, who takes part, the ceilings, the time that is left."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, args.device
-        self.path = args.out / f"wkv-{args.device}.json"
+        self.args, self.device, self.its = args, args.device, RECURRENCES[args.recurrence]
+        self.path = args.out / f"{self.its.file}-{args.device}.json"
         self.deadline = time.monotonic() + 60 * args.minutes
         self.about = record.circumstances(args.device, args.commit)
         self.ceiling, self.contestants, self.printed = ceilings(args.device), {}, 0
@@ -396,7 +435,7 @@ class Run:
     def ready(self, dtype: torch.dtype) -> dict[str, Callable]:
         """Who takes part; who does not says why, and has a row for it unless there is no reason that it should."""
         if dtype not in self.contestants:
-            works, fails = contestants.ready(self.device, dtype)
+            works, fails = contestants.ready(self.device, dtype, self.its.name)
             for name, reason in fails.items():
                 print(f"  without {name}: {reason}")
             expected = self.device == "cuda"
@@ -416,12 +455,12 @@ class Run:
         if not fs:
             return
         try:
-            rows = rows_of(job, fs, self.device, self.args.seconds, self.ceiling)
+            rows = rows_of(job, fs, self.device, self.args.seconds, self.ceiling, self.its)
         except ContextLost as lost:
             shape, dtype, regimes = job
             name, reason = lost.args
             self.keep([{"op": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "regime": regime,
-                        "failed": reason} for regime in (REGIMES if regimes else [""])])
+                        "failed": reason} for regime in (self.its.regimes if regimes else [""])])
             raise
         except Exception as error:  # of no single contestant; what went wrong once may not the next time
             print(f"{name_of(job)}: {contestants.one_line(error)}", flush=True)
@@ -441,6 +480,7 @@ class Run:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--recurrence", choices=RECURRENCES, default="wkv7")
     p.add_argument("--quick", action="store_true", help="the first shapes and errors only")
     p.add_argument("--shapes", nargs="+", help="these instead, each B,T,H")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="with --shapes; float32, and bfloat16 on a GPU")

@@ -4,6 +4,7 @@ file that was there is changed. A row of a table is: what is wrong, the options 
 
 import errno
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -13,12 +14,15 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_tensors
+from PIL import Image
 
 import merge
 import pissa_rwkv as P
@@ -126,11 +130,62 @@ def write_corpora():
         Path(f"{name}.jsonl").write_bytes(data)
     Path("latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
     Path("empty.txt").touch()
+    Path("be16.txt").write_bytes("text".encode("utf-16-be").join([b"\xfe\xff", b""]))
+    Path("odd16.txt").write_bytes("text".encode("utf-16-le") + b"x")
+    Path("half-pair.txt").write_bytes(b"a\0" + struct.pack("<H", 0xD83D) + b"b\0")
+    write_arrays()
+    write_shards()
     Path("vocab.txt").write_text("1 'a' 1\n2 'b' 5\n")
     Path("vocab-part.txt").write_text("1 'a' 1\n2 'b' 1\n")
     Path("vocab-code.txt").write_text("1 __import__('os').system('touch the-code-was-run') 1\n")
     Path("there.bin").touch()
     Path("there.jsonl").write_text('{"text": "a"}\n')
+
+
+def write_arrays():
+    good = np.array([1, 2, 0, 3, 4, 0], np.uint16)
+    for name, array in {"good": good, "floats": good * 1.0, "nans": good * np.nan, "table": good.reshape(2, 3),
+                        "number": good[0], "none": good[:0], "above": good + 254, "negative": good.astype("i4") - 2,
+                        "huge": good.astype("i8") << 40, "texts": good.astype(str)}.items():
+        np.save(f"{name}.npy", array)
+    np.save("pickled.npy", np.array([Code()], object), allow_pickle=True)
+    np.savez("zipped.npz", good)
+    Path("code.npy").write_bytes(pickle.dumps(Code()))
+    Path("zipped.npz").rename("zipped.npy")
+    data = Path("good.npy").read_bytes()
+    Path("cut.npy").write_bytes(data[:-3])
+    Path("cut-header.npy").write_bytes(data[:40])
+    Path("text.npy").write_text("1 2 3")
+    Path("empty.npy").touch()
+    Path("odd.u16").write_bytes(data[-11:])
+    Path("raw.bin").write_bytes(data[-12:])
+    Path("above.u16").write_bytes(struct.pack("<2H", 7, 300))
+    Path("empty.u16").touch()
+
+
+def write_shards():
+    def tar(name, **files):
+        with tarfile.open(name, "w") as archive:
+            for member, data in files.items():
+                info = tarfile.TarInfo(member.replace("_", "."))
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+    def image(mode, value):
+        Image.new(mode, (2, 2), value).save(file := io.BytesIO(), "PNG")
+        return file.getvalue()
+
+    Path("no-shards").mkdir()
+    tar("img-0.tar", a_png=image("L", 7))
+    tar("deep.tar", a_png=image("I;16", 700))
+    tar("text-img.tar", a_png=image("L", 7), b_jpg=b"no image")
+    tar("cut-img.tar", a_png=image("L", 7)[:-30])
+    tar("no-img.tar", a_txt=b"only a caption")
+    tar("no-members.tar")
+    data = Path("img-0.tar").read_bytes()
+    Path("cut.tar").write_bytes(data[:520])
+    Path("text.tar").write_text("hello")
+    Path("empty.tar").touch()
 
 
 def write_runs():
@@ -279,6 +334,11 @@ OPTIONS = [
     ("no steps", "--epoch_count 0", "--epoch_count 0|1"),
     ("no rows", "--micro_bsz 0", "--micro_bsz 0|1"),
     ("negative ctx_len", "--ctx_len -3", "--ctx_len -3|1"),
+    ("unknown train_type", "--train_type chunks", "--train_type chunks|'infctx'"),
+    ("train_type state without states", "--train_type state", "--train_type state|--peft state|--peft pissa"),
+    ("unknown chunk_grad", "--train_type infctx --chunk_grad half", "--chunk_grad half|'full'"),
+    ("chunks longer than rows", "--train_type infctx --chunk_ctx 9", "--chunk_ctx 9|--ctx_len 8"),
+    ("negative chunks", "--train_type infctx --chunk_ctx -1", "--chunk_ctx -1|--ctx_len 8"),
     ("negative save_steps", "--save_steps -1", "--save_steps -1"),
     ("negative lr", "--lr_init -1", "--lr_init -1|negative"),
     ("lr that is no number", "--lr_init nan", "--lr_init nan"),
@@ -293,7 +353,6 @@ OPTIONS = [
     ("negative seed", "--random_seed -1", "--random_seed -1"),
     ("val_split of 1", "--val_split 1", "--val_split 1"),
     ("negative val_split", "--val_split -0.1", "--val_split -0.1"),
-    ("wandb that is not installed", "--wandb x", "--wandb|pip install wandb"),
     ("pissa_load without pissa_init", "--pissa_config '{\"pissa_load\": \"run/rwkv-0.pth\"}'", "pissa_load|pissa_init"),
 ]
 NEW_MODEL = [
@@ -305,6 +364,8 @@ NEW_MODEL = [
     ("negative heads", "--head_size -64", "--head_size -64"),
     ("negative dim_ffn", "--dim_ffn -4", "--dim_ffn -4"),
     ("vocabulary below the data", "--vocab_size 10", "vocabulary of 10"),
+    ("vocabulary of huge tokens", "--data_file huge.npy", "huge.npy|vocabulary of 1048576"),
+    ("vocabulary of negative tokens", "--data_file negative.npy", "negative.npy|-1|position 0"),
 ]
 DATA = [
     ("no such file", "--data_file nope.jsonl", "nope.jsonl|No such file"),
@@ -315,6 +376,45 @@ DATA = [
     ("no data_file", "--data_file ''", "--data_file"),
     (".idx missing", "--data_file no-idx --data_type binidx", "no-idx.idx"),
     (".bin missing", "--data_file no-bin", "no-bin.bin"),
+    ("a .bin alone, maybe raw tokens", "--data_file raw.bin", "raw.idx|--data_type uint16"),
+    ("npy of floats", "--data_file floats.npy", "floats.npy|[6]|float64|integers"),
+    ("npy of NaN", "--data_file nans.npy", "nans.npy|float64"),
+    ("npy of strings", "--data_file texts.npy", "texts.npy|<U5"),
+    ("npy of two dimensions", "--data_file table.npy", "table.npy|[2, 3]|one dimension"),
+    ("npy of one number", "--data_file number.npy", "number.npy|[]"),
+    ("npy of nothing", "--data_file none.npy", "none.npy|[0]"),
+    ("npy beyond the vocabulary", "--data_file above.npy", "above.npy|256|position 1"),
+    ("npy of negative tokens", "--data_file negative.npy", "negative.npy|-1|position 0"),
+    ("npy with code in it", "--data_file pickled.npy", "pickled.npy|no .npy of tokens"),
+    ("a pickle", "--data_file code.npy", "code.npy|no .npy of tokens"),
+    ("a .npz", "--data_file zipped.npy", "zipped.npy|no .npy of tokens"),
+    ("npy cut", "--data_file cut.npy", "cut.npy|damaged"),
+    ("npy cut in its header", "--data_file cut-header.npy", "cut-header.npy|damaged"),
+    ("text as npy", "--data_file text.npy", "text.npy|no .npy of tokens"),
+    ("empty npy", "--data_file empty.npy", "empty.npy|no .npy of tokens"),
+    ("no such npy", "--data_file nope.npy", "nope.npy|No such file"),
+    ("uint16 of odd size", "--data_file odd.u16 --data_type uint16", "odd.u16|11 bytes|two bytes"),
+    ("uint16 of nothing", "--data_file empty.u16 --data_type uint16", "empty.u16|0 bytes"),
+    ("uint16 beyond the vocabulary", "--data_file above.u16 --data_type uint16", "above.u16|token 300|position 1|256"),
+    ("no such uint16", "--data_file nope.u16 --data_type uint16", "nope.u16|No such file"),
+    ("UTF-16, high byte first", "--data_file be16.txt --data_type utf-16le", "be16.txt|high byte first"),
+    ("UTF-16 of odd size", "--data_file odd16.txt --data_type utf-16le", "odd16.txt|UTF-16LE|byte 8"),
+    ("UTF-16 with half a pair", "--data_file half-pair.txt --data_type utf-16le", "half-pair.txt|UTF-16LE|byte 2"),
+    ("UTF-16 of nothing", "--data_file empty.txt --data_type utf-16le", "empty.txt|no text"),
+    ("no tar", "--data_file text.tar", "text.tar|cannot be read as a tar"),
+    ("an empty file as tar", "--data_file empty.tar", "empty.tar|cannot be read as a tar"),
+    ("tar cut", "--data_file cut.tar", "cut.tar|cannot be read as a tar"),
+    ("no such tar", "--data_file nope.tar", "nope.tar|No such file"),
+    ("one shard missing", "--data_file img-{0..1}.tar", "img-1.tar|No such file"),
+    ("shards counted down", "--data_file img-{1..0}.tar", "img-{1..0}.tar|no image"),
+    ("no shard of that name", "--data_file nope-*.tar", "nope-*.tar|No such file"),
+    ("a folder without shards", "--data_file no-shards --data_type wds_img", "no-shards|no image"),
+    ("tar of nothing", "--data_file no-members.tar", "no-members.tar|no image"),
+    ("tar without images", "--data_file no-img.tar", "no-img.tar|no image"),
+    ("text as image", "--data_file text-img.tar", "text-img.tar|b.jpg is no image"),
+    ("image cut", "--data_file cut-img.tar", "cut-img.tar|a.png is no image, or damaged"),
+    ("image of 16 bits", "--data_file deep.tar", "deep.tar|a.png|8 bits"),
+    ("images without pixels", "--data_file img-0.tar --img_side 0", "--img_side 0|1"),
     (".idx of another corpus", "--data_file other-idx", "other-idx.bin|12 bytes|7 tokens"),
     ("odd size", "--data_file odd", "odd.bin|13 bytes"),
     ("bad magic", "--data_file magic", "magic.idx"),

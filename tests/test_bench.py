@@ -116,12 +116,28 @@ def test_a_run_writes_rows_and_the_next_one_goes_on(tmp_path, capsys):
     assert capsys.readouterr().out.count("out of time: 1 of 1 left") == 1
 
 
+def test_wkv6_has_rows_of_its_own(tmp_path):
+    """In a file of its own; regimes with all gradients, timed rows with those that have a batch."""
+    assert bench(tmp_path, "--recurrence", "wkv6") == 0
+    timed = record.load(tmp_path / "wkv6-cpu.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["wkv6-cpu.json"]
+    assert [(row["op"], row["failed"], set(row["error"])) for row in timed] == [
+        (op, "", {"y", "dr", "dw", "dk", "dv"}) for op in ("torch", "chunk")]  # fmt: skip
+    assert timed[0]["rates"]["both"]["floor_ms"] == pytest.approx(1e3 * 14 * 16 * 64 * 4 / timed[0]["copy_bytes_per_s"])
+    fs = {op: load() for op, load in wkv.contestants.loaders("cpu", torch.float32, "wkv6").items() if op != "fla"}
+    regimes = wkv.regime_rows(fs, (2, 20, 2), torch.float32, "cpu", wkv.RECURRENCES["wkv6"])
+    assert {(row["op"], row["regime"]) for row in regimes} == {*itertools.product(fs, wkv.REGIMES[:4])}
+    for row in regimes:
+        assert set(row["error"]) == {"y", "dr", "dw", "dk", "dv", "du", "state", "dstate0"}
+        assert max(row["error"].values()) < 1e-5
+
+
 def test_who_fails_has_a_row_that_says_so(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no kernel for this\nand much more")
 
     works = {"torch": wkv.contestants.wkv7_ref, "chunk": broken}
-    monkeypatch.setattr(wkv.contestants, "ready", lambda device, dtype: (works, {}))
+    monkeypatch.setattr(wkv.contestants, "ready", lambda *_: (works, {}))
     assert bench(tmp_path) == 0
     failed = {row["op"]: row["failed"] for row in record.load(tmp_path / "wkv-cpu.json")}
     assert failed == {"torch": "", "chunk": "RuntimeError: no kernel for this"}

@@ -201,7 +201,7 @@ case "$*" in *-march=native*) echo "error: bad value 'native'"; exit 1; esac
 exec c++ "$@"
 """)
     load, compiler = build.load, str(place / "compiler")
-    monkeypatch.setattr(build, "load", lambda name, source, _, flags: load(name, source, compiler, flags))
+    monkeypatch.setattr(build, "load", lambda name, source, _, *rest: load(name, source, compiler, *rest))
     assert isinstance(cpu.open_library(), ctypes.CDLL)
 
 

@@ -1,8 +1,13 @@
 """Text to batches. The oracles: bytes laid out by hand, the 11-token example of section 6, and the `rwkv` package."""
 
+import io
 import json
 import random
+import re
 import struct
+import sys
+import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +223,12 @@ def test_a_document_is_masked_whole_wherever_a_row_cuts_it(world):
         assert (rows.learnt(start, stop) == whole[start:stop]).all()
 
 
+def test_mask_none_is_mask_pad():
+    for sampler in ("pad", "get"):
+        none, pad = (loader(dataload=sampler, loss_mask=mask) for mask in ("none", "pad"))
+        assert none.learnt(0, 11).all() and spans(none) == spans(pad)
+
+
 def test_sft_and_dummy_learn_the_answers_without_being_told():
     assert loader(data_type="sft").mask is loader(data_type="dummy").mask is P.learn_assistant
     assert loader(data_type="jsonl").mask is P.learn_all
@@ -256,6 +267,14 @@ def test_world_tokens_are_the_official_ones(world, official):
     assert world.token_bytes(0) == b"\0" and world.token_bytes(65535) == b""
 
 
+def test_a_vocabulary_of_ones_own(tmp_path):
+    lines = [f"{i + 1} {bytes([i])!r} 1" for i in range(256)] + ["257 'ab' 2", "258 'é' 2", "259 b'\\xff\\xfe' 2"]
+    (tmp_path / "v.txt").write_text("\n".join(lines), "utf-8")
+    found = P.load_tokenizer(P.Config(tokenizer="world", vocab_file=str(tmp_path / "v.txt")), 300)
+    assert found.encode("aabé") == [ord("a") + 1, 257, 258] and found.token_bytes(259) == b"\xff\xfe"
+    assert found.vocab_size == 300
+
+
 def test_byte_tokenizer():
     byte = P.ByteTokenizer()
     assert byte.encode("aé") == [97, 0xC3, 0xA9] and byte.decode([97, 0xC3, 0xA9]) == "aé"
@@ -289,6 +308,127 @@ def test_sft(tmp_path):
 def test_utf8_is_one_document(tmp_path):
     (tmp_path / "x.txt").write_text("a\n\nb é\n", "utf-8")
     assert read(tmp_path / "x.txt") == ["a\n\nb é\n\0".encode()]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xff\xfe"])
+def test_utf16le(tmp_path, mark):
+    (tmp_path / "x.txt").write_bytes(mark + b"a\0\r\0\n\0\xe9\0" + struct.pack("<2H", 0xD83D, 0xDE00))
+    assert read(tmp_path / "x.txt", "utf-16le") == ["a\né😀\0".encode()]
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfa")
+    assert read(tmp_path / "x.txt") == [b"a\0"]
+
+
+def npy(tokens, letter, byte_order="<", shape=None):
+    """A .npy file of version 1.0, byte by byte."""
+    head = f"{{'descr': '{byte_order}{letter}', 'fortran_order': False, 'shape': {shape or (len(tokens),)}, }}"
+    head = head.ljust(117) + "\n"                                      # (10 + 118 bytes are two times 64)
+    code = byte_order + str(len(tokens)) + {"u1": "B", "u2": "H", "i4": "i", "i8": "q", "f4": "f"}[letter]
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head.encode() + struct.pack(code, *tokens)
+
+
+@pytest.mark.parametrize(("letter", "order"), [("u2", "<"), ("i4", "<"), ("i8", ">"), ("u1", "<")])
+def test_numpy(tmp_path, letter, order):
+    (tmp_path / "x.npy").write_bytes(npy(TOKENS, letter, order))
+    found = P.read_corpus(config(), str(tmp_path / "x.npy"), P.ByteTokenizer())
+    assert isinstance(found.tokens, np.memmap)
+    assert found.tokens.tolist() == TOKENS and found.starts.tolist() == STARTS
+    assert P.Loader(found, P.ByteTokenizer(), config(dataload="pad")).batch(0).inputs.tolist() == [[5, 6, 7], [8, 0, 0]]
+
+
+@pytest.mark.parametrize(("tokens", "starts"), [
+    (TOKENS, STARTS), ([7, 0, 0, 65535, 3], [0, 2, 3, 5]), ([1, 2], [0, 2]), ([0], [0, 1]), ([0, 5], [0, 1, 2])])
+def test_uint16_and_where_documents_of_a_stream_end(tmp_path, tokens, starts, monkeypatch):
+    (tmp_path / "x.bin").write_bytes(struct.pack(f"<{len(tokens)}H", *tokens))
+    found = P.read_corpus(config(data_type="uint16"), str(tmp_path / "x.bin"), P.ByteTokenizer(65536))
+    assert found.tokens.tolist() == tokens and found.starts.tolist() == starts
+    in_twos = [(at, found.tokens[at: at + 2]) for at in range(0, len(tokens), 2)]
+    monkeypatch.setattr(P, "pieces", lambda tokens: iter(in_twos))
+    assert P.from_stream(found.tokens).starts.tolist() == starts
+
+
+def test_a_long_stream_is_looked_at_in_pieces():
+    tokens = np.broadcast_to(np.uint8(3), 2**25 + 5)
+    assert [(at, len(piece)) for at, piece in P.pieces(tokens)] == [(0, 2**24), (2**24, 2**24), (2**25, 5)]
+
+
+@pytest.mark.parametrize(("largest", "vocab_size"), [(9, 256), (255, 256), (256, 512), (50276, 65536), (65529, 65536)])
+def test_vocabulary_of_data(tmp_path, capsys, largest, vocab_size):
+    (tmp_path / "x.npy").write_bytes(npy([1, largest, 0], "i4"))
+    path = str(tmp_path / "x.npy")
+    assert P.vocabulary_of_data(config(data_file=path)) == vocab_size
+    assert re.match(rf"vocabulary: {vocab_size}, .* is {largest};", capsys.readouterr().out)
+    (tmp_path / "y.npy").write_bytes(npy([1, 0], "i4"))
+    both = config(data_file=str(tmp_path / "y.npy"), val_file=path)
+    assert P.vocabulary_of_data(both) == vocab_size and capsys.readouterr().out
+    # Where a flag or the data's type tells, nothing is counted.
+    assert P.vocabulary_of_data(config(data_file=path, vocab_size=300)) == 300
+    assert P.vocabulary_of_data(config(data_file=path, tokenizer="world")) == 0
+    assert P.vocabulary_of_data(config()) == 0 and capsys.readouterr().out == ""
+
+
+def test_a_new_model_is_as_large_as_its_data(tmp_path, capsys):
+    (tmp_path / "x.npy").write_bytes(npy([1, 300, 0] * 9, "i4"))
+    words = "--peft none --n_layer 1 --n_embd 64 --op torch --ctx_len 4 --micro_bsz 2 --epoch_steps 1"
+    assert P.main([*words.split(), "--data_file", f"{tmp_path}/x.npy", "--proj_dir", f"{tmp_path}/out"]) == 0
+    assert torch.load(tmp_path / "out/rwkv-0.pth", weights_only=True)["head.weight"].shape == (512, 64)
+    assert "vocabulary: 512" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+
+def png(grey):
+    """A PNG of 8-bit grey levels, byte by byte."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b"".join(b"\0" + bytes(line) for line in grey)              # (each begins with its filter: none)
+    header = struct.pack(">2I5B", len(grey[0]), len(grey), 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def tar(path, **files):
+    """A tar shard as WebDataset has it: 000.png, 000.txt, 001.png, ..."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name.replace("_", "."))
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+A, B, C = [[0, 50], [100, 255]], [[9, 8], [7, 0]], [[1, 2], [3, 4]]
+TOKENS_OF = {"A": bytes([1, 50, 100, 255, 0]), "B": bytes([9, 8, 7, 1, 0]), "C": bytes([1, 2, 3, 4, 0])}
+
+
+def test_wds_img_of_one_tar_a_folder_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    tar("d/s-009.tar", a_png=png(A), a_txt=b"a caption", a_json=b"{}", b_PNG=png(B))
+    tar("d/s-010.tar", c_png=png(C))
+    a, b, c = TOKENS_OF.values()
+    assert read("d/s-009.tar", img_side=2) == [a, b]
+    for name in ("d", "d/s-*.tar", "d/s-{009..010}.tar"):
+        assert P.data_type_of(P.Config(), name) == "wds_img"
+        assert read(name, img_side=2) == [a, b, c], name
+    assert read("d/s-{010..010}.tar", img_side=2) == [c]
+
+
+def test_wds_img_cuts_scales_and_forgets_colour(tmp_path):
+    from PIL import Image
+
+    wide = np.array([[200, 200, 10, 30, 50, 52, 200, 200]] * 2 + [[200, 200, 0, 0, 255, 255, 200, 200]] * 2)
+    colour = io.BytesIO()
+    Image.new("RGBA", (3, 3), (255, 0, 0, 255)).save(colour, "PNG")
+    tar(tmp_path / "x.tar", a_png=png(wide.tolist()), b_png=colour.getvalue())
+    red = round(0.299 * 255)                                          # the usual weight of red in grey
+    assert read(tmp_path / "x.tar", img_side=2) == [bytes([20, 51, 1, 255, 0]), bytes([red] * 4 + [0])]
+    assert len(read(tmp_path / "x.tar")[0]) == 64 * 64 + 1            # unless told otherwise
+
+
+def test_wds_img_without_pillow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(P.Fatal, match=r"pissa_rwkv\[image\]"):
+        read(tmp_path / "x.tar")
 
 
 def test_dummy_tasks_are_all_different_and_a_function_of_the_seed():
@@ -349,7 +489,7 @@ def test_make_binidx_is_the_same_corpus_as_its_jsonl(tmp_path, capsys):
 def test_what_a_file_is_is_read_off_its_name(tmp_path):
     (tmp_path / "X_text_document.idx").touch()
     names = {"a.jsonl": "jsonl", "a.txt": "utf-8", "a.md": "utf-8", "a.bin": "binidx", "a.idx": "binidx", "": "dummy",
-             str(tmp_path / "X_text_document"): "binidx"}
+             "a.npy": "numpy", "a.tar": "wds_img", str(tmp_path / "X_text_document"): "binidx"}
     assert {name: P.data_type_of(P.Config(), name) for name in names} == names
     assert P.data_type_of(P.Config(data_type="sft"), "a.jsonl") == "sft"
 

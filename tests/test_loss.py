@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import load_model
 
 import pissa_rwkv
-from pissa_rwkv import Batch, HeadLoss, batch_loss
+from pissa_rwkv import Batch, Config, HeadLoss, batch_losses
 
 M, V, C, n = 10, 7, 5, 13
 DOUBLE = dict(rtol=1e-12, atol=1e-14)
@@ -125,7 +125,7 @@ def test_two_micro_batches_are_one_large_batch(model_file):
     for groups in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
         model, loss = load_model(model_file(), torch.float64), 0.0
         for group in groups:
-            share = batch_loss(model, batch(rows[group], learnt[group]), 7)
+            share, = batch_losses(model, batch(rows[group], learnt[group]), 7, Config())
             share.backward()
             loss += share.item()
         results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
@@ -142,4 +142,4 @@ def test_a_batch_s_loss_is_cross_entropy_with_minus_100_for_what_is_not_learnt(m
         logits = model(torch.tensor(rows)[:, :-1])[0] @ model.head.weight.T
         targets = torch.tensor(rows)[:, 1:].masked_fill(torch.tensor(learnt) == 0, -100)
         wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        torch.testing.assert_close(batch_loss(model, batch(rows, learnt), 5), wanted, **DOUBLE)
+        torch.testing.assert_close(sum(batch_losses(model, batch(rows, learnt), 5, Config())), wanted, **DOUBLE)

@@ -19,8 +19,8 @@ from pissa_rwkv import (
     ByteTokenizer,
     Config,
     Fatal,
-    batch_loss,
     check_arch,
+    chunk_loss,
     detect,
     fill,
     fingerprint,
@@ -104,7 +104,7 @@ def test_logits_and_gradients_equal_the_token_by_token_models(form, tmp_path):
 
     model = load_model(store(tensors, tmp_path / "base.pth"), torch.float64)
     batch = Batch(torch.tensor([tokens]), torch.arange(12), torch.tensor(targets), [0])
-    found = batch_loss(model, batch, 12)
+    found, _ = chunk_loss(model, batch, 12, None)
     found.backward()
     torch.testing.assert_close(found, loss, rtol=1e-12, atol=0)
     for name, p in model.named_parameters():

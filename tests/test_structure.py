@@ -96,7 +96,8 @@ def what_importing_does(modules: str, folder: Path) -> str:
 
 
 def test_importing_prints_nothing_compiles_nothing_and_reads_no_environment_variable(tmp_path):
-    kernels = ", ".join(f"wkv7_cuda.{name}" for name in "op build cpu cuda triton fla chunk".split())
+    names = "op build cpu cuda triton fla chunk wkv6_cpu wkv6_fla wkv6_chunk".split()
+    kernels = ", ".join(f"wkv7_cuda.{name}" for name in names)
     assert what_importing_does(f"pissa_rwkv, merge, {kernels}", FILE.parent) == ""
     (tmp_path / "probe.py").write_text(  # and that would have been seen
         "import os, subprocess\nos.environ['HOME'], os.getenv('PATH'), subprocess.run(['true']), open('x', 'w')")

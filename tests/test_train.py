@@ -191,6 +191,8 @@ VARIANTS = {
     "all parameters": "--peft none --precision bf16",
     "int8": "--quant int8 --peft lora", "nf4": "--quant nf4 --qpissa_iters 3 --precision bf16 --grad_cp 1",
     "nf4dq": "--quant nf4dq", "lora on nf4": "--quant nf4 --peft lora --precision bf16",
+    "chunks": "--train_type infctx --chunk_ctx 3 --precision bf16 --micro_bsz 3",
+    "chunks, full gradient": "--train_type infctx --chunk_ctx 3 --chunk_grad full --peft lora --lora_dropout 0.3",
     "windows": "--dataload get --lr_schedule wsd --warmup_steps 2 --weight_decay 0.1",
 }  # fmt: skip
 
@@ -303,16 +305,17 @@ def run_of(command):
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_step_without_finite_numbers_changes_nothing(run_of, monkeypatch, capsys, kind):
-    run, good = run_of(), P.batch_loss
+    run, good = run_of(), P.chunk_loss
     P.train_step(run, 1e-4)
     run.step += 1
     before = [x.clone() for x in (run.optimiser.master, run.optimiser.m, run.optimiser.v, run.optimiser.working)]
 
     def bad(*inputs):
         no_slope = (run.model.ln_out.weight * 0).sum().sqrt()  # is 0, but the slope of a root there is infinite
-        return good(*inputs) * math.nan if kind == "loss" else good(*inputs) + no_slope
+        loss, states = good(*inputs)
+        return loss * math.nan if kind == "loss" else loss + no_slope, states
 
-    monkeypatch.setattr(P, "batch_loss", bad)
+    monkeypatch.setattr(P, "chunk_loss", bad)
     capsys.readouterr()
     row = P.train_step(run, 1e-4)
     assert math.isfinite(row["loss"]) == (kind == "gradient")
@@ -320,7 +323,7 @@ def test_a_step_without_finite_numbers_changes_nothing(run_of, monkeypatch, caps
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and run.optimiser.t == 1
     assert not run.optimiser.grad.any()
     assert f"step 1: the {kind} is not finite" in (said := capsys.readouterr().out) and "rows 2 to 3" in said
-    monkeypatch.setattr(P, "batch_loss", good)
+    monkeypatch.setattr(P, "chunk_loss", good)
     run.step += 1
     assert math.isfinite(P.train_step(run, 1e-4)["loss"]) and run.optimiser.t == 2 and run.bad_steps == 0
 
@@ -329,11 +332,11 @@ def test_a_step_without_finite_numbers_changes_nothing(run_of, monkeypatch, caps
 def bad_steps(monkeypatch):
     """bad_steps({3, 4}): in these steps the loss is NaN."""
     def at(numbers):
-        train_step, batch_loss = P.train_step, P.batch_loss
+        train_step, batch_losses = P.train_step, P.batch_losses
 
         def step(run, lr):
             factor = math.nan if run.step in numbers else 1.0
-            monkeypatch.setattr(P, "batch_loss", lambda *inputs: batch_loss(*inputs) * factor)
+            monkeypatch.setattr(P, "batch_losses", lambda *inputs: (x * factor for x in batch_losses(*inputs)))
             return train_step(run, lr)
 
         monkeypatch.setattr(P, "train_step", step)
@@ -450,6 +453,17 @@ def test_validation_and_sample(command, out, capsys, monkeypatch):
     assert len(run.held_out.corpus.tokens) + len(run.loader.corpus.tokens) == sum(
         len(json.loads(line)["text"]) + 1 for line in Path(run.cfg.data_file).read_text().splitlines())
     assert f"\nline {P.generate(run.model, run.tokenizer, 'line ', 7)}\n" in said and said.count("\nline ") == 2
+
+
+def test_a_validation_file_is_held_out_whole(command, out, tmp_path, capsys):
+    """And its type is told by its own name."""
+    (tmp_path / "held.txt").write_text("a text that is nowhere else")
+    mask_id = '{"mask0": "x", "mask1": "y"}'
+    run = P.build(P.parse(command(f"--val_file {tmp_path}/held.txt --mask_id '{mask_id}'")))
+    assert bytes(run.held_out.corpus.tokens.tolist()) == b"a text that is nowhere else\0"
+    said = capsys.readouterr().out
+    assert "held out: 1 documents, 28 tokens, 4 rows a pass (pad)" in said
+    assert "--mask_id has no effect without --loss_mask se" in said
 
 
 @pytest.mark.parametrize("options", [

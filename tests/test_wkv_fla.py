@@ -1,4 +1,4 @@
-"""The `fla` operator: the calling convention against a stand-in with fla's documented semantics; the real one on a GPU.
+"""The `fla` operators: the calling convention against stand-ins that do what fla documents; the real ones on a GPU.
 
 fla's own kernels do not run in Triton's interpreter: they are tuned by timing on a device, and compute with loop
 variables in a way the interpreter does not know.
@@ -10,11 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_wkv import NAMES, error, gpu, make, run
+from test_wkv import RECURRENCES, error, gpu, make, run
 
 import wkv7_cuda
-from pissa_rwkv import wkv7_ref
-from wkv7_cuda import fla
+from wkv7_cuda import fla, wkv6_fla
 
 
 def chunk_rwkv7(r, w, k, v, a, b, *, scale, initial_state, output_final_state, safe_gate, lower_bound, chunk_size):
@@ -31,47 +30,76 @@ def chunk_rwkv7(r, w, k, v, a, b, *, scale, initial_state, output_final_state, s
     return torch.stack(ys, 1), S
 
 
-@pytest.mark.parametrize("regime", ["random", "fast"])
-def test_calling_convention(regime):
+def chunk_rwkv6(r, k, v, w, u, *, scale, initial_state, output_final_state):
+    """Likewise."""
+    assert (scale, output_final_state) == (1.0, True) and u.shape == r.shape[2:]
+    assert initial_state.is_contiguous() and w.dtype == initial_state.dtype
+    assert (-21 < w).all() and (w <= 0).all()  # else its differences of sums would be useless, or NaN
+    S, ys = initial_state, []
+    for t in range(r.shape[1]):
+        kv = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        ys.append(torch.einsum("bhk,bhkv->bhv", r[:, t], S + u[:, :, None] * kv))
+        S = S * w[:, t].exp()[..., None] + kv
+    return torch.stack(ys, 1), S
+
+
+OPERATORS = {  # recurrence -> its module, the name of fla's module and function, a stand-in for the latter
+    "wkv7": (fla, "fla.ops.rwkv7", chunk_rwkv7),
+    "wkv6": (wkv6_fla, "fla.ops.rwkv6", chunk_rwkv6),
+}
+each = pytest.mark.parametrize("recurrence", OPERATORS)
+
+
+@pytest.mark.parametrize("regime", ["random", "fast", "constant"])
+@each
+def test_calling_convention(recurrence, regime):
     """The stand-in, called as fla is, equals the definition: values, and gradients through w and the two states."""
-    exact = run(wkv7_ref, *make(2, 9, 2, regime))
-    for name, x, e in zip(NAMES, run(fla.bind(chunk_rwkv7), *make(2, 9, 2, regime)), exact, strict=True):
-        assert error(x, e) < 1e-13, name
+    (module, _, stand_in), its = OPERATORS[recurrence], RECURRENCES[recurrence]
+    bar = {"wkv7": 1e-13, "wkv6": 1e-8}[recurrence]  # 2e-9 takes the place of a smaller d
+    found, exact = (run(f, *make(2, 9, 2, regime, recurrence=recurrence)) for f in (module.bind(stand_in), its.ref))
+    for name, x, e in zip(its.names, found, exact, strict=True):
+        assert error(x, e) < bar, name
 
 
-def test_without_a_gpu_or_the_package(monkeypatch):
+@each
+def test_without_a_gpu_or_the_package(recurrence, monkeypatch):
     """One line with the remedy, and fla not imported where it would only warn."""
+    module, _, _ = OPERATORS[recurrence]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(wkv7_cuda.BuildError, match="the fla operator needs a GPU and torch sees none: .* --op chunk"):
-        fla.load()
+        module.load()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "fla", None)
     with pytest.raises(wkv7_cuda.BuildError, match=r"pip install pissa_rwkv\[fla\], or use"):
-        fla.load()
+        module.load()
 
 
-def test_arguments_are_checked(monkeypatch):
+@each
+def test_arguments_are_checked(recurrence, monkeypatch):
     """As every operator's, in one line."""
-    module = ModuleType("fla.ops.rwkv7")
-    module.chunk_rwkv7 = chunk_rwkv7
+    module, path, stand_in = OPERATORS[recurrence]
+    theirs = ModuleType(path)
+    setattr(theirs, stand_in.__name__, stand_in)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name, x in (("fla", ModuleType("fla")), ("fla.ops", ModuleType("fla.ops")), ("fla.ops.rwkv7", module)):
+    for name, x in (("fla", ModuleType("fla")), ("fla.ops", ModuleType("fla.ops")), (path, theirs)):
         monkeypatch.setitem(sys.modules, name, x)
-    wkv7 = fla.load()
-    with pytest.raises(ValueError, match="wkv7 fla: r is torch.float32, .* cast all six to one of bfloat16 or float16"):
-        wkv7(*make(1, 3, 1, dtype=torch.float32)[0])
-    with pytest.raises(ValueError, match="wkv7 fla: r is on cpu, not cuda: move it, or use --op chunk"):
-        wkv7(*make(1, 3, 1, dtype=torch.bfloat16)[0])
+    f = module.load()
+    for dtype, problem in ((torch.float32, "r is torch.float32, .* cast all (six|five) to one of bfloat16 or float16"),
+                           (torch.bfloat16, "r is on cpu, not cuda: move it, or use --op chunk")):
+        with pytest.raises(ValueError, match=f"{recurrence} fla: {problem}"):
+            f(*make(1, 3, 1, dtype=dtype, recurrence=recurrence)[0])
 
 
 @pytest.mark.parametrize("T", [1, 65, 200])
+@each
 @pytest.mark.gpu
 @gpu[1]
-def test_on_a_gpu(T):
+def test_on_a_gpu(recurrence, T):
     """The real one in bfloat16, by the bars of the other operators."""
     pytest.importorskip("fla")
-    inputs, dy, dstate = make(1, T, 2, dtype=torch.bfloat16, device="cuda")
+    its, (inputs, dy, dstate) = RECURRENCES[recurrence], make(1, T, 2, dtype=torch.bfloat16, device="cuda",
+                                                              recurrence=recurrence)  # fmt: skip
     wide = [x.detach().cpu().double().requires_grad_() for x in inputs]
-    exact = run(wkv7_ref, wide, dy.cpu().double(), dstate.cpu().double())
-    for name, x, e in zip(NAMES, run(wkv7_cuda.load("fla"), inputs, dy, dstate), exact, strict=True):
+    exact = run(its.ref, wide, dy.cpu().double(), dstate.cpu().double())
+    for name, x, e in zip(its.names, run(wkv7_cuda.load("fla", recurrence), inputs, dy, dstate), exact, strict=True):
         assert error(x, e) < (5e-3 if name in ("y", "state_T") else 1e-2), name

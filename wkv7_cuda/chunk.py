@@ -150,9 +150,9 @@ def inverse(A: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(-A, eye, upper=False, unitriangular=True)  # which reads no diagonal
 
 
-def to_chunks(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B,T,H,N) -> (B,H,n,L,N), zeros after the last token: with g = 0 they change no state. L = T for T < 32."""
-    length = min(L, x.shape[1])
+def to_chunks(x: Tensor, dtype: torch.dtype, length: int = L) -> Tensor:
+    """(B,T,H,N) -> (B,H,n,L,N), zeros after the last token: with g = 0 they change no state. L = T for T < length."""
+    length = min(length, x.shape[1])
     x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, -x.shape[1] % length))
     return x.unflatten(1, (-1, length)).permute(0, 3, 1, 2, 4).contiguous()
 

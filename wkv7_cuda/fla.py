@@ -9,8 +9,11 @@ g never falls below -e^(-1/2), and fla is told so: only then does it put 64 toke
 Its kernels are Triton's, tuned when first run, which takes minutes; the choice may change the last bits of a result.
 In fp32 they would compute in TF32, with errors near 1e-3, and fla itself warns of that: this operator takes 16-bit
 inputs only. They are opaque to FakeTensorMode and a graph break to torch.compile.
+
+wkv6_fla.py does the same with chunk_rwkv6.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -26,24 +29,30 @@ C = math.exp(-0.5)
 
 def load() -> op.WKV7:
     """Return the operator; BuildError without a GPU or the package."""
+    return operator("wkv7", bind(function("rwkv7")))
+
+
+def function(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """fla's chunk_<name>; BuildError without a GPU or the package."""
     if not torch.cuda.is_available():  # asked first: without one, importing fla warns
         problem = "the fla operator needs a GPU and torch sees none"
         raise build.BuildError(f"{problem}: check the driver and that torch has CUDA or ROCm, {build.REMEDY}")
     try:
-        from fla.ops.rwkv7 import chunk_rwkv7
+        return getattr(importlib.import_module(f"fla.ops.{name}"), f"chunk_{name}")
     except ImportError as error:
         problem = f"the fla operator needs the package flash-linear-attention ({error})"
         raise build.BuildError(f"{problem}: pip install pissa_rwkv[fla], {build.REMEDY}") from None
-    call = bind(chunk_rwkv7)
 
-    def wkv7_fla(
-        r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        op.check("fla", (r, w, k, v, a, b, state), "cuda", DTYPES, N)
+
+def operator(recurrence: str, call: op.WKV7 | op.WKV6) -> op.WKV7 | op.WKV6:
+    """`call` with the checks that all operators make of their arguments, and outside any autocast."""
+
+    def wkv(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        op.check("fla", inputs, "cuda", DTYPES, N, recurrence)
         with torch.autocast("cuda", enabled=False):
-            return call(r, w, k, v, a, b, state)
+            return call(*inputs)
 
-    return wkv7_fla
+    return wkv
 
 
 def bind(chunk_rwkv7: Callable[..., tuple[Tensor, Tensor]]) -> op.WKV7:

@@ -25,34 +25,9 @@
 // Limits: N = 64; contiguous r w k v a b y [B,T,H,N] and states [B,H,N,N]. Threads share out the B*H heads. A head is
 // the work of one thread in one order, so results do not depend on the number of threads.
 
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <system_error>
-#include <thread>
-#include <type_traits>
-#include <vector>
+#include "cpu.h"
 
 namespace {
-
-constexpr int N = 64, SEGMENT = 16, ROWS = 4;
-
-// exp(x) for x <= 0; below the smallest normal number it stays there. 2^n e^r with |r| <= ln(2)/2, by Taylor's series to
-// the last bit of F. Branch-free, so that loops over it vectorise, unlike those over std::exp.
-template <class F> inline F exp_negative(F x) {
-    constexpr bool single = sizeof(F) == 4;
-    using Int = std::conditional_t<single, std::int32_t, std::int64_t>;
-    constexpr F lowest = single ? -87 : -708;
-    x = x < lowest ? lowest : x;
-    const Int n = static_cast<Int>(x * F(1.4426950408889634) - F(0.5));      // to nearest: a cast drops the fraction
-    const F r = static_cast<F>(x - static_cast<double>(n) * 0.6931471805599453);  // in float it would lose digits
-    F sum = 1;
-    for (int m = single ? 7 : 13; m > 0; m--) sum = 1 + sum * r / F(m);
-    const Int bits = (n + (single ? 127 : 1023)) << (single ? 23 : 52);
-    F power;
-    std::memcpy(&power, &bits, sizeof power);
-    return sum * power;
-}
 
 // d = exp(-c sigma(w)) and its derivative: slope = dd/dw = -c d sigma(w) sigma(-w).
 template <class F> void decay(const F* w, F* d, F* slope) {
@@ -63,11 +38,6 @@ template <class F> void decay(const F* w, F* d, F* slope) {
         d[j] = exp_negative(-c * (w[j] < 0 ? e * s : s));
         slope[j] = -c * d[j] * e * s * s;
     }
-}
-
-template <class F> void transpose(F* out, const F* in) {
-    for (int i = 0; i < N; i++)
-        for (int j = 0; j < N; j++) out[j * N + i] = in[i * N + j];
 }
 
 // One token. S, [key, value]: S_{t-1} in, S_t out. u = S_{t-1} a_t in; u_next = S_t a_{t+1} and y = S_t r_t out.
@@ -193,18 +163,6 @@ void backward_head(long T, long stride, const F* const (&in)[7], const F* saved,
     }
 }
 
-// Run work(head) for head = 0..heads-1 on `threads` threads, this one included.
-template <class Work> void parallel(long heads, int threads, Work work) {
-    std::atomic<long> next{0};
-    auto loop = [&] { for (long head; (head = next++) < heads;) work(head); };
-    std::vector<std::thread> others;
-    try {
-        for (long n = 1; n < threads && n < heads; n++) others.emplace_back(loop);
-    } catch (const std::system_error&) {}  // the system grants no further thread: those that run do all the work
-    loop();
-    for (auto& other : others) other.join();
-}
-
 // in: r w k v a b state. out: y state_T saved (null: save nothing).
 template <class F> void forward(long B, long T, long H, int threads, const F* const* in, F* const* out) {
     const long saved_size = (T + SEGMENT - 1) / SEGMENT * (N + SEGMENT) * N;
@@ -232,17 +190,4 @@ template <class F> void backward(long B, long T, long H, int threads, const F* c
 
 }  // namespace
 
-extern "C" {
-void wkv7_forward_float32(long B, long T, long H, int threads, const float* const* in, float* const* out) {
-    forward(B, T, H, threads, in, out);
-}
-void wkv7_forward_float64(long B, long T, long H, int threads, const double* const* in, double* const* out) {
-    forward(B, T, H, threads, in, out);
-}
-void wkv7_backward_float32(long B, long T, long H, int threads, const float* const* in, float* const* out) {
-    backward(B, T, H, threads, in, out);
-}
-void wkv7_backward_float64(long B, long T, long H, int threads, const double* const* in, double* const* out) {
-    backward(B, T, H, threads, in, out);
-}
-}
+EXPORT(wkv7)
