@@ -3,10 +3,13 @@
     python merge.py --type pissa --base_model M.pth --lora_init out/init_pissa.pth --lora_checkpoint out/rwkv-0.pth \\
                     --output merged.pth
     python merge.py --type lora  --base_model M.pth --lora_checkpoint out/rwkv-0.pth --lora_alpha 32 --output merged.pth
+    python merge.py --type pissa2lora --base_model M.pth --lora_init out/init_pissa.pth \\
+                    --lora_checkpoint out/rwkv-0.pth --output lora.pth
 
-An output named .st is written for web-rwkv, Ai00 and RWKV Runner (extra `export`). Adapters trained on a quantised base
-are merged into what was trained on: ours say what that was, for RWKV-PEFT's --quant does. The formula is
-`pissa_rwkv.merge`; here are its command line, that format, and RWKV-PEFT's old int8.
+An output named .st is written for web-rwkv, Ai00 and RWKV Runner (extra `export`). --type pissa2lora writes no model
+but what PiSSA changed, as a LoRA of twice the rank, for programs that know no PiSSA. Adapters trained on a quantised
+base are merged into what was trained on: ours say what that was, for RWKV-PEFT's --quant does. The formula is
+`pissa_rwkv.merge`; here are its command line, those two formats, and RWKV-PEFT's old int8.
 """
 
 import argparse
@@ -19,21 +22,34 @@ from torch import Tensor
 import pissa_rwkv as P
 from pissa_rwkv import Fatal, Parser, merge_files, pick, save, write_whole
 
-LOW_RANK = tuple(f".{m}{i}" for m in "wavg" for i in "12")  # stored (in,out); web-rwkv wants these as (out,in)
+# What web-rwkv wants otherwise than a .pth has it: names, all in lower case, and the two last dims of these swapped: it
+# reads every matrix as (out,in), and the low-rank factors are stored (in,out), a state as (value,key).
+RENAMED = {"time_faaaa": "time_first", "time_maa": "time_mix"}
+SWAPPED = {"x070": ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2"),
+           "x060": ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"),
+           "state tuning": ("time_state",)}
+
+
+def for_web_rwkv(name: str, t: Tensor) -> tuple[str, Tensor]:
+    """A tensor of a .pth by its name in a .st, in fp16 and that layout."""
+    if name.endswith(tuple(f".{leaf}" for leaves in SWAPPED.values() for leaf in leaves)):
+        t = t.transpose(-2, -1)
+    for old, new in RENAMED.items():
+        name = name.replace(f".{old}", f".{new}")
+    return name.lower(), t.to(torch.float16).contiguous()
 
 
 def save_st(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Safetensors as web-rwkv reads them: everything fp16, the low-rank factors of RWKV-7 transposed."""
+    """Safetensors as web-rwkv reads them: everything fp16, `RENAMED` and `SWAPPED` applied."""
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise Fatal(f"--output {path}: .st needs the package safetensors: `pip install safetensors`") from None
-    ready = {}
-    for name, t in tensors.items():
-        t = t.to(torch.float16)
-        if not t.isfinite().all():
+    ready = dict(for_web_rwkv(name, t) for name, t in tensors.items())
+    unused = {name.lower() for name in P.UNUSED}
+    for name, t in ready.items():
+        if not t.isfinite().all() and name not in unused:
             raise Fatal(f"--output {path}: {name} has numbers beyond fp16's 65504; write a .pth")
-        ready[name.lower()] = (t.transpose(-2, -1) if name.endswith(LOW_RANK) else t).contiguous()
     write_whole(path, lambda file: save_file(ready, file.name, metadata={"format": "pt"}))
 
 
@@ -56,14 +72,77 @@ def read_legacy_int8(parts: P.Parts, shape: torch.Size, dtype: torch.dtype) -> T
 QUANT = P.QUANT | {"legacy_int8": P.Quant(hold_legacy_int8, read_legacy_int8)}
 
 
+def merge_to_model(args: argparse.Namespace) -> None:
+    """The full model, in the format that --output is named after."""
+    merge_files(args.type, args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha,
+                pick(FORMAT, "--output ends in", Path(args.output).suffix), args.quant, QUANT)
+    P.say(f"merged: {args.output}")
+
+
+def as_lora(init: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What PiSSA changed, as a LoRA of twice its rank and scale 1; exact where W_res was not quantised:
+
+        W' - W = B A - B0 A0 = B' A',   A' = [A; A0] (2r,in),   B' = [B, -B0] (out,2r)
+
+    In fp32, for A and A0 may differ by less than bf16 can tell; trained parts go along. The names are RWKV-PEFT's.
+    """
+    lora = dict(trained)
+    for module in [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]:
+        A, B = (trained[f"{module}.lora_{x}"].float() for x in "AB")
+        A0, B0 = (init[f"{module}.init_lora_{x}"].float() for x in "AB")
+        lora |= {f"{module}.lora_A": torch.cat([A, A0]), f"{module}.lora_B": torch.cat([B, -B0], 1)}
+    return lora
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a share of the largest number wanted."""
+    return ((found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp_min(1e-30)).item()
+
+
+def write_lora(args: argparse.Namespace) -> None:
+    """`as_lora` from files to a file, without a description, as RWKV-PEFT's are. Says how near the model that it gives
+    is to that of `merge_files`, which also checks that the files belong together.
+
+    A quantised base is refused: there W' - W holds what quantising changed as well, and that is of full rank.
+    """
+    pick({".pth": save}, "--type pissa2lora: --output ends in", Path(args.output).suffix)
+    trained, about = P.read_described(args.lora_checkpoint, "--lora_checkpoint")
+    modules = [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]
+    if not modules:
+        raise Fatal(f"--lora_checkpoint {args.lora_checkpoint}: holds no adapters, whose names end in .lora_A")
+    quant = about.get("quant", args.quant or "none")
+    if pick(QUANT, "--quant", quant).lossy:
+        raise Fatal(f"--type pissa2lora: {args.lora_checkpoint} was trained on a base held as {quant}, and what that"
+                    " changed is no LoRA; --type pissa merges it")
+
+    def write(path: Path, merged: dict[str, Tensor]) -> None:
+        lora = as_lora(P.read_described(args.lora_init, "--lora_init")[0], trained)
+        again = P.merge(P.read_pth(args.base_model, "--base_model"), {}, lora, P.ADAPTER["lora"])
+        off = max(apart(again[f"{module}.weight"], merged[f"{module}.weight"]) for module in modules)
+        save(path, lora)
+        rank, dtype = len(lora[f"{modules[0]}.lora_A"]), merged[f"{modules[0]}.weight"].dtype
+        P.say(f"LoRA of rank {rank}, to be used with alpha {rank}: {path}\nMerged it is the model of --type pissa,"
+              f" but for {off:.0e} of a matrix's largest number, by rounding to {dtype}")
+
+    merge_files("pissa", args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha, write,
+                args.quant, QUANT)
+
+
+# --type -> what was trained, what makes the file
+TYPE = {name: (name, merge_to_model) for name, method in P.ADAPTER.items() if not method.whole}
+TYPE |= {"pissa2lora": ("pissa", write_lora)}
+
+
 def parser() -> argparse.ArgumentParser:
     p = Parser("merge.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--type", required=True, choices=["pissa", "lora"], help="what was trained")
+    p.add_argument("--type", required=True, choices=list(TYPE),
+                   help="what was trained; pissa2lora: PiSSA, to be written as a LoRA")
     p.add_argument("--base_model", required=True, help="the model that was adapted")
     p.add_argument("--lora_init", "--pissa_init", default="", help="PiSSA: init_pissa.pth of the run")
-    p.add_argument("--lora_checkpoint", "--pissa_checkpoint", required=True, help="rwkv-<N>.pth of the run")
-    p.add_argument("--output", required=True, help="where the full model goes")
+    p.add_argument("--lora_checkpoint", *(f"--{x}_checkpoint" for x in ("pissa", "bone", "peft", "state")),
+                   required=True, help="rwkv-<N>.pth of the run")
+    p.add_argument("--output", required=True, help="where the full model, or the LoRA, goes")
     p.add_argument("--quant", default="", help=f"what the base was held as: {', '.join(QUANT)}; ours know that")
     p.add_argument("--lora_alpha", type=float, help="LoRA: alpha; a checkpoint of pissa_rwkv knows its own")
     return p
@@ -73,15 +152,14 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line about what the user can mend."""
     try:
         args = parser().parse_args(argv)
-        if args.type == "pissa" and not args.lora_init:
+        method, make = TYPE[args.type]
+        if P.ADAPTER[method].layer.taken and not args.lora_init:
             raise Fatal("--lora_init is missing: PiSSA took a part out of the base, and init_pissa.pth says which")
         if Path(args.output).exists():
             raise Fatal(f"--output {args.output} exists already; name another file")
         if not Path(args.output).resolve().parent.is_dir():
             raise Fatal(f"--output {args.output}: there is no folder {Path(args.output).parent}")
-        merge_files(args.type, args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha,
-                    pick(FORMAT, "--output ends in", Path(args.output).suffix), args.quant, QUANT)
-        print(f"merged: {args.output}")
+        make(args)
         return 0
     except Fatal as e:
         print(f"merge.py: error: {' '.join(str(e).split())}", file=sys.stderr)

@@ -15,7 +15,7 @@ The file follows a run; a section uses only what stands above it:
      2 the operator     the delta-rule memory as a recurrence               wkv7_ref, wkv6_ref
      3 the model        time mixing, channel mixing, loading, detection     RWKV, TimeMix_x070, detect, fill
      4 frozen weights   how untrained matrices are held; nf4, int8          QUANT, FrozenLinear
-     5 adapters         PiSSA, LoRA                                         PiSSALinear, top_singular, add_adapters
+     5 adapters         PiSSA, LoRA, Bone; state tuning                     ADAPTER, PiSSALinear, add_adapters
      6 data             readers -> one stream; samplers; masks              Corpus, Loader
      7 loss             cross-entropy without all the logits; chunks        HeadLoss, batch_losses
      8 optimiser        AdamW on one flat buffer, shared out; schedules     ZeroAdamW, Ranks, lr_at
@@ -43,11 +43,14 @@ Names. Parameters are called as in the files of the RWKV world; locals bear the 
     ln_x                    group norm, one group a head        (A)
     lora_A, lora_B          an adapter's factors A, B           (r,in), (out,r) A, B
     sigma                   singular values (S is taken)        (r)             S
+    disha                   Bone's matrix D                     (r,out)         D
+    time_state              S_0, where it is learnt             (H,N value,N key)
     codes; absmax, scale    what a quantised matrix is held as  (n/2); (n/64)
     row; micro-batch; step  what one sequence, one backward, one update take
     n                       learnt tokens of an optimiser step
 
 References: RWKV-7 "Goose" arXiv 2503.14456 - RWKV-5/6 "Eagle and Finch" 2404.05892 - PiSSA 2404.02948 - LoRA 2106.09685
+- DiSHA, Bone 2409.15371
 - nf4, QLoRA 2305.14314 - dynamic 8-bit code 1511.04561 - randomised SVD 0909.4061 - AdamW 1711.05101 - ZeRO 1910.02054.
 """
 
@@ -78,7 +81,7 @@ import tempfile
 import time
 import weakref
 import zipfile
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import lru_cache, partial
@@ -192,16 +195,18 @@ class Config:
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
     layerwise_lr: bool = opt(True, "learning rate x2 for time_decay, x3 for time_first")
     # adapters
-    peft: str = opt("pissa", "pissa, lora, or none (every parameter is trained)")
+    peft: str = opt("pissa", "what is trained: pissa, lora, bone (disha), state, or none (no adapters: everything)")
     rank: int = opt(32, "rank of the adapters")
     svd_niter: int = opt(4, "PiSSA: power iterations of the fast SVD; 0 is the exact SVD")
     lora_alpha: float = opt(32.0, "LoRA: its output is scaled by alpha / rank")
     lora_dropout: float = opt(0.0, "LoRA: dropout on its input")
+    bone_mode: str = opt("bone", "bone: bone, or bat, whose update is multiplied with the matrix")
     adapter_load: str = opt("", "start from these adapters, a rwkv-<N>.pth")
     adapter_init: str = opt("", "PiSSA: the init_pissa.pth that belongs to adapter_load")
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
-    train_parts: tuple = opt(("time", "ln"), "also trained: parameters named so (emb, head, time, ln), or nothing")
+    bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
+    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, time, ln; auto: time ln, of none all")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start, 1 to 5; more lessen quantisation's error")
     # the machine
@@ -232,6 +237,8 @@ JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
                      "pissa_r": "rank", "svd_niter": "svd_niter"},
     "lora_config": {"lora_load": "adapter_load",
                     "lora_r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+    "bone_config": {f"{prefix}{key}": name for prefix in ("bone_", "")
+                    for key, name in {"load": "adapter_load", "r": "rank", "mode": "bone_mode"}.items()},
 }
 WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothing is lost
     **dict.fromkeys("ds_bucket_mb num_nodes enable_progress_bar fp32_logits num_workers persistent_workers"
@@ -292,6 +299,7 @@ def parse(argv: list[str]) -> Config:
         if given["op"] not in ("", "fla"):
             raise Fatal(f"--fla is short for --op fla, and --op {given['op']} is given too: give one of them")
         given["op"] = "fla"
+    given["peft"] = {"disha": "bone"}.get(given["peft"], given["peft"])  # RWKV-PEFT renamed it
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name) is not None:
             say(f"--{name} has no effect here: {reason}")
@@ -423,6 +431,7 @@ class Arch:
     ranks: tuple[tuple[str, int], ...]                                # of the built-in low-rank maps
     pre_ffn: bool = False                                             # a channel mixing is block 0's time mixing
     head_qk: int = 0                                                  # Q, the width of the copying head
+    time_state: bool = False                                          # blocks know with which memory a text begins
 
     @property
     def n_head(self) -> int:
@@ -487,7 +496,9 @@ class TimeMix(nn.Module):
         super().__init__()
         self.arch, self.layer, self.wkv = arch, layer, wkv
         C, A = arch.n_embd, arch.dim_att
-        parameters_of(self, self.shapes())
+        H, N = arch.n_head, arch.head_size
+        self.register_parameter("time_state", None)                   # (H,N value,N key): S_0, where it is not zero
+        parameters_of(self, self.shapes() | ({"time_state": (H, N, N)} if arch.time_state else {}))
         for name in self.maps:
             self.add_module(name, Linear(A, C) if name == "output" else Linear(C, A))
         self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)
@@ -755,6 +766,11 @@ class Block(nn.Module):
             self.att = TIME_MIX[arch.version](arch, layer, wkv)
         self.ffn = CHANNEL_MIX[arch.version](arch, layer)
 
+    def first_state(self, zeros: BlockState) -> BlockState:
+        """At the beginning of a text: nothing, but for a memory that was learnt."""
+        S = self.att.time_state if hasattr(self, "att") else None
+        return zeros if S is None else replace(zeros, wkv=S.to(zeros.wkv).expand_as(zeros.wkv))
+
     def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor, BlockState]:
         """x (B,T,C) -> x (B,T,C), v_first (B,T,A), the state after the last token."""
         h, S = self.ln1(x), state.wkv
@@ -785,7 +801,8 @@ class RWKV(nn.Module):
     def forward(self, tokens: Tensor, states: list[BlockState] | None = None) -> tuple[Tensor, list[BlockState]]:
         """tokens (B,T) -> what the head reads (B,T,C), and the state of every block after the last token."""
         x = self.blocks[0].ln0(self.emb(tokens.to(self.emb.weight.device)).to(self.head.weight))  # (B,T,C)
-        states = states or [BlockState.zeros(self.arch, len(tokens), x)] * self.arch.n_layer
+        zeros = BlockState.zeros(self.arch, len(tokens), x)
+        states = states or [block.first_state(zeros) for block in self.blocks]
         v_first, after = None, []
         for block, state in zip(self.blocks, states, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
@@ -921,7 +938,8 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
         raise Fatal(f"--load_model {path}: its attention is {A} wide, but has {H} heads of {N}")
     head_qk = len(tensors["head_q.weight"]) if "head_q.weight" in tensors else 0
     pre_ffn = version in PRE_FFN and "blocks.0.ffnPre.key.weight" in tensors
-    return Arch(version, len(layers), C, A, F, N, V, tuple(sorted(ranks.items())), pre_ffn, head_qk)
+    time_state = f"{last}att.time_state" in tensors
+    return Arch(version, len(layers), C, A, F, N, V, tuple(sorted(ranks.items())), pre_ffn, head_qk, time_state)
 
 
 def new_arch(cfg: Config) -> Arch:
@@ -1140,6 +1158,10 @@ class Quant(NamedTuple):
         """W as it is multiplied with when held so: in the compute dtype."""
         return self.read(self.hold(W, dtype), W.shape, dtype)
 
+    def merged_as(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """What makes of W what is merged into; a matrix that was not quantised is merged as before it was rounded."""
+        return partial(self.through, dtype=dtype if self.lossy else torch.float32)
+
 
 def levels_of_codes(device: torch.device) -> tuple[Tensor, Tensor]:
     return nf4_levels(device)[0], dynamic_levels(device)
@@ -1185,7 +1207,8 @@ class FrozenLinear(nn.Module):
 
 
 # ======================================================================================================================
-# 5. Adapters: two thin matrices beside each frozen one. LoRA starts them at nothing, PiSSA at the matrix's main part.
+# 5. Adapters: a few numbers beside each frozen matrix. LoRA's and Bone's start at nothing, PiSSA's at the matrix's main
+#    part. State tuning leaves the matrices alone and trains what the memory holds when a text begins.
 # ======================================================================================================================
 
 OVERSAMPLE = 8                                                        # directions that the last singular values need
@@ -1209,13 +1232,72 @@ def top_singular(W: Tensor, rank: int, niter: int, draw: torch.Generator) -> tup
     return (Q @ U)[:, :rank], sigma[:rank], Vt[:rank]
 
 
-class LoRALinear(nn.Module):
-    """y = x W^T + scale drop(x) A^T B^T  (arXiv 2106.09685), for A (r,in), B (out,r); only A and B are trained."""
+class Adapter(nn.Module):
+    """In a matrix's place: W (out,in), frozen, and beside it a few numbers that are trained. In this class there are
+    none: it is how a method holds matrices that it leaves alone.
 
-    def __init__(self, cfg: Config, frozen: nn.Module, A: Tensor, B: Tensor):
+    A kind of adapter says what its numbers are and where they start (`shapes`, `start`), what of W is frozen then
+    (`left`), and what they add: to y, the short way (`forward`), and to W, when it is merged (`delta`).
+    """
+
+    names: tuple[str, ...] = ()                                       # of its parameters
+    taken: tuple[str, ...] = ()                                       # those whose start is taken out of W
+    unsaid_scale: float | None = 1.0                                  # of delta; None: a file has to say it
+    high_lr = math.inf
+
+    def __init__(self, cfg: Config, frozen: FrozenLinear, **trained: Tensor):
         super().__init__()
         self.frozen = frozen
-        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        for name, t in trained.items():
+            self.register_parameter(name, nn.Parameter(t))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x)
+
+    @classmethod
+    def describe(cls, cfg: Config) -> dict[str, Any]:
+        """What a file of these says of itself, and another must say too that is to go with it."""
+        return {}
+
+    @staticmethod
+    def ranks(shape: torch.Size, cfg: Config) -> Sequence[int]:
+        """The ranks that fit a matrix (out,in)."""
+        return (cfg.rank,)
+
+    @staticmethod
+    def shapes(shape: torch.Size, cfg: Config) -> dict[str, tuple[int, ...]]:
+        """Of what is trained beside a matrix (out,in)."""
+        return {}
+
+    @staticmethod
+    def fits(shape: torch.Size, **trained: Tensor) -> bool:
+        """Whether the numbers of a file are those of a matrix (out,in)."""
+        return True
+
+    @staticmethod
+    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
+        """Where training begins, for W (out,in) in fp32."""
+        return {}
+
+    @staticmethod
+    def left(W: Tensor, taken: dict[str, Tensor]) -> Tensor:
+        """What is frozen of W (out,in)."""
+        return W
+
+    @staticmethod
+    def delta(W: Tensor, scale: float, **trained: Tensor) -> Tensor | float:
+        """What is added to the frozen W (out,in): y = x (W + delta)^T."""
+        return 0.0
+
+
+class LoRALinear(Adapter):
+    """y = x W^T + scale drop(x) A^T B^T  (arXiv 2106.09685), for A (r,in), B (out,r); only A and B are trained."""
+
+    names = ("lora_A", "lora_B")
+    unsaid_scale = None
+
+    def __init__(self, cfg: Config, frozen: FrozenLinear, **trained: Tensor):
+        super().__init__(cfg, frozen, **trained)
         self.scale, self.dropout = self.scale_of(cfg), self.dropout_of(cfg)
 
     @staticmethod
@@ -1226,16 +1308,35 @@ class LoRALinear(nn.Module):
     def dropout_of(cfg: Config) -> float:
         return cfg.lora_dropout
 
+    @classmethod
+    def describe(cls, cfg: Config) -> dict[str, Any]:
+        return {"rank": cfg.rank, "scale": cls.scale_of(cfg)}
+
     @staticmethod
-    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A0 and B0, of W (out,in) in fp32. Their product is taken out of W; here it is zero."""
-        A0 = (torch.rand(cfg.rank, W.shape[1], generator=draw) * 2 - 1) / math.sqrt(W.shape[1])
-        return A0.to(W), W.new_zeros(W.shape[0], cfg.rank)
+    def ranks(shape: torch.Size, cfg: Config) -> Sequence[int]:
+        return range(1, min(shape) + 1)
+
+    @staticmethod
+    def shapes(shape: torch.Size, cfg: Config) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (cfg.rank, shape[1]), "lora_B": (shape[0], cfg.rank)}
+
+    @staticmethod
+    def fits(shape: torch.Size, lora_A: Tensor, lora_B: Tensor) -> bool:
+        return (lora_B.shape[0], lora_A.shape[1]) == shape and lora_A.shape[0] == lora_B.shape[1]
+
+    @staticmethod
+    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
+        A = (torch.rand(cfg.rank, W.shape[1], generator=draw) * 2 - 1) / math.sqrt(W.shape[1])
+        return {"lora_A": A.to(W), "lora_B": W.new_zeros(W.shape[0], cfg.rank)}
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.dropout(x, self.dropout, self.training) if self.dropout else x
         y = F.linear(F.linear(h, self.lora_A), self.lora_B)
         return self.frozen(x) + (y if self.scale == 1 else self.scale * y)
+
+    @staticmethod
+    def delta(W: Tensor, scale: float, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return scale * (lora_B @ lora_A)
 
 
 class PiSSALinear(LoRALinear):
@@ -1246,6 +1347,10 @@ class PiSSALinear(LoRALinear):
     which is W at first. What is trained are the directions in which W acts most; the frozen rest is small.
     """
 
+    taken = ("lora_A", "lora_B")
+    unsaid_scale = 1.0
+    high_lr = 1e-4                                                    # it moves the main directions of a matrix
+
     @staticmethod
     def scale_of(cfg: Config) -> float:
         return 1.0
@@ -1254,16 +1359,119 @@ class PiSSALinear(LoRALinear):
     def dropout_of(cfg: Config) -> float:
         return 0.0
 
+    @classmethod
+    def describe(cls, cfg: Config) -> dict[str, Any]:
+        return super().describe(cfg) | {"svd_niter": cfg.svd_niter, "qpissa_iters": cfg.qpissa_iters,
+                                        "seed": cfg.random_seed}
+
     @staticmethod
-    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
         U, sigma, Vt = top_singular(W, cfg.rank, cfg.svd_niter, draw)
         if sigma[-1] <= 1e-6 * W.norm():          # no rank-r part to take out; as zeros A and B would never move
             return LoRALinear.start(W, cfg, draw)
         root = sigma.sqrt()
-        return root[:, None] * Vt, U * root
+        return {"lora_A": root[:, None] * Vt, "lora_B": U * root}
+
+    @staticmethod
+    def left(W: Tensor, taken: dict[str, Tensor]) -> Tensor:
+        """W - B0 A0; W, if nothing is taken out.
+
+        Computed in float64 and rounded once, so that a GPU, a CPU and another number of threads find the same numbers
+        (but for one in 10^8), hence the same codes: merging has to meet the matrix that was trained on.
+        """
+        if not taken:
+            return W
+        A0, B0 = taken["lora_A"].double(), taken["lora_B"]
+        return in_slabs(torch.empty_like(W), lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
 
 
-ADAPTER: dict[str, type[LoRALinear] | None] = {"pissa": PiSSALinear, "lora": LoRALinear, "none": None}
+BONE_MODES = ("bone", "bat")                                          # the forms that its update has
+
+
+class BoneLinear(Adapter):
+    """y = x (W + dW)^T, with dW put together from one D that starts at zero (Bone, or DiSHA, arXiv 2409.15371). With W
+    (out,in) in blocks W[a,b] of r x r, and x in pieces x[b] of r:
+
+        bone   D (r,out):       dW[o,j] = D[j mod r, o]               y = x W^T + (sum of x[b]) D
+        bat    D (in/r,r,r):    dW[a,b] = W[a,b] D[b] + D[b]          y[a] = sum of W[a,b] (x[b] + z[b]) + sum of z[b]
+                                                                      with z[b] = D[b] x[b]
+
+    where W is what is multiplied with, quantised or not: bat's product with it is taken on x's side, and no second
+    matrix is made. In bone the last piece of x is filled up with zeros. Files call D `disha`; older ones, `bone`.
+    """
+
+    names = ("disha",)
+
+    @classmethod
+    def describe(cls, cfg: Config) -> dict[str, Any]:
+        return {"rank": cfg.rank, "mode": cfg.bone_mode}
+
+    @staticmethod
+    def ranks(shape: torch.Size, cfg: Config) -> Sequence[int]:
+        common = math.gcd(*shape)
+        fitting = {"bone": range(1, shape[1] + 1), "bat": [r for r in range(1, common + 1) if common % r == 0]}
+        return fitting[cfg.bone_mode]
+
+    @staticmethod
+    def shapes(shape: torch.Size, cfg: Config) -> dict[str, tuple[int, ...]]:
+        r = cfg.rank
+        return {"disha": {"bone": (r, shape[0]), "bat": (shape[1] // r, r, r)}[cfg.bone_mode]}
+
+    @staticmethod
+    def fits(shape: torch.Size, disha: Tensor) -> bool:
+        if disha.dim() == 2:
+            return disha.shape[1] == shape[0]
+        pieces, r = disha.shape[:2]
+        return disha.shape == (shape[1] // r, r, r) and pieces * r == shape[1] and shape[0] % r == 0
+
+    @staticmethod
+    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
+        return {x: W.new_zeros(shape) for x, shape in BoneLinear.shapes(W.shape, cfg).items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        D, r = self.disha, self.disha.shape[-2]
+        lacking = -x.shape[-1] % r
+        pieces = (F.pad(x, (0, lacking)) if lacking else x).unflatten(-1, (-1, r))        # (B,T,in/r,r)
+        if D.dim() == 2:
+            return self.frozen(x) + pieces.sum(-2) @ D
+        z = torch.einsum("bij,...bj->...bi", D, pieces)                                   # (B,T,in/r,r)
+        y = self.frozen(x + z.flatten(-2)).unflatten(-1, (-1, r))                         # (B,T,out/r,r)
+        return (y + z.sum(-2, keepdim=True)).flatten(-2)
+
+    @staticmethod
+    def delta(W: Tensor, scale: float, disha: Tensor) -> Tensor:
+        D, r = disha, disha.shape[-2]
+        if D.dim() == 2:
+            return D.T.repeat(1, -(-W.shape[1] // r))[:, :W.shape[1]]
+        blocks = W.view(-1, r, W.shape[1] // r, r)                                        # (out/r,r,in/r,r)
+        return (torch.einsum("aibk,bkj->aibj", blocks, D) + D.transpose(0, 1)).reshape(W.shape)
+
+
+class Method(NamedTuple):
+    """A way to adapt a model."""
+
+    layer: type[Adapter]                                              # what takes a frozen matrix's place
+    parts: tuple[str, ...]                                            # what is trained besides: --train_parts auto
+    state: bool = False                                               # blocks are given a time_state, and it is trained
+    whole: bool = False                                               # its files are whole models
+
+    def is_own(self, name: str) -> bool:
+        """Whether a parameter is the method's, and so trained whatever --train_parts says."""
+        return name.rpartition(".")[2] in (*self.layer.names, *(["time_state"] if self.state else []))
+
+
+EVERYTHING = ""                                                       # a part that every name contains
+ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln")),
+           "lora": Method(LoRALinear, ("time", "ln")),
+           "bone": Method(BoneLinear, ("time", "ln")),
+           "state": Method(Adapter, (), state=True),
+           "none": Method(Adapter, (EVERYTHING,), whole=True)}
+
+
+def parts_of(cfg: Config) -> list[str]:
+    """--train_parts, in which auto stands for what the method trains usually."""
+    usual = ADAPTER[cfg.peft].parts
+    return [p for part in cfg.train_parts for p in (usual if part == "auto" else (part,))]
 
 
 def adapted(model: RWKV) -> dict[str, Linear]:
@@ -1275,37 +1483,40 @@ def adapted(model: RWKV) -> dict[str, Linear]:
     return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, Linear)}
 
 
+def begin(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tuple[Arch, dict[str, Tensor]]:
+    """The model to be adapted and its tensors: the base's, and for state tuning zeros where it has no time_state."""
+    arch = replace(arch, time_state=arch.time_state or ADAPTER[cfg.peft].state)
+    layers = range(arch.pre_ffn, arch.n_layer) if ADAPTER[cfg.peft].state else ()
+    names = [f"blocks.{i}.att.time_state" for i in layers]
+    zeros = torch.zeros(arch.n_head, arch.head_size, arch.head_size)
+    return arch, tensors | {name: zeros for name in names if name not in tensors}
+
+
+def to_freeze(model: RWKV, cfg: Config) -> dict[str, Linear]:
+    """Of these, the ones that are frozen: all, or where everything is trained none."""
+    return {} if EVERYTHING in parts_of(cfg) else adapted(model)
+
+
 def left_in_file(model: RWKV, cfg: Config) -> set[str]:
     """The modules whose weights are not loaded at first, but fetched from the file when they are needed."""
-    return (set(adapted(model)) if ADAPTER[cfg.peft] else set()) | ({"emb"} if cfg.emb_on_cpu else set())
+    return {*to_freeze(model, cfg)} | ({"emb"} if cfg.emb_on_cpu else set())
 
 
-class Factors(NamedTuple):
-    """Of a matrix (out,in): A0 (r,in), B0 (out,r), whose product is taken out of it; A, B, where training starts."""
+class Start(NamedTuple):
+    """Of a matrix (out,in): what is taken out of it, and where training starts, both by the names of the parameters."""
 
-    A0: Tensor
-    B0: Tensor
-    A: Tensor
-    B: Tensor
+    taken: dict[str, Tensor]
+    trained: dict[str, Tensor]
 
     def named(self, name: str) -> dict[str, Tensor]:
         """As init_pissa.pth has them: init_lora_A and B; start_lora_A and B where training starts elsewhere."""
-        elsewhere = not all(map(torch.equal, self[:2], self[2:]))
-        pairs = {"init": self[:2]} | ({"start": self[2:]} if elsewhere else {})
-        return {f"{name}.{pair}_lora_{x}": t.cpu() for pair, AB in pairs.items() for x, t in zip("AB", AB, strict=True)}
+        start = {x: self.trained[x] for x in self.taken}
+        elsewhere = not all(torch.equal(t, start[x]) for x, t in self.taken.items())
+        sets = {"init": self.taken} | ({"start": start} if elsewhere else {})
+        return {f"{name}.{when}_{x}": t.cpu() for when, tensors in sets.items() for x, t in tensors.items()}
 
 
-def residual(W: Tensor, A0: Tensor, B0: Tensor) -> Tensor:
-    """W - B0 A0, for W (out,in), in W's dtype.
-
-    Computed in float64 and rounded once, so that a GPU, a CPU and another number of threads find the same numbers (but
-    for one in 10^8), hence the same codes: merging has to meet the matrix that was trained on.
-    """
-    A0 = A0.double()
-    return in_slabs(torch.empty_like(W), lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
-
-
-def new_factors(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generator) -> Factors:
+def new_start(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generator) -> Start:
     """A new start, in numbers of the compute dtype. Training starts at what is taken out of W (out,in), unless PiSSA's
     start is fitted to a quantised residual (QPiSSA with T = qpissa_iters > 1, arXiv 2404.02948): with q what quantising
     makes of a matrix, and SVD_r its first r triplets,
@@ -1314,33 +1525,44 @@ def new_factors(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generato
 
     Pair T-1 is taken out of W, which settles the codes; training starts at pair T, which mends part of their error.
     """
-    def pair(W: Tensor) -> list[Tensor]:
-        return [x.to(dtype).to(W) for x in ADAPTER[cfg.peft].start(W, cfg, draw)]
+    layer = ADAPTER[cfg.peft].layer
 
-    taken = start = pair(W)
+    def start(W: Tensor) -> dict[str, Tensor]:
+        return {x: t.to(dtype).to(W) for x, t in layer.start(W, cfg, draw).items()}
+
+    before = now = start(W)
     for _ in range(cfg.qpissa_iters - 1):
-        taken, start = start, pair(W - QUANT[cfg.quant].through(residual(W, *start), dtype))
-    return Factors(*taken, *start)
+        before, now = now, start(W - QUANT[cfg.quant].through(layer.left(W, now), dtype))
+    return Start({x: before[x] for x in layer.taken}, now)
 
 
-def saved_factors(W: Tensor, name: str, cfg: Config, init: dict[str, Tensor]) -> Factors:
+def saved_start(W: Tensor, name: str, cfg: Config, init: dict[str, Tensor]) -> Start:
     """The start of an earlier run, from its init_pissa.pth."""
-    taken = start = saved_pair(init, f"{name}.init_lora_", W, cfg.rank, cfg.adapter_init)
-    if f"{name}.start_lora_A" in init:
-        start = saved_pair(init, f"{name}.start_lora_", W, cfg.rank, cfg.adapter_init)
-    return Factors(*taken, *start)
+    layer = ADAPTER[cfg.peft].layer
+    shapes = {x: shape for x, shape in layer.shapes(W.shape, cfg).items() if x in layer.taken}
+    taken = start = from_file(init, f"{name}.init_", shapes, W, cfg.adapter_init)
+    if any(f"{name}.start_{x}" in init for x in shapes):
+        start = from_file(init, f"{name}.start_", shapes, W, cfg.adapter_init)
+    return Start(taken, start)
 
 
-def saved_pair(tensors: dict[str, Tensor], prefix: str, W: Tensor, rank: int, path: str) -> list[Tensor]:
-    """A (r,in) and B (out,r) for W (out,in), from an adapter file."""
-    shapes = {"A": (rank, W.shape[1]), "B": (W.shape[0], rank)}
-    return [entry(tensors, prefix + x, shape, path).to(W) for x, shape in shapes.items()]
+def from_file(
+    tensors: dict[str, Tensor], prefix: str, shapes: dict[str, tuple[int, ...]], W: Tensor, path: str
+) -> dict[str, Tensor]:
+    """What an adapter file has for W (out,in)."""
+    return {x: entry(tensors, prefix + x, shape, path).to(W) for x, shape in shapes.items()}
 
 
-def start_errors(name: str, W: Tensor, frozen: FrozenLinear, factors: Factors, quant: str) -> Tensor:
-    """(3) float64, the squared Frobenius norms of W - (W_res + B A), of W - W held like W_res, and of W."""
-    left = residual(W - frozen.weight, factors.A, factors.B).norm()
-    plain = (W - QUANT[quant].through(W, frozen.dtype)).norm()
+def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: str) -> Tensor:
+    """(3) float64, the squared Frobenius norms of W - what is computed with at first, of W - W held like what is
+    frozen, and of W."""
+    frozen = adapter.frozen
+
+    def lost(held: Tensor) -> Tensor:
+        return in_slabs(torch.empty_like(W), torch.sub, W, held)
+
+    left = adapter.left(lost(frozen.weight), start.trained).norm()
+    plain = lost(QUANT[quant].through(W, frozen.dtype)).norm()
     if not (left + plain).isfinite():
         raise Fatal(f"--quant {quant}: {name} reaches {W.abs().max():.1e}, too much for it in {frozen.dtype};"
                     " take nf4 and --precision bf16")
@@ -1348,31 +1570,38 @@ def start_errors(name: str, W: Tensor, frozen: FrozenLinear, factors: Factors, q
 
 
 def freeze(model: RWKV, cfg: Config) -> None:
-    """Of what the model has without adapters, only the parts that cfg.train_parts names are trained."""
+    """Of what the model has without adapters, only the parts are trained, and what is the method's own."""
+    method, parts = ADAPTER[cfg.peft], parts_of(cfg)
     for name, p in model.named_parameters():
-        p.requires_grad_(any(part in name for part in cfg.train_parts))
+        p.requires_grad_(method.is_own(name) or any(part in name for part in parts))
+
+
+def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
+    fitting = ADAPTER[cfg.peft].layer.ranks(shape, cfg)
+    if cfg.rank not in fitting:
+        choice = f"from 1 to {fitting[-1]}" if isinstance(fitting, range) else f"of {', '.join(map(str, fitting))}"
+        raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; take a rank {choice}")
 
 
 @torch.no_grad()
 def add_adapter(
     model: RWKV, name: str, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor], draw: torch.Generator
-) -> tuple[Factors, Tensor]:
+) -> tuple[Start, Tensor]:
     """One matrix goes to the device, is decomposed, held as cfg.quant says beside its adapter, and let go.
 
-    Factors are rounded to the compute dtype *before* their product is taken out of W: so the parts still sum to W.
-    Only what is left is quantised. Returns the factors and `start_errors`.
+    Numbers are rounded to the compute dtype *before* they are taken out of W: so the parts still sum to W. Only what is
+    left is quantised. Returns the start and `start_errors`.
     """
-    device, dtype, r = model.head.weight.device, model.head.weight.dtype, cfg.rank
+    device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     W = model.get_submodule(name).weight
-    W = W.to(device, torch.promote_types(W.dtype, torch.float32))
-    if not 1 <= r <= min(W.shape):
-        raise Fatal(f"--rank {r}: {name} is {W.shape[0]} x {W.shape[1]}; take a rank from 1 to {min(W.shape)}")
-    factors = saved_factors(W, name, cfg, init) if init else new_factors(W, dtype, cfg, draw)
-    frozen = FrozenLinear(residual(W, factors.A0, factors.B0), dtype, cfg.quant)
-    A, B = saved_pair(load, f"{name}.lora_", W, r, cfg.adapter_load) if load else factors[2:]
-    adapter = ADAPTER[cfg.peft](cfg, frozen, *(x.to(device, dtype, copy=True) for x in (A, B)))
+    W = W.to(device, torch.promote_types(W.dtype, torch.float32), copy=True)              # (never the file itself)
+    check_rank(name, W.shape, cfg)
+    start = saved_start(W, name, cfg, init) if init else new_start(W, dtype, cfg, draw)
+    frozen = FrozenLinear(layer.left(W, start.taken), dtype, cfg.quant)
+    first = from_file(load, f"{name}.", layer.shapes(W.shape, cfg), W, cfg.adapter_load) if load else start.trained
+    adapter = layer(cfg, frozen, **{x: t.to(device, dtype, copy=True) for x, t in first.items()})
     model.set_submodule(name, adapter)
-    return factors, start_errors(name, W, frozen, factors, cfg.quant)
+    return start, start_errors(name, W, adapter, start, cfg.quant)
 
 
 def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1382,17 +1611,18 @@ def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[s
     """
     freeze(model, cfg)
     draw, taken, unsplit, squares = torch.Generator().manual_seed(cfg.random_seed), {}, [], {}
-    for name in tqdm(adapted(model), f"{cfg.peft}: start", leave=False, disable=None):
-        factors, errors = add_adapter(model, name, cfg, init, load, draw)
+    for name in tqdm(to_freeze(model, cfg), f"{cfg.peft}: start", leave=False, disable=None):
+        start, errors = add_adapter(model, name, cfg, init, load, draw)
         layer_type = name.split(".", 2)[2]                                                # att.key, ffn.value, ...
         squares[layer_type] = squares.get(layer_type, 0) + errors.cpu()
-        taken |= factors.named(name)
-        unsplit += [] if factors.B.any() else [name]
-    if cfg.peft == "pissa" and unsplit:
+        taken |= start.named(name)
+        unsplit += [] if all(t.any() for t in start.taken.values()) else [name]
+    if unsplit:
         say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
-    say(f"{cfg.peft} of rank {cfg.rank}, quant {cfg.quant}: |W - (W_res + B A)| / |W| by type, in brackets that of W"
-        " quantised itself: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
+    if any(error for error, *_ in shares.values()):
+        say(f"{cfg.peft}, quant {cfg.quant}: what the start is off by, |W - W'| / |W| by type, in brackets if W itself"
+            " were quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
 
 
@@ -2238,7 +2468,7 @@ class ZeroAdamW:
         def kind(item: tuple[str, nn.Parameter]) -> tuple[float, float]:
             name, p = item
             scale = next((s for part, s in LAYERWISE_LR.items() if part in name and cfg.layerwise_lr), 1.0)
-            matrix = name.endswith((".weight", ".lora_A", ".lora_B")) and sum(n > 1 for n in p.shape) > 1
+            matrix = name.endswith((".weight", ".lora_A", ".lora_B", ".disha")) and sum(n > 1 for n in p.shape) > 1
             return scale, cfg.weight_decay if matrix else 0.0
 
         self.named = sorted(named, key=kind)
@@ -2421,8 +2651,8 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = 
 
 
 def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names."""
-    tensors = {name.removeprefix("model."): t for name, t in read_pth(path, what).items()}
+    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
+    tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
     about = tensors.pop(DESCRIPTION, None)
     return tensors, json.loads(bytes(about.tolist())) if about is not None else {}
 
@@ -2443,33 +2673,37 @@ def write_binidx(prefix: str, corpus: Corpus) -> None:
     write_whole(Path(prefix + ".idx"), lambda file: file.write(header + b"".join(part.tobytes() for part in index)))
 
 
-def merge(
-    base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], scale: float = 1.0,
-    held: Callable[[Tensor], Tensor] = lambda W_res: W_res,
-) -> dict[str, Tensor]:
-    """The full model: W' = held(W - B0 A0) + scale B A in fp32, rounded once to W's dtype; other trained parts as such.
+def is_matrix(name: str, W: Tensor) -> bool:
+    """Whether a model file's tensor is one of the matrices that `adapted` finds in the model."""
+    return name.startswith("blocks.") and name.endswith(".weight") and W.dim() == 2
 
-    `init` holds init_lora_A/B (empty for LoRA), `trained` lora_A/B and whole parameters; `held` makes of W_res what
-    training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is what other
-    programs read a model from.
+
+def merge(
+    base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], method: Method, scale: float = 1.0,
+    held: Callable[[Tensor], Tensor] = lambda W: W,
+) -> dict[str, Tensor]:
+    """The full model: W' = W_held + delta in fp32, rounded once to W's dtype; other trained parts as such.
+
+    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of what was
+    left what training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is
+    what other programs read a model from; but a time_state that was trained comes to the base's.
     """
-    left, merged = dict(trained), {}
+    left, merged, layer = dict(trained), {}, method.layer
     for name, W in tqdm(base.items(), "merging", leave=False, disable=None):
         module, new = name.removesuffix(".weight"), W
+        state = name.replace("att.receptance.weight", "att.time_state")
+        if method.state and state not in base:                        # in a file it stands before receptance
+            merged[state] = merged_state(left, state, W)
         if name in left:
             new = left.pop(name)
-        elif f"{module}.lora_A" in left:
-            if f"{module}.lora_B" not in left:
-                raise Fatal(f"the checkpoint lacks {module}.lora_B")
-            A, B = (left.pop(f"{module}.lora_{x}").float() for x in "AB")
-            if (B.shape[0], A.shape[1]) != W.shape:
-                raise Fatal(f"{module} is {list(W.shape)} in the base, {[B.shape[0], A.shape[1]]} in the checkpoint")
-            new = W.float()
-            if init:
-                A0 = entry(init, f"{module}.init_lora_A", A.shape, "--lora_init").float()
-                B0 = entry(init, f"{module}.init_lora_B", B.shape, "--lora_init").float()
-                new = residual(new, A0, B0)
-            new = held(new) + scale * (B @ A)
+        elif is_matrix(name, W):
+            own = {x: left.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in left}
+            taken = {}
+            if own:
+                check_fit(module, W.shape, own, layer)
+                taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float() for x in layer.taken}
+            new = held(layer.left(W.float(), taken)).float()
+            new = new + layer.delta(new, scale, **own) if own else new
         if new.numel() != W.numel():
             raise Fatal(f"{name} is {list(W.shape)} in the base, {list(new.shape)} in the checkpoint")
         merged[name] = new.reshape(W.shape).to(W.dtype).contiguous()
@@ -2478,24 +2712,45 @@ def merge(
     return merged
 
 
+def merged_state(left: dict[str, Tensor], name: str, receptance: Tensor) -> Tensor:
+    """Takes a block's time_state (H,N,N) from what is left of a checkpoint; the matrix (H N,C) tells size and dtype."""
+    if name not in left:
+        raise Fatal(f"the checkpoint lacks {name}")
+    S = left.pop(name)
+    if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(receptance):
+        raise Fatal(f"{name} is {list(S.shape)} in the checkpoint; the base's attention is {len(receptance)} wide")
+    return S.to(receptance.dtype).contiguous()
+
+
+def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
+    """An adapter that a checkpoint has for a matrix (out,in) has to be whole, and of its size."""
+    missing = [f"{module}.{x}" for x in layer.names if x not in own]
+    if missing:
+        raise Fatal(f"the checkpoint lacks {some(missing)}")
+    if not layer.fits(shape, **own):
+        found = ", ".join(f"{x} {list(t.shape)}" for x, t in own.items())
+        raise Fatal(f"{module} is {list(shape)} in the base, which the checkpoint's {found} does not fit")
+
+
 def merge_files(
     kind: str, base: str, init: str, checkpoint: str, output: str, alpha: float | None = None, write: Callable = save,
     quant: str = "", formats: dict[str, Quant] = QUANT,
 ) -> None:
-    """`merge` from files to a file, for --type pissa and lora. Refuses a base that was not trained on.
+    """`merge` from files to a file, for the methods whose files are no whole models. Refuses a base that was not
+    trained on.
 
     alpha is LoRA's, and quant, of formats, what the base was held as: both only where the checkpoint does not say;
     `write(path, tensors)` makes the file.
     """
-    tensors = read_pth(base, "--base_model")
+    tensors, method = read_pth(base, "--base_model"), ADAPTER[kind]
     trained, about = read_described(checkpoint, "--lora_checkpoint")
-    taken, about_init = read_described(init, "--lora_init") if kind == "pissa" else ({}, {})
+    taken, about_init = read_described(init, "--lora_init") if method.layer.taken else ({}, {})
     for path, found in ((checkpoint, about), (init, about_init)):
         compare(path, found, {"peft": kind, "base": fingerprint(tensors)})
     compare(init, about_init, {"init": about["init"]} if "init" in about else {})
     if not about:
         say(f"{checkpoint} has no description (RWKV-PEFT writes none): that it belongs to {base} cannot be checked")
-    scale = about.get("scale", 1.0 if kind == "pissa" else None)
+    scale = about.get("scale", method.layer.unsaid_scale)
     if alpha is not None:
         given = alpha / next((len(t) for name, t in trained.items() if name.endswith(".lora_A")), 1)
         if scale not in (None, given):
@@ -2506,9 +2761,12 @@ def merge_files(
     row = pick(formats, "--quant", quant or about.get("quant", "none"))
     if quant not in ("", about.get("quant", quant)):
         raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
-    # What was not quantised is merged as before it was rounded. (RWKV-PEFT, which describes nothing, computes in bf16.)
-    dtype = getattr(torch, about.get("dtype", "bfloat16")) if row.lossy else torch.float32
-    write(Path(output), merge(tensors, taken, trained, scale, lambda W_res: row.through(W_res, dtype)))
+    # (RWKV-PEFT, which describes nothing, computes in bf16.)
+    held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
+    write(Path(output), merge(tensors, taken, trained, method, scale, held))
+    if method.state:
+        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there pass"
+            f" what is in {checkpoint} as its state")
 
 
 # ======================================================================================================================
@@ -2543,12 +2801,14 @@ def check(cfg: Config) -> None:
     """Everything that is wrong with the options by themselves, before any file is touched."""
     pick(ADAPTER, "--peft", cfg.peft)
     pick(QUANT, "--quant", cfg.quant)
+    pick(dict.fromkeys(BONE_MODES), "--bone_mode", cfg.bone_mode)
     pick(SCHEDULE, "--lr_schedule", cfg.lr_schedule)
     pick(STRATEGY, "--strategy", cfg.strategy)
     pick(TRAIN_TYPE, "--train_type", cfg.train_type)
     pick(CHUNK_GRAD, "--chunk_grad", cfg.chunk_grad)
     for part in cfg.train_parts:
-        pick(dict.fromkeys(("emb", "head", "time", "ln")), "--train_parts", part)
+        pick(dict.fromkeys(("auto", "emb", "head", "time", "ln")), "--train_parts", part)
+    layer, lossy, everything = ADAPTER[cfg.peft].layer, QUANT[cfg.quant].lossy, EVERYTHING in parts_of(cfg)
     for name in ("ctx_len", "img_side", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
         if getattr(cfg, name) < 1:
             raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
@@ -2569,18 +2829,19 @@ def check(cfg: Config) -> None:
         raise Fatal(f"--adam_eps {cfg.adam_eps}: a number above 0 is wanted")
     if not cfg.data_file and cfg.data_type != "dummy":
         raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
-    if cfg.peft != "none" and not cfg.load_model:
+    if not cfg.load_model and not everything:
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
-    if cfg.peft == "pissa" and bool(cfg.adapter_load) > bool(cfg.adapter_init):
+    if layer.taken and bool(cfg.adapter_load) > bool(cfg.adapter_init):
         raise Fatal(f"pissa_load {cfg.adapter_load} needs pissa_init too: the init_pissa.pth of the same run")
-    if QUANT[cfg.quant].lossy and not ADAPTER[cfg.peft]:
-        raise Fatal(f"--quant {cfg.quant}: --peft {cfg.peft} trains every matrix, and only frozen ones are quantised")
+    if lossy and everything:
+        raise Fatal(f"--quant {cfg.quant}: --peft {cfg.peft} trains every matrix, and only frozen ones are quantised;"
+                    " --train_parts says what else to train")
     if not 1 <= cfg.qpissa_iters <= 5:
         raise Fatal(f"--qpissa_iters {cfg.qpissa_iters}: a number from 1 to 5 is wanted")
-    if cfg.qpissa_iters > 1 and not (cfg.peft == "pissa" and QUANT[cfg.quant].lossy):
+    if cfg.qpissa_iters > 1 and not (layer.taken and lossy):
         raise Fatal(f"--qpissa_iters {cfg.qpissa_iters} fits PiSSA's start to a quantised base, and this is --peft"
                     f" {cfg.peft} with --quant {cfg.quant}")
-    if cfg.emb_on_cpu and (cfg.peft == "none" or "emb" in cfg.train_parts):
+    if cfg.emb_on_cpu and any(part in "emb.weight" for part in parts_of(cfg)):
         raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
     if cfg.train_type == "infctx" and not 0 <= cfg.chunk_ctx <= cfg.ctx_len:
         raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; up to --ctx_len {cfg.ctx_len} is wanted")
@@ -2594,8 +2855,9 @@ def check(cfg: Config) -> None:
         mask_strings(cfg)
     elif cfg.mask_id:
         say("--mask_id has no effect without --loss_mask se")
-    if cfg.peft == "pissa" and cfg.lr_init > 1e-4:
-        say(f"--lr_init {cfg.lr_init:g} is high for PiSSA, which moves the main directions of a matrix; 1e-4 is usual")
+    if cfg.lr_init > layer.high_lr:
+        say(f"--lr_init {cfg.lr_init:g} is high for --peft {cfg.peft}, which moves the main directions of a matrix;"
+            f" {layer.high_lr:g} is usual")
 
 
 # On one device all strategies are the same.
@@ -2656,7 +2918,7 @@ def open_folder(cfg: Config) -> Path:
 def build(cfg: Config) -> Run | None:
     """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
     check(cfg)
-    cfg, device, dtype = setup(cfg)
+    cfg, device, dtype = setup(from_whole_model(cfg))
     tensors = read_pth(cfg.load_model, "--load_model") if cfg.load_model else {}
     arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
     check_arch(cfg, arch)
@@ -2674,6 +2936,8 @@ def build(cfg: Config) -> Run | None:
         held_out = Loader(held_out, tokenizer, replace(cfg, dataload="pad", data_shuffle=False))
     say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches))
+    base = fingerprint(tensors) if tensors else "new"
+    arch, tensors = begin(arch, tensors, cfg)
     if folder is None:
         dry_run(cfg, arch, loader, epoch_steps, device, dtype)
         return None
@@ -2683,7 +2947,6 @@ def build(cfg: Config) -> Run | None:
         fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
     else:
         model = model.to_empty(device="cpu").initialise().to(device, dtype)
-    base = fingerprint(tensors) if tensors else "new"
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     saved = folder / "resume.pth"
     resumed, old = read_described(saved, "--resume") if cfg.resume and saved.exists() else ({}, {})
@@ -2696,44 +2959,59 @@ def build(cfg: Config) -> Run | None:
     return run
 
 
+def from_whole_model(cfg: Config) -> Config:
+    """Where the files of a method are whole models, going on from one is to take it as the base."""
+    file = cfg.adapter_load or (str(Path(cfg.proj_dir) / f"rwkv-{cfg.epoch_begin - 1}.pth") if cfg.epoch_begin else "")
+    return replace(cfg, load_model=file, adapter_load="") if file and ADAPTER[cfg.peft].whole else cfg
+
+
 def adapt(
     model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Puts adapters on the model, new ones or those of an earlier run. Returns what describes them, and that file.
+    """Freezes what is not trained and puts adapters on it, new ones or those of an earlier run. Returns what describes
+    them, and that file.
 
     Prints the loss of one batch with and without: a new start computes what the base computes, but for quantisation.
     """
-    folder, kind = Path(cfg.proj_dir), ADAPTER[cfg.peft]
+    folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
     init_path, load_path = cfg.adapter_init, cfg.adapter_load
     if resumed or (cfg.epoch_begin and not load_path):
-        init_path = str(folder / "init_pissa.pth") if cfg.peft == "pissa" else ""
-        load_path = "" if resumed else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
+        init_path = str(folder / "init_pissa.pth") if method.layer.taken else ""
+        load_path = "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
     init, about_init = read_described(init_path, "pissa_init") if init_path else ({}, {})
-    load, about_load = read_described(load_path, "pissa_load") if load_path else ({}, {})
+    load, about_load = read_described(load_path, "adapter_load") if load_path else ({}, {})
     for path, found in ((init_path, about_init), (load_path, about_load)):
         compare(path, found, about)
     if "init" in about_load:
         compare(init_path, about_init, {"init": about_load["init"]})
-    loss = partial(first_loss, model, loader)
-    before = loss() if kind and not load and not resumed else 0.0
-    for name in [n for n in load if ".lora_" not in n]:
-        part = dict(model.named_parameters()).get(name)
-        if part is None or part.numel() != load[name].numel():
-            raise Fatal(f"{load_path}: {name} does not fit this model")
-        part.data.copy_(load[name].view(part.shape))
-    if kind is None:
-        return {}, load
+    compares = not load and not resumed and bool(to_freeze(model, cfg))
+    before = first_loss(model, loader) if compares else 0.0
+    take_parts(model, method, load, load_path)
     taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load)
-    if not load and not resumed:
-        say(f"loss of the first batch: base {before:.6f}, with adapters {loss():.6f}")
-    about_adapters = {"rank": cfg.rank, "scale": kind.scale_of(cfg)}
+    if compares:
+        say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, loader):.6f}")
+    about_adapters = method.layer.describe(cfg)
     about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
-    if cfg.peft == "pissa":
-        about_adapters |= {"svd_niter": cfg.svd_niter, "qpissa_iters": cfg.qpissa_iters, "seed": cfg.random_seed,
-                           "init": fingerprint(taken)}
+    if taken:
+        about_adapters |= {"init": fingerprint(taken)}
         if init_path != str(folder / "init_pissa.pth"):
             save(folder / "init_pissa.pth", taken, about | about_adapters)
     return about_adapters, load
+
+
+def take_parts(model: RWKV, method: Method, load: dict[str, Tensor], path: str) -> None:
+    """Takes whole parameters from a file; the method's own are left for when the matrices are adapted."""
+    parameters = dict(model.named_parameters())
+    for name, t in load.items():
+        part = parameters.get(name)
+        if part is None and method.is_own(name):
+            continue
+        if part is None or part.numel() != t.numel():
+            raise Fatal(f"{path}: {name} does not fit this model; is it of this --peft?")
+        part.data.copy_(t.view(part.shape))
+    missing = [name for name in parameters if load and method.is_own(name) and name not in load]
+    if missing:
+        raise Fatal(f"{path}: lacks {some(missing)}; is it of this --peft?")
 
 
 @torch.no_grad()
@@ -2954,16 +3232,24 @@ def saved_after(run: Run, epoch: int) -> bool:
 def finish_epoch(run: Run, epoch: int) -> None:
     """Writes an epoch's files that are not there yet: rwkv-<epoch>.pth, fp32 adapters and trained parts or the whole
     model, and what is merged. They follow from resume.pth, which was written before: a kill between loses nothing."""
-    cfg, last = run.cfg, run.step == run.steps
+    cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
     if saved_after(run, epoch) and not path.exists():
-        if cfg.peft == "none":
-            save(path, run.model.state_dict())                        # a model file: others read it, so no description
+        if method.whole:
+            save(path, whole_model(run))                              # others read it, so no description
         else:
             save(path, run.optimiser.masters(), run.about)
-    if last and cfg.auto_merge and cfg.peft != "none" and not merged.exists():
+    if last and cfg.auto_merge and not method.whole and not merged.exists():
         merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
         say(f"merged: {merged}")
+
+
+def whole_model(run: Run) -> dict[str, Tensor]:
+    """The base with what was trained, as a model file."""
+    cfg = run.cfg
+    base = read_pth(cfg.load_model, "--load_model") if cfg.load_model else run.model.state_dict()
+    held = QUANT[cfg.quant].merged_as(run.model.head.weight.dtype)
+    return merge(base, {}, run.optimiser.masters(), ADAPTER[cfg.peft], 1.0, held)
 
 
 @torch.no_grad()
@@ -3066,17 +3352,17 @@ class Rehearsal:
         with torch.device("meta"):
             model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device, ready=False), cfg.grad_cp)
             tensors = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
-        self.device, self.base_parameters = device, sum(t.numel() for t in tensors.values())
+        own = ADAPTER[cfg.peft].is_own
+        self.device, self.base_parameters = device, sum(t.numel() for name, t in tensors.items() if not own(name))
         with Peak(elsewhere=tensors.values()) as self.peak:
             fill(model, tensors, "", "meta", dtype, left_in_file(model, cfg))
-            if ADAPTER[cfg.peft]:
-                freeze(model, cfg)
-                for name in adapted(model):                           # what is done to the first block, and most bytes
-                    _, layer, rest = name.split(".", 2)               # are held during the last, is only copied between
-                    if 0 < int(layer) < arch.n_layer - 1:
-                        model.set_submodule(name, copy.deepcopy(model.get_submodule(f"blocks.0.{rest}")))
-                    else:
-                        add_adapter(model, name, cfg, {}, {}, torch.Generator())
+            freeze(model, cfg)
+            for name in to_freeze(model, cfg):                        # what is done to the first block, and most bytes
+                _, layer, rest = name.split(".", 2)                   # are held during the last, is only copied between
+                if 0 < int(layer) < arch.n_layer - 1:
+                    model.set_submodule(name, copy.deepcopy(model.get_submodule(f"blocks.0.{rest}")))
+                else:
+                    add_adapter(model, name, cfg, {}, {}, torch.Generator())
             optimiser = ZeroAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), cfg)
             loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")      # (their place is counted when they are used)
             self.run = Run(cfg, "meta", arch, None, loader, None, model, optimiser, {}, 1)
@@ -3106,10 +3392,10 @@ def dry_run(cfg: Config, arch: Arch, loader: Loader, epoch_steps: int, device: s
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded."""
     rehearsal = Rehearsal(cfg, arch, device, dtype)
     learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
-    adapters = sum(n for name, n in learning.items() if ".lora_" in name)
+    adapters = sum(n for name, n in learning.items() if ADAPTER[cfg.peft].is_own(name))
     rows, GB = loader.bsz * cfg.accumulate_grad_batches, 1e9
     steps, m = epoch_steps * cfg.epoch_count, rehearsal.memory(loader.bsz)
-    learnt, parts = sum(learning.values()), "the model" if cfg.peft == "none" else " ".join(cfg.train_parts)
+    learnt, parts = sum(learning.values()), " ".join(parts_of(cfg)) or "the model"
     say(f"would train {learnt:,} of {rehearsal.base_parameters + adapters:,} parameters: {adapters:,} in adapters,"
         f" {learnt - adapters:,} in {parts}\n"
         f"would make {steps:,} steps of {rows} rows: at most {steps * rows * cfg.ctx_len:,} tokens\n"

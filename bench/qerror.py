@@ -5,7 +5,7 @@
 Matrices: those of a base trained here, the demonstration's (width 128, pooled by type over its layers), and synthetic
 ones of 512 x 512. A row is one matrix type, rank, method and T, the number of singular value decompositions spent:
 
-    QPiSSA-T   factors of W, then T-1 times: quantise what is left, take the factors of what that lost (`new_factors`)
+    QPiSSA-T   factors of W, then T-1 times: quantise what is left, take the factors of what that lost (`new_start`)
     LoftQ-T    T times: quantise W less the factors so far (none at first), take the factors of what that lost
                (arXiv 2310.08659, algorithm 1)
 
@@ -60,8 +60,9 @@ def synthetic(n: int = 512, seed: int = 0) -> dict[str, list[Tensor]]:
 def qpissa(W: Tensor, rank: int, T: int) -> Tensor:
     """Q + B A of QPiSSA with T decompositions."""
     cfg = P.Config(rank=rank, svd_niter=0, quant=QUANT, qpissa_iters=T)
-    A0, B0, A, B = P.new_factors(W, W.dtype, cfg, torch.Generator())
-    return P.QUANT[QUANT].through(P.residual(W, A0, B0), W.dtype) + B @ A
+    taken, start = P.new_start(W, W.dtype, cfg, torch.Generator())
+    held = P.QUANT[QUANT].through(P.PiSSALinear.left(W, taken), W.dtype)
+    return held + P.PiSSALinear.delta(held, 1.0, **start)
 
 
 def loftq(W: Tensor, rank: int, T: int) -> Tensor:

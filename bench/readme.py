@@ -45,10 +45,11 @@ def sections() -> str:
 
 
 WHAT = {
-    1: "a command line from a dataclass", 2: "the delta rule as a recurrence, 15 lines",
+    1: "a command line from a dataclass", 2: "two recurrences, 15 lines each: a fading memory, and the delta rule",
     3: "time mixing, channel mixing, state as an argument", 4: "nf4 and int8, bit by bit",
-    5: "the randomised SVD, PiSSA, QPiSSA, LoRA", 6: "nine lines a reader; rows as spans of one stream",
-    7: "cross-entropy that never holds the logits", 8: "AdamW by hand on one flat buffer",
+    5: "the randomised SVD, PiSSA, QPiSSA, LoRA, Bone; state tuning",
+    6: "nine lines a reader; rows as spans of one stream", 7: "cross-entropy that never holds the logits",
+    8: "AdamW by hand on one flat buffer",
     9: "atomic files, the merge formula", 10: "a loop of fifteen lines, and resuming to the bit",
 }
 
@@ -244,6 +245,23 @@ def curve() -> str:
     return "\n".join(lines) + f"\n\n{rows[0]['steps']} steps, bf16. {source(rows)}{gpu}"
 
 
+def clients() -> str:
+    """How near each program comes, with a merged file, to the same file here in float64."""
+    rows = record.read("clients")
+    versions = {"x070": "RWKV-7", "x060": "RWKV-6", "x052": "RWKV-5"}
+    lines = ["| program | opens | " + " | ".join(versions.values()) + " |", "|---" * (len(versions) + 2) + "|"]
+    for name, package in dict.fromkeys((r["client"], r["package"]) for r in rows):
+        found = {r["version"]: r for r in rows if r["client"] == name}
+        cells = ["{relative:.0e}, {same} of {tokens}".format(**found[v]) if v in found else "no" for v in versions]
+        lines.append(f"| {name} ({package}) | {OPENS[name]} | {' | '.join(cells)} |")
+    behind = max(r["behind"] for r in rows)
+    ties = f"The other tokens are almost ties: behind by {behind:.0e} at most. " if behind else ""
+    return "\n".join(lines) + f"\n\n{ties}{source(rows)}"
+
+
+OPENS = {"rwkv": "`.pth`, in fp32", "web-rwkv": "`.st`, in fp16", "llama.cpp": "`.gguf` made of the `.pth`, in fp32"}
+
+
 def cells(kind: str) -> dict[tuple[str, str], dict]:
     """(model, quant) -> the newest row, at the tutorial's setting."""
     return {(r["model"], r["quant"]): r for r in record.read("vram") if r["kind"] == kind and not r["setting"]}
@@ -280,7 +298,7 @@ def levers() -> str:
 
 
 TABLES = {
-    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8, memory, levers),
+    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8, memory, levers, clients),
     OPS_README: (measured, curve),
 }
 
@@ -347,7 +365,7 @@ def memory_picture() -> None:
             if row["published"]:
                 ax.plot([x - 0.42, x + 0.42], [row["published"]] * 2, color="black", linewidth=1.5,
                         label="published" if x == 0 else None)  # fmt: skip
-        ax.set_title(name.removeprefix("RWKV7-"))
+        ax.set_title(name.removeprefix("RWKV").replace("-", "\n"), fontsize=9)
         ax.set_xticks(range(len(vram.QUANTS)), ["bf16", *vram.QUANTS[1:]], fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("GB")

@@ -59,6 +59,12 @@ MODELS = {
                         dict(none=8.8, int8=6.7, nf4=5.7)),
     "RWKV7-7.2B": Model("x070", 32, 4096, 16384, dict(w=128, a=128, v=96, g=480), 7_199_141_888, {}),
     "RWKV7-13.3B": Model("x070", 61, 4096, 16384, dict(w=192, a=192, v=128, g=384), 13_269_245_952, {}),
+    "RWKV6-1.6B": Model("x060", 24, 2048, 7168, dict(mix=32, decay=64), 1_599_873_024,
+                        dict(none=7.3, int8=5.9, nf4=5.4)),
+    "RWKV6-3B": Model("x060", 32, 2560, 8960, dict(mix=32, decay=64), 3_099_863_040,
+                      dict(none=11.8, int8=9.4, nf4=8.1)),
+    "RWKV6-7B": Model("x060", 32, 4096, 14336, dict(mix=64, decay=128), 7_635_746_816,
+                      dict(none=23.7, int8=17.3, nf4=14.9)),
 }  # fmt: skip
 QUANTS = ("none", "int8", "nf4")
 STEPS = 4

@@ -182,3 +182,20 @@ def pytest_make_collect_report(collector: pytest.Collector) -> object:
     report = yield
     forbid_skip(report)
     return report
+
+
+# ------------------------------------------------------------------------ what tests/test_cells.py found, as a table
+
+CELLS: list[tuple[str, str, str, float, float, float]] = []  # version, method, quant, first and last loss, merge error
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not CELLS:
+        return
+    terminalreporter.section("loss before and after 6 steps; error of the merged file's logits")
+    quants = list(dict.fromkeys(cell[2] for cell in CELLS))
+    terminalreporter.write_line("".join(f"{word:<27}" for word in ["", *quants]))
+    for version, method in dict.fromkeys(cell[:2] for cell in CELLS):
+        row = [f"{first:.3f} -> {last:.3f}, {error:.0e}" for v, m, q, first, last, error in CELLS
+               if (v, m) == (version, method)]
+        terminalreporter.write_line("".join(f"{word:<27}" for word in [f"{version} {method}", *row]))

@@ -211,6 +211,10 @@ def write_runs():
         torch.save({k: t for k, t in P.read_pth(f"run/{name}", "").items() if k != P.DESCRIPTION}, f"plain/{name}")
     only_A = {k: t for k, t in P.read_pth("plain/rwkv-0.pth", "").items() if not k.endswith("lora_B")}
     torch.save(only_A, "plain/only-A.pth")
+    torch.save({"blocks.0.att.time_state": torch.zeros(1, 64, 64)}, "half-state.pth")
+    torch.save({f"blocks.{i}.att.time_state": torch.zeros(1, 128, 128) for i in range(2)}, "wide-state.pth")
+    torch.save({"blocks.0.att.key.bone": torch.zeros(4, 64)}, "bone.pth")
+    torch.save({"blocks.0.att.key.bone": torch.zeros(4, 128)}, "wide-bone.pth")
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +314,14 @@ OPTIONS = [
     ("wrong type in JSON", """--pissa_config '{"pissa_r": "big"}'""", "--pissa_config|pissa_r|big"),
     ("bad lora_config", """--peft lora --lora_config '{"r": 8}'""", "--lora_config|'r'|lora_r"),
     ("unknown peft", "--peft dora", "--peft dora|'pissa'"),
+    ("unknown mode of bone", "--peft bone --bone_mode row", "--bone_mode row|'bat'"),
+    ("bad bone_config", """--peft bone --bone_config '{"bone_rank": 8}'""", "--bone_config|bone_rank|bone_r"),
+    ("unknown mode in disha_config", """--peft disha --disha_config '{"mode": "row"}'""", "--bone_mode row|'bone'"),
+    ("a rank that bat has no blocks of", "--peft bone --bone_mode bat --rank 5", "--rank 5|64 x 64|1, 2, 4, 8, 16"),
+    ("a rank of bone beyond the width", "--peft bone --rank 65", "--rank 65|64 x 64|from 1 to 64"),
+    ("state without a base", "--load_model '' --peft state", "--load_model|--peft state"),
+    ("some parts without a base", "--load_model '' --peft none --train_parts ln", "--load_model|--peft none"),
+    ("nothing at all", "--peft none --train_parts", "nothing is trained"),
     ("unknown quant", "--quant nf5", "--quant nf5|'none'|did you mean nf4"),
     ("quant without anything frozen", "--quant nf4 --peft none", "--quant nf4|--peft none|frozen"),
     ("no SVD at all", "--quant nf4 --qpissa_iters 0", "--qpissa_iters 0|from 1 to 5"),
@@ -476,6 +488,14 @@ RESULTS = [
     ("resume with another precision", "--proj_dir run --resume --precision bf16", "run/resume.pth|dtype|bfloat16"),
     ("adapters of another quant", f"{LOAD} --adapter_init run/init_pissa.pth --quant int8", "run/|quant none|int8"),
     ("adapters of another rank", f"{LOAD} --adapter_init run/init_pissa.pth --rank 8", "run/|--rank"),
+    ("bone of PiSSA", f"--peft bone {LOAD}", "run/rwkv-0.pth|peft pissa|bone"),
+    ("a state of PiSSA", f"--peft state {LOAD}", "run/rwkv-0.pth|peft pissa|state"),
+    ("half a state", "--peft state --adapter_load half-state.pth", "half-state.pth|blocks.1.att.time_state"),
+    ("a state of another width", "--peft state --adapter_load wide-state.pth", "wide-state.pth|att.time_state"),
+    ("bone without its matrices", "--peft bone --adapter_load half-state.pth", "half-state.pth|does not fit"),
+    ("a model as adapters", "--peft bone --adapter_load m.pth", "m.pth|lacks blocks.0.att.receptance.disha"),
+    ("adapters as a model to go on from", "--peft none --adapter_load run/rwkv-0.pth", "run/rwkv-0.pth|no RWKV model"),
+    ("none after nothing", "--peft none --epoch_begin 1", "rwkv-0.pth|no such file"),
     ("adapters of LoRA", "--adapter_load run-lora/rwkv-0.pth --adapter_init run/init_pissa.pth", "run-lora/|peft lora"),
 ]
 MERGES = [
@@ -492,9 +512,16 @@ MERGES = [
     ("PiSSA as LoRA", "--type lora", "run/rwkv-0.pth|peft pissa"),
     ("init as checkpoint", "--lora_checkpoint plain/init_pissa.pth", "init_lora_A"),
     ("checkpoint as init", "--lora_init plain/rwkv-0.pth", "init_lora_A"),
-    ("undescribed files, a wider base", f"{PLAIN} --base_model wide.pth", "[128"),
+    ("undescribed files, a wider base", f"{PLAIN} --base_model wide.pth", "[128, 128]|lora_A [4, 64]"),
     ("undescribed files, half of them", f"{PLAIN} --lora_checkpoint plain/only-A.pth", "lora_B"),
     ("undescribed LoRA without alpha", "--type lora --lora_checkpoint plain/rwkv-0.pth", "--lora_alpha"),
+    ("PiSSA as bone", "--type bone", "run/rwkv-0.pth|peft pissa|bone"),
+    ("PiSSA as state", "--type state", "run/rwkv-0.pth|peft pissa|state"),
+    ("a model is not merged", "--type none", "--type|none"),
+    ("half a state", "--type state --state_checkpoint half-state.pth", "lacks blocks.1.att.time_state"),
+    ("a state of another width", "--type state --state_checkpoint wide-state.pth", "time_state|[1, 128, 128]|64 wide"),
+    ("bone of another width", "--type bone --lora_checkpoint wide-bone.pth", "[64, 64]|disha [4, 128]"),
+    ("an alpha for bone", "--type bone --lora_checkpoint bone.pth --lora_alpha 8", "--lora_alpha 8"),
     ("unknown quant", "--quant nf5", "--quant nf5|'legacy_int8'|did you mean nf4"),
     ("another quant than the run's", "--quant nf4", "--quant nf4|run/rwkv-0.pth|--quant none"),
     ("output exists", "--output a-file", "--output a-file|exists"),

@@ -1,5 +1,6 @@
 """The benchmark's own parts: its sequential kernel is right, its rows are kept, its commands know what to do."""
 
+import importlib.metadata
 import itertools
 import json
 import re
@@ -214,3 +215,18 @@ def test_its_steps_are_logged_limited_and_resumed(tmp_path, monkeypatch, capsys)
 def test_figures_are_short_and_labels_of_the_picture_do_not_overlap():
     assert [readme.short(x) for x in (0.01234, 12.34, 999.4, 1234.5)] == ["0.0123", "12.3", "999", "1234"]
     assert readme.apart([1.0, 8.0, 1.01, 1.02], 1.1) == pytest.approx([1.0, 8.0, 1.1, 1.21])
+
+
+# ---------------------------------------------------------------------------------------------- the other programs
+
+
+def test_a_row_of_a_client(monkeypatch, tmp_path):
+    import clients
+
+    for name, small in dict(LAYERS=2, C=64, V=256).items():
+        monkeypatch.setattr(clients, name, small)
+    tokens = [3, 141, 59, 26, 53, 58, 97, 93]
+    clients.merged_files("x060", tmp_path)
+    row = clients.compare("rwkv", tmp_path, "x060", tokens, clients.reference(tmp_path, "x060", tokens))
+    assert row["relative"] < 1e-5 and row["same"] == row["tokens"] == 8
+    assert row["package"] == f"rwkv {importlib.metadata.version('rwkv')}" and (tmp_path / "model.st").exists()

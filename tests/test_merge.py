@@ -11,7 +11,7 @@ import torch
 from conftest import load_model, logits_of, random_tensors
 
 import merge as command
-from pissa_rwkv import DESCRIPTION, Config, Fatal, build, merge_files, train
+from pissa_rwkv import DESCRIPTION, Config, Fatal, build, merge_files, parse, train
 
 TOKENS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 26, 43, 0, 83, 27]
 MATRICES = [f"blocks.{i}.{m}" for i in range(2) for m in (
@@ -58,11 +58,15 @@ def without_description(path):
 # ------------------------------------------------------------------------------------------------------ what is merged
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(svd_niter=0, rank=16), dict(peft="lora", lora_alpha=6.0), dict(train_parts=("emb", "head", "ln")),
+@pytest.mark.parametrize("version, options", [
+    ("x070", dict()), ("x070", dict(svd_niter=0, rank=16)), ("x070", dict(peft="lora", lora_alpha=6.0)),
+    ("x070", dict(train_parts=("emb", "head", "ln"))), ("x060", dict()), ("x052", dict()),
+    ("x060", dict(peft="lora")),
 ], ids=str)
-def test_the_merged_file_in_the_official_package_is_the_model_with_adapters(options, model_file, tmp_path, official):
-    run = finished(tmp_path / "run", model_file(n_layer=2, n_embd=128), **options)
+def test_the_merged_file_in_the_official_package_is_the_model_with_adapters(
+    version, options, model_file, tmp_path, official
+):
+    run = finished(tmp_path / "run", model_file(n_layer=2, n_embd=128, version=version), **options)
     merged(run)
     wanted, _ = logits_of(run.model, TOKENS)
     found, _ = official(run.output, TOKENS)
@@ -189,7 +193,7 @@ BAD_CHECKPOINTS = {  # of RWKV-PEFT, which describes nothing: what is wrong -> (
     "a factor is missing": (lambda t: {n: x for n, x in t.items() if n != "blocks.1.att.key.lora_B"},
                             r"blocks\.1\.att\.key\.lora_B"),
     "the other factor is missing": (lambda t: {n: x for n, x in t.items() if n != "blocks.1.att.key.lora_A"},
-                                    r"blocks\.1\.att\.key\.lora_B"),
+                                    r"blocks\.1\.att\.key\.lora_A"),
     "more layers": (lambda t: t | {"blocks.7.ln1.bias": torch.zeros(64)}, r"holds blocks\.7\.ln1\.bias"),
     "another rank": (lambda t: {n: x[:2] if n.endswith("lora_A") else x[:, :2] if n.endswith("lora_B") else x
                                 for n, x in t.items()}, r"init_lora_A is \[4, 64\], \[2, 64\] is wanted"),
@@ -215,7 +219,7 @@ def test_a_base_of_another_width_is_refused_with_both_widths(n_embd, model_file,
     without_description(run.init)
     with pytest.raises(Fatal, match=r"blocks\.0\.att\.receptance") as error:
         merged(run, base=model_file(name="other.pth", n_embd=n_embd))
-    assert f"[{n_embd}, {n_embd}]" in str(error.value) and "[128, 128]" in str(error.value)
+    assert f"[{n_embd}, {n_embd}]" in str(error.value) and "lora_A [4, 128]" in str(error.value)
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -279,20 +283,113 @@ def test_an_alpha_that_contradicts_the_run_never_changes_the_result(peft, model_
         assert "--lora_alpha 20" in capsys.readouterr().err
 
 
-def test_a_file_for_web_rwkv(tmp_path):
-    """.st: fp16, names and order kept, low-rank factors transposed; opened with the format's own package."""
+# Of what lies in a block: name in the .pth -> name in the .st, whether the last two dims are swapped. The rest stays.
+OTHERWISE = {
+    "x070": {f"att.{m}{i}": (f"att.{m}{i}", True) for m in "wavg" for i in "12"},
+    "x060": {f"att.time_maa_{m}": (f"att.time_mix_{m}", False) for m in "xwkvrg"} | {
+        "att.time_maa_w1": ("att.time_mix_w1", True), "att.time_maa_w2": ("att.time_mix_w2", True),
+        "att.time_decay_w1": ("att.time_decay_w1", True), "att.time_decay_w2": ("att.time_decay_w2", True),
+        "att.time_faaaa": ("att.time_first", False),
+        "ffn.time_maa_k": ("ffn.time_mix_k", False), "ffn.time_maa_r": ("ffn.time_mix_r", False)},
+    "x052": {"att.time_faaaa": ("att.time_first", False)},
+}
+
+
+@pytest.mark.parametrize("version", OTHERWISE)
+def test_a_file_for_web_rwkv(version, tmp_path):
+    """.st: fp16, some names and layouts changed; opened with the format's own package."""
     from safetensors import safe_open
 
-    base = random_tensors(seed=3)
+    base = random_tensors(seed=3, version=version) | {"blocks.1.att.time_state": torch.randn(1, 64, 64)}
+    otherwise = OTHERWISE[version] | {"att.time_state": ("att.time_state", True)}
     command.save_st(tmp_path / "m.st", base)
     with safe_open(tmp_path / "m.st", "pt") as file:
-        assert file.metadata() == {"format": "pt"} and set(file.keys()) == set(base)
+        assert file.metadata() == {"format": "pt"}
+        left = set(file.keys())
         for name, t in base.items():
-            turned = name.rsplit(".", 1)[1] in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
-            assert torch.equal(file.get_tensor(name), (t.T if turned else t).half())
+            _, i, leaf = name.split(".", 2) if name.startswith("blocks.") else ("", "", name)
+            new, swapped = otherwise.get(leaf, (leaf, False))
+            wanted = (torch.einsum("...ij->...ji", t) if swapped else t).half()
+            left.remove(new := f"blocks.{i}.{new}" if i else new)
+            found = file.get_tensor(new)
+            assert found.dtype == torch.float16 and torch.equal(found, wanted), name
+        assert not left
 
 
 def test_a_number_too_large_for_fp16_is_refused(tmp_path):
     with pytest.raises(Fatal, match="emb.weight has numbers beyond"):
         command.save_st(tmp_path / "m.st", {"emb.weight": torch.full((2, 2), 1e5)})
     assert not (tmp_path / "m.st").exists()
+
+
+# ---------------------------------------------------------------------------------------------- PiSSA written as a LoRA
+
+
+def as_lora(run, *more):
+    """`run` with --type pissa2lora: the file it wrote, as a run of LoRA; the command line of the merge of that."""
+    lora = SimpleNamespace(kind="lora", base=run.base, checkpoint=run.output.with_name("lora.pth"), init="",
+                           output=run.output.with_name("merged-lora.pth"))
+    line = ["--type", "pissa2lora", *arguments(run)[2:-2], "--output", str(lora.checkpoint), *more]
+    return lora, line, ["--type", "lora", "--base_model", str(run.base), "--lora_checkpoint", str(lora.checkpoint),
+                        "--output", str(lora.output), "--lora_alpha", "8"]
+
+
+@pytest.mark.parametrize("dtype, spacing", [(torch.float32, 2**-22), (torch.bfloat16, 2**-7)], ids=str)
+def test_pissa_written_as_a_lora_merges_to_the_same_weights(dtype, spacing, model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file(dtype=dtype), precision="bf16" if dtype == torch.bfloat16 else "fp32")
+    _, write, merge = as_lora(run)
+    assert command.main(write) == 0 and "rank 8, to be used with alpha 8" in capsys.readouterr().out
+    assert command.main(merge) == 0
+    direct, found = merged(run), torch.load(merge[7], weights_only=True)
+    assert list(found) == list(direct)
+    for name, W in direct.items():
+        bound = spacing * W.float().abs().max() if name.removesuffix(".weight") in MATRICES else 0.0
+        assert ((found[name].float() - W.float()).abs() <= bound).all(), name
+
+
+def test_the_lora_has_the_names_and_shapes_of_rwkv_peft(model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file())
+    lora, write, _ = as_lora(run)
+    assert command.main(write) == 0
+    found, init = torch.load(lora.checkpoint, weights_only=True), torch.load(run.init, weights_only=True)
+    factors = {f"{name}.lora_{x}" for name in MATRICES for x in "AB"}
+    assert set(found) == factors | {name for name in torch.load(run.base) if "ln" in name}
+    assert all(t.dtype == torch.float32 for t in found.values())
+    for name in MATRICES:
+        A, B = (found[f"{name}.lora_{x}"] for x in "AB")
+        (A0, A1), (B0, B1) = A.split(4), B.split(4, dim=1)
+        assert torch.equal(A0, run.masters[f"{name}.lora_A"]) and torch.equal(B0, run.masters[f"{name}.lora_B"])
+        assert torch.equal(A1, init[f"{name}.init_lora_A"]) and torch.equal(B1, -init[f"{name}.init_lora_B"])
+
+
+def test_training_goes_on_from_the_lora_at_the_adapted_model(model_file, tmp_path):
+    run = finished(tmp_path / "run", model_file())
+    lora, write, _ = as_lora(run)
+    assert command.main(write) == 0
+    config = f'{{"lora_load": "{lora.checkpoint}", "lora_r": 8, "lora_alpha": 8}}'
+    there = build(parse(["--load_model", str(run.base), "--data_file", str(tmp_path / "run.txt"), "--proj_dir",
+                         str(tmp_path / "there"), "--peft", "lora", "--lora_config", config, "--ctx_len", "16",
+                         "--accelerator", "cpu", "--op", "torch", "--precision", "fp32"]))
+    wanted, _ = logits_of(run.model, TOKENS)
+    found, _ = logits_of(there.model.eval(), TOKENS)
+    base, _ = logits_of(load_model(run.base), TOKENS)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max() < 1e-3 * (base - wanted).abs().max()
+
+
+@pytest.mark.parametrize("described, flag", [(True, []), (True, ["--quant", "none"]), (False, ["--quant", "nf4"])])
+def test_pissa_on_a_quantised_base_is_no_lora(described, flag, model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file(), quant="nf4")
+    if not described:
+        as_rwkv_peft(run.checkpoint, "", torch.float32)
+    lora, write, _ = as_lora(run, *flag)
+    assert "held as nf4" in refused(capsys, write) and not lora.checkpoint.exists()
+
+
+def test_a_lora_is_a_pth_and_belongs_to_its_base(model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file())
+    _, write, _ = as_lora(run)
+    assert "--lora_init is missing" in refused(capsys, write[:4] + write[6:])
+    assert "'.pth'" in refused(capsys, [*write[:-1], str(tmp_path / "lora.st")])
+    assert "holds no adapters" in refused(capsys, [*write[:7], str(run.base), *write[8:]])
+    other = model_file(name="other.pth", seed=1)
+    assert "made with base" in refused(capsys, [*write[:3], str(other), *write[4:]])

@@ -226,10 +226,15 @@ def shaped(rows, columns, decay, seed=0):
 
 
 def started(W, **options):
-    """Factors of a start, and what its residual is read as."""
+    """A0, B0, A, B of a start, and what its residual is read as."""
     cfg = P.Config(**dict(quant="nf4", svd_niter=0, rank=16) | options)
-    factors = P.new_factors(W, W.dtype, cfg, torch.Generator().manual_seed(0))
-    return factors, P.QUANT[cfg.quant].through(P.residual(W, factors.A0, factors.B0), W.dtype)
+    start = P.new_start(W, W.dtype, cfg, torch.Generator().manual_seed(0))
+    factors = [x[name] for x in start for name in ("lora_A", "lora_B")]
+    return factors, P.QUANT[cfg.quant].through(residual(W, *factors[:2]), W.dtype)
+
+
+def residual(W, A, B):
+    return P.PiSSALinear.left(W, {"lora_A": A, "lora_B": B})
 
 
 @pytest.mark.parametrize("quant", ["nf4", "nf4dq"])
@@ -250,7 +255,7 @@ def test_quantised_without_its_main_part_a_matrix_loses_less(decay, rank, quant)
 def test_the_residual_does_not_depend_on_the_order_of_summing():
     """So another device, another number of threads, finds the same codes. (A product in fp32 would not.)"""
     W, A0, B0, order = normal(300, 400), normal(16, 400, seed=1), normal(300, 16, seed=2), torch.arange(16).flip(0)
-    assert torch.equal(P.residual(W, A0, B0), P.residual(W, A0[order], B0[:, order]))
+    assert torch.equal(residual(W, A0, B0), residual(W, A0[order], B0[:, order]))
     assert not torch.equal(W - B0 @ A0, W - B0[:, order] @ A0[order])
 
 
@@ -260,15 +265,15 @@ def test_the_refit_is_the_best_there_is_for_its_codes(T):
     W = shaped(96, 128, 0.5)
     (A0, B0, A, B), held = started(W, rank=8, qpissa_iters=T)
     torch.testing.assert_close((W - held - B @ A).norm(), torch.linalg.svdvals(W - held)[8:].norm(), rtol=1e-5, atol=0)
-    before, _ = started(W, rank=8, qpissa_iters=T - 1)
-    assert torch.equal(A0, before.A) and torch.equal(B0, before.B) and not torch.equal(A, A0)
+    (_, _, *before), _ = started(W, rank=8, qpissa_iters=T - 1)
+    assert torch.equal(A0, before[0]) and torch.equal(B0, before[1]) and not torch.equal(A, A0)
 
 
 def test_more_iterations_err_less():
     W, errors = shaped(96, 128, 0.5), []
     for T in range(1, 6):
-        factors, held = started(W, rank=8, qpissa_iters=T)
-        errors.append((W - held - factors.B @ factors.A).norm().item())
+        (_, _, A, B), held = started(W, rank=8, qpissa_iters=T)
+        errors.append((W - held - B @ A).norm().item())
     assert errors == sorted(errors, reverse=True) and errors[4] < 0.9 * errors[0]
 
 

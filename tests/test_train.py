@@ -193,6 +193,10 @@ VARIANTS = {
     "nf4dq": "--quant nf4dq", "lora on nf4": "--quant nf4 --peft lora --precision bf16",
     "chunks": "--train_type infctx --chunk_ctx 3 --precision bf16 --micro_bsz 3",
     "chunks, full gradient": "--train_type infctx --chunk_ctx 3 --chunk_grad full --peft lora --lora_dropout 0.3",
+    "bone": "--peft bone --rank 5",
+    "bat on nf4": "--peft bone --bone_mode bat --quant nf4 --precision bf16 --grad_cp 1",
+    "state": "--peft state --quant int8 --precision bf16 --grad_cp 1",
+    "some parts": "--peft none --train_parts ln head --quant nf4",
     "windows": "--dataload get --lr_schedule wsd --warmup_steps 2 --weight_decay 0.1",
 }  # fmt: skip
 
@@ -423,7 +427,8 @@ def test_adapters_change_nothing_at_first(command, out, capsys, precision, toler
     assert all(math.isfinite(loss) for loss, in steps(out, "loss"))
 
 
-@pytest.mark.parametrize("options", ["", "--peft lora --lora_alpha 8", "--precision bf16", "--peft none"])
+@pytest.mark.parametrize("options", ["", "--peft lora --lora_alpha 8", "--precision bf16", "--peft none",
+                                     "--peft bone", "--peft bone --bone_mode bat"])
 def test_the_loss_falls_on_a_text_learnt_by_heart(command, out, tmp_path, options):
     (tmp_path / "one.txt").write_text("to be or not to be, that is the question")
     assert P.main(command(f"{options} --data_file {tmp_path}/one.txt --dataload pad --ctx_len 64 --micro_bsz 1"
@@ -467,7 +472,8 @@ def test_a_validation_file_is_held_out_whole(command, out, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options", [
-    "", "--peft lora --rank 7", "--peft none", "--train_parts emb head time ln", "--precision bf16 --grad_cp 1"])
+    "", "--peft lora --rank 7", "--peft none", "--train_parts emb head time ln", "--precision bf16 --grad_cp 1",
+    "--peft bone", "--peft state --quant nf4", "--peft none --train_parts ln --quant int8"])
 def test_dry_run_counts_right_and_writes_nothing(command, place, out, capsys, options):
     assert P.main(command(f"{options} --epoch_steps 5 --epoch_count 3 --dry_run")) == 0
     said = capsys.readouterr().out
@@ -477,7 +483,7 @@ def test_dry_run_counts_right_and_writes_nothing(command, place, out, capsys, op
     assert trained == run.optimiser.master.numel() == sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     base = torch.load(place / "base.pth", weights_only=True)
     assert every == sum(t.numel() for t in base.values()) + sum(
-        p.numel() for name, p in run.model.named_parameters() if ".lora_" in name)
+        p.numel() for name, p in run.model.named_parameters() if name not in base)
     assert "would make 15 steps of 2 rows: at most 240 tokens" in said and run.steps == 15
 
 

@@ -40,7 +40,7 @@ def really_taken(function):
 
 def plain(r, w, k, v, a, b, state):
     """In the operator's place: all it allocates is to be seen, in a few operations instead of thousands."""
-    return r * w + k * v + a * b, state * 2
+    return r * w + k * v + a * b + state.sum(), state * 2
 
 
 def loaded(cfg, tensors, arch, dtype):
@@ -48,7 +48,7 @@ def loaded(cfg, tensors, arch, dtype):
     with torch.device("meta"):
         model = P.RWKV(arch, P.load_wkv("x070", 64, cfg.op, "cpu"), cfg.grad_cp)
     P.fill(model, tensors, cfg.load_model, "cpu", dtype, P.left_in_file(model, cfg))
-    taken = P.add_adapters(model, cfg, {}, {}) if P.ADAPTER[cfg.peft] else {}
+    taken = P.add_adapters(model, cfg, {}, {})
     optimiser = P.ZeroAdamW(((n, p) for n, p in model.named_parameters() if p.requires_grad), cfg)
     loader = P.FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")
     return P.Run(cfg, "cpu", arch, None, loader, None, model, optimiser, {}, 1), sum(t.nbytes for t in taken.values())
@@ -59,6 +59,9 @@ def loaded(cfg, tensors, arch, dtype):
     (dict(quant="nf4", ctx_len=100), torch.float32),
     (dict(quant="int8", micro_bsz=5), torch.bfloat16), (dict(quant="nf4dq", grad_cp=False), torch.bfloat16),
     (dict(peft="lora", emb_on_cpu=True), torch.bfloat16), (dict(peft="none", grad_cp=False), torch.float32),
+    (dict(peft="bone", quant="int8"), torch.float32), (dict(peft="bone", bone_mode="bat"), torch.float32),
+    (dict(peft="state", quant="nf4", micro_bsz=5), torch.bfloat16),
+    (dict(peft="none", train_parts=("ln", "head"), quant="int8", grad_cp=False), torch.float32),
     (dict(micro_bsz=4, accumulate_grad_batches=2, train_parts=()), torch.bfloat16)], ids=str)
 def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypatch):
     """Real tensors, through the same functions: held, at the peak of loading, and at the peak of a step."""
@@ -66,7 +69,7 @@ def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypa
     path = random_model(tmp_path / "base.pth", n_layer=3, n_embd=192, vocab_size=2048, dtype=torch.bfloat16)
     cfg = P.Config(**dict(load_model=str(path), op="torch", ctx_len=64, micro_bsz=2, rank=8) | options)
     tensors = P.read_pth(path, "")                                    # (memory-mapped: not the allocator's)
-    arch = P.detect(tensors, "")
+    arch, tensors = P.begin(P.detect(tensors, ""), tensors, cfg)
     P.nf4_levels(torch.device("cpu")), P.dynamic_levels(torch.device("cpu"))  # (tables of levels are made once)
     (run, taken), loading, held = really_taken(lambda: loaded(cfg, tensors, arch, dtype))
     _, step, left = really_taken(lambda: P.train_step(run, 1e-5))
@@ -85,7 +88,7 @@ def test_models_have_the_published_number_of_parameters(name):
         model = P.RWKV(vram.arch_of(name), P.wkv7_ref)
     assert sum(p.numel() for p in model.parameters()) == vram.MODELS[name].parameters
     C, L = vram.MODELS[name].n_embd, vram.MODELS[name].n_layer
-    assert sum(32 * sum(m.weight.shape) for m in P.adapted(model).values()) == 576 * C * L
+    assert sum(32 * sum(m.weight.shape) for m in P.adapted(model).values()) == {"x070": 576, "x060": 672}[model.arch.version] * C * L
 
 
 def test_a_prediction_for_a_gpu_needs_none_and_adds_up():

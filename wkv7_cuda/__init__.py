@@ -6,7 +6,7 @@ which is also RWKV-5's; shapes and dtypes are in op.py.
 
 | op | what | needs |
 |---|---|---|
-| `cuda` | bf16: chunks on tensor cores, wkv7_fast.cu; else `cuda_precise` | an NVIDIA GPU, nvcc |
+| `cuda` | bf16: chunks on tensor cores, wkv7_fast.cu; else `cuda_precise`. WKV-6: wkv6.cu | an NVIDIA GPU, nvcc |
 | `cuda_precise` | the recurrence in fp32, wkv7.cu | an NVIDIA GPU, nvcc |
 | `triton` | the chunk algorithm in Triton, wkv7_triton.py | a GPU, the package triton |
 | `fla` | chunk_rwkv7, chunk_rwkv6 of flash-linear-attention | a GPU, that package |
@@ -26,7 +26,7 @@ __all__ = ["OPS", "BuildError", "load"]
 
 OPS = {  # recurrence -> op -> its module
     "wkv7": {op: op for op in ("cuda", "cuda_precise", "triton", "fla", "cpu", "chunk")},
-    "wkv6": {op: f"wkv6_{op}" for op in ("fla", "cpu", "chunk")},
+    "wkv6": {op: f"wkv6_{op}" for op in ("cuda", "fla", "cpu", "chunk")},
 }
 
 

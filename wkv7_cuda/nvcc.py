@@ -17,7 +17,7 @@ from torch import Tensor
 from . import build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tensors; the place is the code in the C interfaces
-HEADERS = [Path(__file__).with_name("device.cuh")]
+HEADERS = [Path(__file__).with_name(name) for name in ("device.cuh", "blocks.cuh")]
 FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
 
 
