@@ -87,8 +87,8 @@ def test_models_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = P.RWKV(vram.arch_of(name), P.wkv7_ref)
     assert sum(p.numel() for p in model.parameters()) == vram.MODELS[name].parameters
-    C, L = vram.MODELS[name].n_embd, vram.MODELS[name].n_layer
-    assert sum(32 * sum(m.weight.shape) for m in P.adapted(model).values()) == {"x070": 576, "x060": 672}[model.arch.version] * C * L
+    a_layer = {"x070": 576, "x060": 672}[model.arch.version] * model.arch.n_embd
+    assert sum(32 * sum(m.weight.shape) for m in P.adapted(model).values()) == a_layer * model.arch.n_layer
 
 
 def test_a_prediction_for_a_gpu_needs_none_and_adds_up():
