@@ -415,16 +415,16 @@ class Ranks:
             self.call(getattr(dist, "all_gather_single", dist.all_gather_into_tensor), x, own.clone())
 
     def collect(self, own: Tensor, part: int = 2**22) -> Tensor:
-        """The slices (S) of all ranks end to end (W S), in the host's memory; on one rank `own` itself."""
+        """The slices (S,...) of all ranks end to end (W S,...), in the host's memory; on one rank `own` itself."""
         if self.size == 1:
             return own
-        whole = torch.empty(self.size, len(own), dtype=own.dtype)
+        whole = torch.empty(self.size, *own.shape, dtype=own.dtype)
         for at in range(0, len(own), part):
             piece = own[at: at + part]
-            pieces = own.new_empty(self.size * len(piece))
+            pieces = own.new_empty(self.size * len(piece), *own.shape[1:])
             self.gather_slices(pieces, piece)
-            whole[:, at: at + part] = pieces.view(self.size, -1).cpu()
-        return whole.view(-1)
+            whole[:, at: at + part] = pieces.unflatten(0, (self.size, -1)).cpu()
+        return whole.flatten(0, 1)
 
     def copy_from(self, owner: int, x: Tensor) -> Tensor:
         """Broadcast, in place: x as `owner` has it."""
