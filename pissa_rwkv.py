@@ -366,7 +366,8 @@ class Ranks:
         try:
             return collective(*inputs)
         except RuntimeError as e:
-            raise Fatal(f"{self.who_is_lost()} ({first_line(e)}); --resume goes on from what was saved last, as"
+            why = re.sub(r"^\[\S+\] ", "", first_line(e)).partition(". ")[0]  # (gloo begins with a place in its source)
+            raise Fatal(f"{self.who_is_lost()} ({why}); --resume goes on from what was saved last, as"
                         " torchrun --max-restarts=3 does by itself") from None
 
     def who_is_lost(self, patience: float = 5.0) -> str:
