@@ -11,14 +11,14 @@ that matter most. In the end B A is added back, and the file is an ordinary mode
 
 The file follows a run; a section uses only what stands above it:
 
-     1 configuration    the options, once: default, help                    Config, parse
+     1 configuration    the options, once: default, help; the processes       Config, parse, Ranks
      2 the operator     the delta-rule memory as a recurrence               wkv7_ref, wkv6_ref
      3 the model        time mixing, channel mixing, loading, detection     RWKV, TimeMix_x070, detect, fill
      4 frozen weights   how untrained matrices are held; nf4, int8          QUANT, FrozenLinear
      5 adapters         PiSSA, LoRA, Bone; state tuning                     ADAPTER, PiSSALinear, add_adapters
      6 data             readers -> one stream; samplers; masks              Corpus, Loader
      7 loss             cross-entropy without all the logits; chunks        HeadLoss, batch_losses
-     8 optimiser        AdamW on one flat buffer; schedules                 ZeroAdamW, lr_at
+     8 optimiser        AdamW on one flat buffer, shared out; schedules     ZeroAdamW, lr_at
      9 files            written whole or not at all; merging                save, merge
     10 training         the loop, resuming, generating, the demonstration   build, train, generate, main
 
@@ -75,6 +75,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -83,15 +84,17 @@ import weakref
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -112,12 +115,6 @@ class Fatal(Exception):
     """Something the user can mend: one line that names the file or flag, what was found, and what to do."""
 
 
-def say(text: str) -> None:
-    """One line for the user, above a progress bar that may be running."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
-
-
 def pick(table: dict[str, Any], flag: str, name: str) -> Any:
     """The row `name` of a table, or an error that lists the rows there are."""
     if name not in table:
@@ -129,6 +126,10 @@ def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """`; did you mean X?`, or nothing where no name is near."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def some(names: Iterable[str]) -> str:
@@ -210,8 +211,9 @@ class Config:
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start, 1 to 5; more lessen quantisation's error")
     # the machine
     accelerator: str = opt("", "gpu or cpu; gpu where there is one")
-    devices: int = opt(1, "number of devices")
-    strategy: str = opt("", "how several devices share the work; one device needs none")
+    devices: int = opt(0, "processes, a device each, that plain python starts; torchrun says so by --nproc_per_node")
+    strategy: str = opt("", "what several share: zero1 (optimiser), zero2 (also gradients), ddp (nothing); zero1")
+    dist_timeout: float = opt(600.0, "seconds after which a process that does not answer ends the run")
     precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
     op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk or torch; the fastest that is there")
     grad_cp: bool = opt(True, "keep only each block's input and compute the rest again in backward")
@@ -221,6 +223,7 @@ class Config:
     proj_dir: str = opt("out", "folder of the results")
     epoch_save: int = opt(1, "save after every so many epochs, and after the last")
     save_steps: int = opt(0, "also write what --resume needs every so many steps")
+    keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole")
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
     auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch", "merge")
     sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
@@ -326,6 +329,112 @@ def read_json(option: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Fatal(f'--{option}: an object like {{"key": 1}} is wanted, this is {text}')
     return value
+
+
+# --------------------------------------------------------------------- the processes of a run, and what they say
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """One line for the user, above a progress bar that may be running."""
+    if is_first():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(items: Iterable, what: str) -> Iterable:
+    """The items, with a bar that goes away at their end; none where nobody watches."""
+    return tqdm(items, what, leave=False, disable=None if is_first() else True)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together, and which of them this is. One alone has nobody to talk to: its collectives
+    do nothing. All have to call the same ones in the same order."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    store: Any = None                                                 # a dist.Store, which outlives a rank
+
+    def call(self, collective: Callable, *inputs: Any) -> Any:
+        """Calls it; if it fails, says which rank is missing."""
+        try:
+            return collective(*inputs)
+        except RuntimeError as e:
+            why = re.sub(r"^\[\S+\] ", "", first_line(e)).partition(". ")[0]  # (gloo begins with a place in its source)
+            raise Fatal(f"{self.who_is_lost()} ({why}); --resume goes on from what was saved last, as"
+                        " torchrun --max-restarts=3 does by itself") from None
+
+    def who_is_lost(self, patience: float = 5.0) -> str:
+        """A collective has failed: the ranks that are there say so, for `patience` seconds; the others are lost."""
+        ranks, deadline = set(range(self.size)), time.monotonic() + patience
+        try:
+            self.store.set(f"{self.rank} is there", "")
+            while time.monotonic() < deadline:
+                lost = [rank for rank in ranks if not self.store.check([f"{rank} is there"])]
+                if not lost:
+                    return f"rank {self.rank}: the connection to the other ranks failed"
+                time.sleep(0.1)
+        except RuntimeError:                                          # the store is lost too
+            return f"rank {self.rank}: the connection to the host of rank 0 is lost"
+        return f"rank {', '.join(map(str, lost))} stopped, or does not answer"
+
+    def sum(self, x: Tensor) -> Tensor:
+        """All-reduce, in place: x summed over the ranks."""
+        if self.size > 1:
+            self.call(dist.all_reduce, x)
+        return x
+
+    def totals(self, *numbers: float) -> list[float]:
+        """Each number summed over the ranks, in fp64."""
+        if self.size == 1:
+            return [*numbers]
+        return self.sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+
+    def first(self, action: Callable[[], Any]) -> Any:
+        """What action() returns, which rank 0 does before the others: where it fails, it fails once."""
+        result = action() if self.rank == 0 else None
+        self.totals(0)
+        return result if self.rank == 0 else action()
+
+    def sum_slices(self, x: Tensor) -> Tensor:
+        """Reduce-scatter: of x (W S) summed over the ranks, this rank's slice (S)."""
+        if self.size == 1:
+            return x
+        own = x.new_empty(len(x) // self.size)
+        self.call(getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor), own, x)
+        return own
+
+    def gather_slices(self, x: Tensor, own: Tensor) -> None:
+        """All-gather: fills x (W S) with the slices (S) of all; `own` may be the slice of x itself."""
+        if self.size > 1:                                             # (torch 2.13 has a new name for it, as above)
+            self.call(getattr(dist, "all_gather_single", dist.all_gather_into_tensor), x, own.clone())
+
+    def collect(self, own: Tensor, part: int = 2**22) -> Tensor:
+        """The slices (S,...) of all ranks end to end (W S,...), in the host's memory; on one rank `own` itself."""
+        if self.size == 1:
+            return own
+        whole = torch.empty(self.size, *own.shape, dtype=own.dtype)
+        for at in range(0, len(own), part):
+            piece = own[at: at + part]
+            pieces = own.new_empty(self.size * len(piece), *own.shape[1:])
+            self.gather_slices(pieces, piece)
+            whole[:, at: at + part] = pieces.unflatten(0, (self.size, -1)).cpu()
+        return whole.flatten(0, 1)
+
+    def copy_from(self, owner: int, x: Tensor) -> Tensor:
+        """Broadcast, in place: x as `owner` has it."""
+        if self.size > 1:
+            self.call(dist.broadcast, x, owner)
+        return x
+
+
+ONE_RANK = Ranks()
 
 
 # ======================================================================================================================
@@ -861,8 +970,9 @@ NOT_A_PTH = {  # how a file begins -> what it is
 }
 
 
-def read_pth(path: str | Path, what: str) -> dict[str, Tensor]:
-    """The flat dict of tensors in a .pth, memory-mapped. Runs no code from it; checks the zip's checksums first.
+def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, Tensor]:
+    """The flat dict of tensors in a .pth, memory-mapped. Runs no code from it; checks the zip's checksums first, unless
+    another process has.
 
     Raises Fatal, in one line, for anything else: no file, another format, truncation, flipped bits, objects.
     """
@@ -881,7 +991,7 @@ def read_pth(path: str | Path, what: str) -> dict[str, Tensor]:
             raise Fatal(f"{what} {path}: this is {kind}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() if checksums else None
     except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
         raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
     if damaged:
@@ -899,10 +1009,6 @@ def read_pth(path: str | Path, what: str) -> dict[str, Tensor]:
 
 def is_entry(name: Any, value: Any) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def describe(value: Any) -> str:
@@ -978,7 +1084,7 @@ def fill(
     if missing or unknown:
         wrong = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
         raise Fatal(f"--load_model {path}: {'; '.join(wrong)}")
-    for name, p in tqdm(wanted.items(), "loading", leave=False, disable=None):
+    for name, p in progress(wanted.items(), "loading"):
         t = tensors[name]
         if [n for n in t.shape if n > 1] != [n for n in p.shape if n > 1] or not t.is_floating_point():
             raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; {list(p.shape)} is wanted")
@@ -1586,36 +1692,67 @@ def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
         raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; take a rank {choice}")
 
 
+def in_memory(model: RWKV, name: str) -> Tensor:
+    """A matrix (out,in), fetched to the device in at least fp32."""
+    W = model.get_submodule(name).weight
+    return W.to(model.head.weight.device, torch.promote_types(W.dtype, torch.float32))
+
+
 @torch.no_grad()
-def add_adapter(
-    model: RWKV, name: str, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor], draw: torch.Generator
-) -> tuple[Start, Tensor]:
-    """One matrix goes to the device, is decomposed, held as cfg.quant says beside its adapter, and let go.
+def starts(
+    model: RWKV, names: Iterable[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
+) -> Iterator[tuple[str, Start]]:
+    """The start of one matrix after another. New ones are shared out: each rank decomposes every W-th matrix, and the
+    others are given its numbers. What a matrix draws depends on its name and the seed alone."""
+    dtype, layer, names = model.head.weight.dtype, ADAPTER[cfg.peft].layer, [*names]
+    for name in names:
+        check_rank(name, model.get_submodule(name).weight.shape, cfg)
+    if init:
+        yield from ((name, saved_start(in_memory(model, name), name, cfg, init)) for name in names)
+        return
+    for at in range(0, len(names), ranks.size):
+        group, mine = names[at: at + ranks.size], None
+        if ranks.rank < len(group):
+            name = group[ranks.rank]
+            seed = hashlib.sha256(f"{cfg.random_seed} {name}".encode()).digest()
+            draw = torch.Generator().manual_seed(int.from_bytes(seed[:7]))
+            mine = new_start(in_memory(model, name), dtype, cfg, draw)
+        for owner, name in enumerate(group):
+            shapes = layer.shapes(model.get_submodule(name).weight.shape, cfg)
+            empty = Start({x: torch.empty(shapes[x]) for x in layer.taken}, {x: torch.empty(shapes[x]) for x in shapes})
+            start = mine if owner == ranks.rank else empty
+            yield name, Start(*({x: ranks.copy_from(owner, t.to(model.head.weight.device).contiguous())
+                                 for x, t in part.items()} for part in start))
+
+
+@torch.no_grad()
+def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[str, Tensor]) -> Tensor:
+    """One matrix goes to the device, is held as cfg.quant says beside its adapter, and let go. Returns `start_errors`.
 
     Numbers are rounded to the compute dtype *before* they are taken out of W: so the parts still sum to W. Only what is
-    left is quantised. Returns the start and `start_errors`.
+    left is quantised.
     """
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
-    W = model.get_submodule(name).weight
-    W = W.to(device, torch.promote_types(W.dtype, torch.float32), copy=True)              # (never the file itself)
-    check_rank(name, W.shape, cfg)
-    start = saved_start(W, name, cfg, init) if init else new_start(W, dtype, cfg, draw)
+    W = in_memory(model, name)
     frozen = FrozenLinear(layer.left(W, start.taken), dtype, cfg.quant)
     first = from_file(load, f"{name}.", layer.shapes(W.shape, cfg), W, cfg.adapter_load) if load else start.trained
     adapter = layer(cfg, frozen, **{x: t.to(device, dtype, copy=True) for x, t in first.items()})
     model.set_submodule(name, adapter)
-    return start, start_errors(name, W, adapter, start, cfg.quant)
+    return start_errors(name, W, adapter, start, cfg.quant)
 
 
-def add_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_adapters(
+    model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor], ranks: Ranks = ONE_RANK
+) -> dict[str, Tensor]:
     """Freezes the model, puts adapters on its matrices, one after another, and returns what init_pissa.pth holds.
 
     `init` and `load` are an earlier run's init_pissa.pth and rwkv-<N>.pth, or empty for a new start.
     """
     freeze(model, cfg)
-    draw, taken, unsplit, squares = torch.Generator().manual_seed(cfg.random_seed), {}, [], {}
-    for name in tqdm(to_freeze(model, cfg), f"{cfg.peft}: start", leave=False, disable=None):
-        start, errors = add_adapter(model, name, cfg, init, load, draw)
+    taken, unsplit, squares = {}, [], {}
+    names = progress(to_freeze(model, cfg), f"{cfg.peft}: start")
+    for name, start in starts(model, names, cfg, init, ranks):
+        errors = add_adapter(model, name, start, cfg, load)
         layer_type = name.split(".", 2)[2]                                                # att.key, ffn.value, ...
         squares[layer_type] = squares.get(layer_type, 0) + errors.cpu()
         taken |= start.named(name)
@@ -1748,7 +1885,7 @@ class Corpus:
 
 def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Corpus:
     """Each text becomes a document: its tokens and the 0 that ends it."""
-    texts = tqdm(texts, "tokenising", leave=False, disable=None)
+    texts = progress(texts, "tokenising")
     documents = [np.array([*tokenizer.encode(text), 0], np.uint32) for text in texts]
     if not documents:
         raise Fatal(f"--data_file {path}: holds no text")
@@ -1956,7 +2093,7 @@ def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
         raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed:"
                     " `pip install 'pissa_rwkv[image]'`")
     documents = []
-    for shard in tqdm(shards(path), "reading images", leave=False, disable=None):
+    for shard in progress(shards(path), "reading images"):
         for name, image in images(shard):
             try:
                 documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
@@ -2301,7 +2438,7 @@ def backward_passes(cfg: Config) -> int:
 
 
 # ======================================================================================================================
-# 8. Optimiser: AdamW over one flat fp32 buffer, and the learning rate.
+# 8. Optimiser: AdamW over one flat fp32 buffer, of which each process may hold a slice (ZeRO); and the learning rate.
 # ======================================================================================================================
 
 
@@ -2310,20 +2447,107 @@ def allocated(storage: torch.UntypedStorage) -> int:
     return -(-storage.nbytes() // 512) * 512
 
 
-class ZeroAdamW:
-    """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer.
+def common(a: slice, b: slice) -> slice:
+    """What two slices share; of length 0 if nothing."""
+    start = max(a.start, b.start)
+    return slice(start, max(start, min(a.stop, b.stop)))
 
-    The parameters themselves become views of a buffer in the compute dtype; `master`, `m` and `v` are fp32: in bf16 a
-    step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it and frees
-    it; where several are added `grad` is fp32 too, while one alone has no more bits than it came with. In bf16 that
-    makes 16 bytes a number. A group is one slice: same learning rate, same decay.
+
+def shifted(a: slice, by: int) -> slice:
+    """The slice, counted from `by`."""
+    return slice(a.start - by, a.stop - by)
+
+
+class Buckets:
+    """Stage 2's gradients on their way. A bucket is a part of one rank's slice; it takes memory from the first gradient
+    that falls into it until the sum over ranks has come to that rank. Backward begins with the last parameters: so do
+    the buckets, and they are sent in this order on every rank, whatever happens there.
+    """
+
+    SIZE = 2**24                                                      # numbers
+    IN_FLIGHT = 2                                                     # sent and not yet arrived, at most
+
+    def __init__(self, own: Tensor, ranks: Ranks, numbers: int, eager: bool):
+        """own (S): where the sums for this rank are added. numbers: of all parameters. eager: send a bucket as soon as
+        every number in it has had a gradient, which is right where each has one in a micro-batch."""
+        self.own, self.ranks, self.eager = own, ranks, eager
+        size = len(own)
+        self.parts = [(rank, slice(rank * size + at, rank * size + min(at + self.SIZE, size)))
+                      for rank in range(ranks.size) for at in range(0, size, self.SIZE)][::-1]
+        self.lengths = [max(0, min(part.stop, numbers) - part.start) for _, part in self.parts]  # without padding
+        self.flying: list[tuple[dist.Work, int]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self.buffers: list[Tensor | None] = [None] * len(self.parts)
+        self.filled, self.sent = [0] * len(self.parts), 0
+
+    def take(self, where: slice, g: Tensor) -> None:
+        for i, (_, part) in enumerate(self.parts):
+            both = common(where, part)
+            if n := both.stop - both.start:
+                self.buffer(i)[shifted(both, part.start)] += g[shifted(both, where.start)]
+                self.filled[i] += n
+        while self.eager and self.sent < len(self.parts) and self.filled[self.sent] == self.lengths[self.sent]:
+            self.send()
+
+    def buffer(self, i: int) -> Tensor:
+        if self.buffers[i] is None:
+            part = self.parts[i][1]
+            self.buffers[i] = self.own.new_zeros(part.stop - part.start)
+        return self.buffers[i]
+
+    def send(self) -> None:
+        i = self.sent
+        buffer, (owner, _) = self.buffer(i), self.parts[i]
+        self.flying.append((self.ranks.call(partial(dist.reduce, async_op=True), buffer, owner), i))
+        self.sent += 1
+        if len(self.flying) > self.IN_FLIGHT:
+            self.land()
+
+    def land(self) -> None:
+        work, i = self.flying.pop(0)
+        self.ranks.call(work.wait)
+        owner, part = self.parts[i]
+        if owner == self.ranks.rank:
+            self.own[shifted(part, owner * len(self.own))] += self.buffers[i]
+        self.buffers[i] = None
+
+    def flush(self) -> None:
+        """Sends the rest, and waits for all."""
+        while self.sent < len(self.parts):
+            self.send()
+        while self.flying:
+            self.land()
+        self.begin()
+
+
+class ZeroAdamW:
+    """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer and shared out over ranks
+    as ZeRO does (arXiv 1910.02054).
+
+    The parameters themselves become views of `working`, a buffer in the compute dtype; `master`, `m` and `v` are fp32:
+    in bf16 a step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it,
+    and frees it. Of a parameter in bf16 each of W ranks holds and sends (x 1 - 1/W) so many bytes a step:
+
+        stage   gradients, fp32                   master, m, v   then                    bytes held        sent
+        0       all-reduced                       all            -                       2 + 4 + 12        8
+        1       reduce-scattered after backward   a slice        working is gathered     2 + 4 + 16 / W    4 + 2
+        2       reduced in backward, by buckets   a slice        working is gathered     2 + 16 / W        4 + 2
+
+    One rank alone sends nothing, holds 16, and its gradient, unless several are added, is no wider than it came. A
+    group is one slice: same learning rate, same decay.
     """
 
     PART = 2**22                                                      # numbers that are worked on at a time
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], cfg: Config, exact: dict[str, Tensor] | None = None):
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], cfg: Config, exact: dict[str, Tensor] | None = None,
+        ranks: Ranks = ONE_RANK, stage: int = 1,
+    ):
         """Takes over the parameters; `exact` holds fp32 values of those that an earlier run saved."""
         self.beta1, self.beta2, self.eps, self.t = cfg.beta1, cfg.beta2, cfg.adam_eps, 0
+        self.ranks, self.stage = ranks, stage if ranks.size > 1 else 0
 
         def kind(item: tuple[str, nn.Parameter]) -> tuple[float, float]:
             name, p = item
@@ -2334,38 +2558,65 @@ class ZeroAdamW:
         self.named = sorted(named, key=kind)
         if not self.named:
             raise Fatal("nothing is trained: --peft none, or a rank and --train_parts that name something")
-        ends = itertools.accumulate(p.numel() for _, p in self.named)
+        ends = list(itertools.accumulate(p.numel() for _, p in self.named))
         self.where = {name: slice(end - p.numel(), end) for (name, p), end in zip(self.named, ends, strict=True)}
-        self.groups: list[tuple[slice, float, float]] = []
+        self.numbers = ends[-1]
+        slices = ranks.size if self.stage else 1
+        self.slice = -(-self.numbers // slices)                       # S, of which the last may end in padding
+        begin = ranks.rank * self.slice if self.stage else 0
+        self.own = slice(begin, begin + self.slice)
+        self.groups: list[tuple[slice, float, float]] = []            # of this rank's slice
         for (scale, decay), items in itertools.groupby(self.named, key=kind):
             names = [name for name, _ in items]
-            self.groups.append((slice(self.where[names[0]].start, self.where[names[-1]].stop), scale, decay))
-        self.working = torch.cat([p.detach().reshape(-1) for _, p in self.named])
-        self.master = self.working if self.working.dtype.itemsize >= 4 else self.working.float()
+            group = common(slice(self.where[names[0]].start, self.where[names[-1]].stop), self.own)
+            self.groups.append((shifted(group, begin), scale, decay))
+        values = [p.detach().reshape(-1) for _, p in self.named]
+        self.working = torch.cat([*values, values[0].new_zeros(slices * self.slice - self.numbers)])
+        own = self.working[self.own]
+        self.master = own if own.dtype.itemsize >= 4 else own.float()
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.grad = torch.zeros_like(self.working if backward_passes(cfg) == 1 else self.master)
+        wide = self.master if ranks.size > 1 or backward_passes(cfg) > 1 else self.working
+        self.grad = torch.zeros_like(own if self.stage == 2 else self.working, dtype=wide.dtype)
+        once = backward_passes(cfg) == cfg.accumulate_grad_batches    # each micro-batch has one backward pass
+        self.buckets = Buckets(self.grad, ranks, self.numbers, once) if self.stage == 2 else None
+        self.summed: Tensor | None = None                             # (S) of the gradient, once it is summed
         for name, p in self.named:
             p.data = self.working[self.where[name]].view(p.shape)
             p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
             if exact and name in exact:
-                self.master[self.where[name]] = exact[name].to(self.master).reshape(-1)
+                part = common(self.where[name], self.own)
+                self.master[shifted(part, begin)] = exact[name].reshape(-1)[shifted(part, self.where[name].start)]
 
     def take(self, where: slice, p: nn.Parameter) -> None:
-        self.grad[where] += p.grad.reshape(-1)
+        """A parameter's gradient, as soon as there is one."""
+        if self.buckets:
+            self.buckets.take(where, p.grad.reshape(-1))
+        else:
+            self.grad[where] += p.grad.reshape(-1)
         p.grad = None
 
-    def norm(self) -> float:
-        """The norm of the whole gradient."""
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.grad.split(self.PART)]
-        return torch.linalg.vector_norm(torch.stack(norms)).item()
+    def sum_micro_batch(self) -> None:
+        """After the backward of every micro-batch: stage 2 sends what it has not sent meanwhile."""
+        if self.buckets:
+            self.buckets.flush()
+
+    def reduce(self) -> float:
+        """After the last one: sums the gradient of the step over the ranks. Returns its norm, that of all slices."""
+        if self.stage == 0:
+            self.summed = self.ranks.sum(self.grad)
+        else:
+            self.summed = self.grad if self.buckets else self.ranks.sum_slices(self.grad)
+        squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in self.summed.split(self.PART)]
+        total = torch.stack(squares).sum()
+        return (self.ranks.sum(total) if self.stage else total).sqrt().item()
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:
-        """One step with the gradient times grad_scale (clipping, and undoing a loss scale); clears the gradient."""
+        """One step with the reduced gradient times grad_scale (clipping, undoing a loss scale); clears the gradient."""
         self.t += 1
         correction1, correction2 = 1 - self.beta1**self.t, 1 - self.beta2**self.t
         for where, scale, decay in self.groups:
-            parts = (x[where].split(self.PART) for x in (self.grad, self.m, self.v, self.master))
+            parts = (x[where].split(self.PART) for x in (self.summed, self.m, self.v, self.master))
             for g, m, v, p in zip(*parts, strict=True):
                 g = g.to(p.dtype) * grad_scale
                 p.mul_(1 - lr * scale * decay)
@@ -2373,35 +2624,49 @@ class ZeroAdamW:
                 v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
                 p.addcdiv_(m, (v.sqrt() / math.sqrt(correction2)).add_(self.eps), value=-lr * scale / correction1)
         self.publish()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the gradient."""
         self.grad.zero_()
+        self.summed = None
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Rounds the master weights into the parameters."""
-        if self.working is not self.master:
-            self.working.copy_(self.master)
+        """Rounds the master weights into the parameters, of all ranks."""
+        own = self.working[self.own]
+        own.copy_(self.master)                                        # (in fp32 they are the same memory)
+        if self.stage:
+            self.ranks.gather_slices(self.working, own)
 
     def nbytes(self) -> int:
-        """Of all its buffers, the trained parameters among them."""
+        """Of all its buffers on this rank, the trained parameters among them."""
         buffers = {t.untyped_storage() for t in (self.working, self.master, self.m, self.v, self.grad)}
         return sum(map(allocated, buffers))
 
     def layout(self) -> str:
         """Tells two selections of parameters apart."""
         names = hashlib.sha256(repr(sorted((name, where.start) for name, where in self.where.items())).encode())
-        return f"{len(self.named)} tensors of {len(self.master)} numbers ({names.hexdigest()[:8]})"
+        return f"{len(self.named)} tensors of {self.numbers} numbers ({names.hexdigest()[:8]})"
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The slices of all ranks put together, without padding. (All ranks call it.)"""
+        return (self.ranks.collect(own) if self.stage else own)[: self.numbers]
 
     def masters(self) -> dict[str, Tensor]:
-        """Name -> fp32 master weight, in the parameter's shape."""
-        return {name: self.master[self.where[name]].view(p.shape) for name, p in self.named}
+        """Name -> fp32 master weight, in the parameter's shape. (All ranks call it.)"""
+        master = self.whole(self.master)
+        return {name: master[self.where[name]].view(p.shape) for name, p in self.named}
 
     def state(self) -> dict[str, Tensor]:
-        return {"master": self.master, "m": self.m, "v": self.v, "t": torch.tensor(self.t)}
+        """What `load` takes, on any number of ranks and at any stage. (All ranks call it.)"""
+        return {x: self.whole(getattr(self, x)) for x in ("master", "m", "v")} | {"t": torch.tensor(self.t)}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         for name in ("master", "m", "v"):
-            getattr(self, name).copy_(state[name])
+            saved = state[name][self.own]
+            getattr(self, name)[: len(saved)] = saved
         self.t = int(state["t"])
         self.publish()
 
@@ -2435,14 +2700,28 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
 DESCRIPTION = "pissa_rwkv.json"                                       # the key of a file's description: JSON as bytes
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """`write(file)` into a neighbour of `path`, flush to disk, rename: readers see the old file or the new one."""
+def kept(path: Path, age: int) -> Path:
+    """resume.pth, which is the newest, resume.1.pth, ..."""
+    return path.with_suffix(f".{age}{path.suffix}") if age else path
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) -> None:
+    """`write(file)` into a neighbour of `path`, flush to disk, rename: readers see the old file or the new one.
+
+    keep: of how many files, the new one included, the older are called path.1, path.2 and so on.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        for age in reversed(range(keep - 1)):
+            if kept(path, age).exists():
+                link = part.with_suffix(".link")                      # so that there is always one called `path`
+                link.unlink(missing_ok=True)
+                os.link(kept(path, age), link)
+                os.replace(link, kept(path, age + 1))
         os.replace(part, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -2458,7 +2737,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise Fatal(f"cannot write {path}: {why}; an earlier {path.name} is left as it was") from None
 
 
-def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None, keep: int = 1) -> None:
     """A flat dict of tensors as a .pth; with `about`, described by it."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     for name, t in tensors.items():
@@ -2466,7 +2745,7 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = 
             tensors[name] = t.clone()
     if about is not None:
         tensors[DESCRIPTION] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8).clone()
-    write_whole(path, lambda file: torch.save(tensors, file))
+    write_whole(path, lambda file: torch.save(tensors, file), keep)
 
 
 def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -2508,7 +2787,7 @@ def merge(
     what other programs read a model from; but a time_state that was trained comes to the base's.
     """
     left, merged, layer = dict(trained), {}, method.layer
-    for name, W in tqdm(base.items(), "merging", leave=False, disable=None):
+    for name, W in progress(base.items(), "merging"):
         module, new = name.removesuffix(".weight"), W
         state = name.replace("att.receptance.weight", "att.time_state")
         if method.state and state not in base:                        # in a file it stands before receptance
@@ -2596,12 +2875,13 @@ PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat1
 BAD_STEPS = 3                                                         # this many without a finite loss end the run
 
 
-def setup(cfg: Config) -> tuple[Config, str, torch.dtype]:
-    """Device and compute dtype; the only place that reads the environment. A job that torchrun restarted resumes."""
+def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
+    """Joins the other processes; device and compute dtype. The environment is read here and in `is_first` alone. A job
+    that torchrun restarted resumes."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     cfg = replace(cfg, resume=cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
-    if world != 1 or cfg.devices != 1:
-        raise Fatal(f"--devices {cfg.devices} and {world} processes: only one device is supported so far")
+    if cfg.devices not in (0, world):
+        raise Fatal(f"--devices {cfg.devices}, and {world} processes were started; leave the flag out")
     gpu = torch.cuda.is_available()
     accelerator = pick({"gpu": "cuda", "cpu": "cpu"}, "--accelerator", cfg.accelerator or ("gpu" if gpu else "cpu"))
     if accelerator == "cuda" and not gpu and not cfg.dry_run:
@@ -2609,11 +2889,36 @@ def setup(cfg: Config) -> tuple[Config, str, torch.dtype]:
     # Segments that grow leave less memory reserved and unused. CUDA reads this when it begins, which is later.
     if accelerator == "cuda" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    ranks = join(cfg, accelerator) if world > 1 else ONE_RANK
     precision = cfg.precision or ("bf16" if accelerator == "cuda" else "fp32")
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.manual_seed(cfg.random_seed)
-    return cfg, accelerator, dtype
+    torch.manual_seed(cfg.random_seed + ranks.rank)                   # dropout differs from rank to rank
+    return cfg, ranks, accelerator, dtype
+
+
+def join(cfg: Config, accelerator: str) -> Ranks:
+    """Becomes one of the processes that torchrun started, on its own GPU if there are any."""
+    here, patience = int(os.environ.get("LOCAL_RANK", 0)), timedelta(seconds=cfg.dist_timeout)
+    if accelerator == "cuda" and not cfg.dry_run:
+        if here >= torch.cuda.device_count():
+            raise Fatal(f"--accelerator gpu: process {here + 1} of this machine finds {torch.cuda.device_count()} GPUs;"
+                        " start as many as there are")
+        torch.cuda.set_device(here)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=patience))
+        store.set_timeout(patience)
+        dist.init_process_group("nccl" if accelerator == "cuda" else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=patience)
+    except (RuntimeError, ValueError) as e:
+        raise Fatal(f"the processes did not find each other: {first_line(e)}") from None
+    return Ranks(rank, size, accelerator, store)
+
+
+def launch(cfg: Config, argv: list[str]) -> int:
+    """--devices N of plain python: torchrun with N processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.devices}"]
+    return subprocess.call([*torchrun, __file__, *argv])
 
 
 def check(cfg: Config) -> None:
@@ -2622,18 +2927,18 @@ def check(cfg: Config) -> None:
     pick(QUANT, "--quant", cfg.quant)
     pick(dict.fromkeys(BONE_MODES), "--bone_mode", cfg.bone_mode)
     pick(SCHEDULE, "--lr_schedule", cfg.lr_schedule)
-    pick(STRATEGY, "--strategy", cfg.strategy)
+    pick(STAGE, "--strategy", cfg.strategy)
     pick(TRAIN_TYPE, "--train_type", cfg.train_type)
     pick(CHUNK_GRAD, "--chunk_grad", cfg.chunk_grad)
     for part in cfg.train_parts:
         pick(dict.fromkeys(("auto", "emb", "head", "time", "ln")), "--train_parts", part)
     layer, lossy, everything = ADAPTER[cfg.peft].layer, QUANT[cfg.quant].lossy, EVERYTHING in parts_of(cfg)
-    for name in ("ctx_len", "img_side", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save"):
+    for name in ("ctx_len", "img_side", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save", "keep"):
         if getattr(cfg, name) < 1:
             raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
-    for name in ("lr_init", "lr_final", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay", "grad_clip",
-                 "svd_niter", "save_steps", "random_seed", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size",
-                 "vocab_size", "sample_len", "vram_gb"):
+    for name in ("lr_init", "lr_final", "dist_timeout", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay",
+                 "grad_clip", "svd_niter", "save_steps", "random_seed", "n_layer", "n_embd", "dim_att", "dim_ffn",
+                 "head_size", "vocab_size", "sample_len", "vram_gb"):
         if not getattr(cfg, name) >= 0:
             raise Fatal(f"--{name} {getattr(cfg, name)}: it cannot be negative")
     for name in ("beta1", "beta2", "lora_dropout", "val_split", "sample_top_p"):
@@ -2679,8 +2984,7 @@ def check(cfg: Config) -> None:
             f" {layer.high_lr:g} is usual")
 
 
-# On one device all strategies are the same.
-STRATEGY = dict.fromkeys(("", "auto", "ddp", "zero1", "zero2", "deepspeed_stage_1", "deepspeed_stage_2"))
+STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}  # ZeRO's
 
 
 @dataclass
@@ -2688,6 +2992,7 @@ class Run:
     """What a training run works with and where it stands."""
 
     cfg: Config
+    ranks: Ranks
     device: str
     arch: Arch
     tokenizer: ByteTokenizer
@@ -2702,6 +3007,16 @@ class Run:
     epoch_good: int = 0                                               # and their number
     loss_scale: float = 1.0                                           # fp16: its gradients would underflow
     bad_steps: int = 0
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of an optimiser step, those of all ranks."""
+        return self.cfg.accumulate_grad_batches * self.ranks.size
+
+    @property
+    def rows(self) -> int:
+        """Rows of an optimiser step."""
+        return self.batches * self.loader.bsz
 
     @property
     def steps(self) -> int:
@@ -2737,13 +3052,15 @@ def open_folder(cfg: Config) -> Path:
 def build(cfg: Config) -> Run | None:
     """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
     check(cfg)
-    cfg, device, dtype = setup(from_whole_model(cfg))
-    tensors = read_pth(cfg.load_model, "--load_model") if cfg.load_model else {}
+    cfg, ranks, device, dtype = setup(from_whole_model(cfg))
+    tensors = ranks.first(lambda: read_pth(cfg.load_model, "--load_model", ranks.rank == 0)) if cfg.load_model else {}
     arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
     check_arch(cfg, arch)
     if arch.head_qk and cfg.train_type == "infctx":
         raise Fatal("--train_type infctx: this model has head_qk, which looks back at a whole row; leave the flag out")
-    folder = None if cfg.dry_run else open_folder(cfg)
+    folder = Path(cfg.proj_dir)
+    if ranks.rank == 0 and not cfg.dry_run:
+        open_folder(cfg)
     tokenizer = load_tokenizer(cfg, arch.vocab_size)
     corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
     if cfg.val_split:
@@ -2754,10 +3071,10 @@ def build(cfg: Config) -> Run | None:
     if held_out:
         held_out = Loader(held_out, tokenizer, replace(cfg, dataload="pad", data_shuffle=False))
     say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
-    epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches))
+    epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
     arch, tensors = begin(arch, tensors, cfg)
-    if folder is None:
+    if cfg.dry_run:
         dry_run(cfg, arch, loader, epoch_steps, device, dtype)
         return None
     with torch.device("meta"):
@@ -2767,12 +3084,12 @@ def build(cfg: Config) -> Run | None:
     else:
         model = model.to_empty(device="cpu").initialise().to(device, dtype)
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
-    saved = folder / "resume.pth"
-    resumed, old = read_described(saved, "--resume") if cfg.resume and saved.exists() else ({}, {})
-    about_adapters, exact = adapt(model, cfg, loader, about, bool(resumed))
-    optimiser = ZeroAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), cfg, exact)
-    run = Run(cfg, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters, epoch_steps,
-              step=cfg.epoch_begin * epoch_steps, loss_scale=2.0**16 if dtype == torch.float16 else 1.0)
+    saved, resumed, old = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
+    about_adapters, exact = adapt(model, cfg, loader, about, bool(resumed), ranks)
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
+    run = Run(cfg, ranks, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters,
+              epoch_steps, step=cfg.epoch_begin * epoch_steps, loss_scale=2.0**16 if dtype == torch.float16 else 1.0)
     if resumed:
         restore(run, saved, resumed, old)
     return run
@@ -2785,7 +3102,7 @@ def from_whole_model(cfg: Config) -> Config:
 
 
 def adapt(
-    model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool
+    model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool, ranks: Ranks
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Freezes what is not trained and puts adapters on it, new ones or those of an earlier run. Returns what describes
     them, and that file.
@@ -2809,14 +3126,14 @@ def adapt(
     compares = not load and not resumed and bool(to_freeze(model, cfg))
     before = first_loss(model, loader) if compares else 0.0
     take_parts(model, method, load, load_path)
-    taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load)
+    taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load, ranks)
     if compares:
         say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, loader):.6f}")
     about_adapters = method.layer.describe(cfg)
     about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
     if taken:
         about_adapters |= {"init": fingerprint(taken)}
-        if init_path != str(folder / "init_pissa.pth"):
+        if ranks.rank == 0 and init_path != str(folder / "init_pissa.pth"):
             save(folder / "init_pissa.pth", taken, about | about_adapters)
     return about_adapters, load
 
@@ -2853,9 +3170,14 @@ def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any])
     run.optimiser.load(saved)
     for item in ("step", "epoch_loss", "epoch_good", "loss_scale"):
         setattr(run, item, old[item])
-    torch.set_rng_state(saved["rng"].clone())                         # (a view would crash torch)
-    if "rng_cuda" in saved:
-        torch.cuda.set_rng_state(saved["rng_cuda"].clone())
+    before, now = old.get("rows", run.rows), run.rows
+    if before != now:                                                 # on where the data was left, with other steps
+        run.step = run.step * before // now
+        say(f"a step was of {before} rows and is of {now} now: what was step {old['step']} is step {run.step}")
+    if len(saved["rng"]) == run.ranks.size:
+        torch.set_rng_state(saved["rng"][run.ranks.rank].clone())     # (a view would crash torch)
+        if "rng_cuda" in saved and run.device == "cuda":
+            torch.cuda.set_rng_state(saved["rng_cuda"][run.ranks.rank].clone())
     say(f"resumed at step {run.step} of {run.steps}")
     if run.step % run.epoch_steps == 0:
         finish_epoch(run, run.step // run.epoch_steps - 1)            # it may have been killed before that was done
@@ -2867,13 +3189,30 @@ def config_of(cfg: Config) -> dict[str, Any]:
 
 
 def save_resume(run: Run) -> None:
-    """All that a run needs to go on as if it had never stopped."""
-    state = run.optimiser.state() | {"rng": torch.get_rng_state()}
+    """All that a run needs to go on as if it had never stopped. The file before it is kept as resume.1.pth, and so on.
+    """
+    state = run.optimiser.state() | {"rng": run.ranks.collect(torch.get_rng_state()[None])}
     if run.device == "cuda":
-        state["rng_cuda"] = torch.cuda.get_rng_state()
-    save(run.folder / "resume.pth", state, run.about | {
-        "step": run.step, "epoch_loss": run.epoch_loss, "epoch_good": run.epoch_good, "loss_scale": run.loss_scale,
-        "config": config_of(run.cfg), "trained": run.optimiser.layout()})
+        state["rng_cuda"] = run.ranks.collect(torch.cuda.get_rng_state()[None])
+    if run.ranks.rank == 0:
+        save(run.folder / "resume.pth", state, run.about | {
+            "step": run.step, "epoch_loss": run.epoch_loss, "epoch_good": run.epoch_good, "rows": run.rows,
+            "loss_scale": run.loss_scale, "config": config_of(run.cfg), "trained": run.optimiser.layout()},
+            keep=run.cfg.keep)
+
+
+def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest file of proj_dir to go on from that is whole, and what it holds; nothing, where there is none."""
+    path = Path(cfg.proj_dir) / "resume.pth"
+    there = [p for age in range(cfg.keep + 1) if (p := kept(path, age)).exists()]
+    for p in there:
+        try:
+            return p, *read_described(p, "--resume")
+        except Fatal as e:
+            if p == there[-1]:
+                raise
+            say(f"{e}; taking the one before it")
+    return path, {}, {}
 
 
 class Stop:
@@ -2898,8 +3237,10 @@ class Logger:
     """train_log.txt (a line per epoch), loss_data.jsonl (a line per step), both in RWKV-PEFT's form; maybe wandb."""
 
     def __init__(self, run: Run):
-        self.run = run
+        self.run, self.wandb = run, None
         self.log, self.losses = run.folder / "train_log.txt", run.folder / "loss_data.jsonl"
+        if run.ranks.rank > 0:
+            return
         self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
         if self.losses.exists():                                      # lines of steps that will be made again
             lines = [x for x in self.losses.read_text("utf-8").splitlines() if x.endswith("}")]
@@ -2915,7 +3256,7 @@ class Logger:
             self.wandb.finish(exit_code=int(kind is not None))
 
     def step(self, **row: Any) -> None:
-        row = {k: v if math.isfinite(v) else None for k, v in row.items()}               # JSON knows no NaN
+        row = {k: v if math.isfinite(v) else None for k, v in row.items()}                # JSON knows no NaN
         self.append(self.losses, json.dumps(row))
         if self.wandb:
             self.wandb.log(row, step=row["step"])
@@ -2925,6 +3266,8 @@ class Logger:
         self.append(self.log, f"{epoch} {loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.now()} {of_run}")
 
     def append(self, path: Path, line: str) -> None:
+        if self.run.ranks.rank > 0:
+            return
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -2948,28 +3291,34 @@ def load_wandb(cfg: Config) -> Any:
 
 
 def train_step(run: Run, lr: float) -> dict[str, Any]:
-    """One optimiser step. A loss or gradient that is not finite changes nothing; three such steps end the run."""
-    cfg, optimiser = run.cfg, run.optimiser
-    numbers = range(run.step * cfg.accumulate_grad_batches, (run.step + 1) * cfg.accumulate_grad_batches)
-    batches = [run.loader.batch(i) for i in numbers]
-    n = max(1, sum(len(batch.learnt) for batch in batches))
-    loss = 0.0
+    """One optimiser step. A loss or gradient that is not finite changes nothing; three such steps end the run.
+
+    The micro-batches of a step are dealt out to the ranks in turn, and n counts what all of them learn: gradients are
+    summed, and nobody divides by a number of ranks.
+    """
+    cfg, optimiser, ranks = run.cfg, run.optimiser, run.ranks
+    numbers = range(run.step * run.batches, (run.step + 1) * run.batches)
+    batches = [run.loader.batch(i) for i in numbers[ranks.rank:: ranks.size]]
+    learnt, tokens = ranks.totals(sum(len(b.learnt) for b in batches), sum(b.inputs.numel() for b in batches))
+    n, loss = max(1, int(learnt)), 0.0
     for batch in batches:
         for share in batch_losses(run.model, batch, n, cfg):
             (share * run.loss_scale).backward()
             loss += share.item()
-    norm = optimiser.norm() / run.loss_scale
+        optimiser.sum_micro_batch()
+    loss, = ranks.totals(loss)
+    norm = optimiser.reduce() / run.loss_scale
     if math.isfinite(loss) and math.isfinite(norm):
         clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
         optimiser.step(lr, clip / run.loss_scale)
         run.bad_steps = 0
     else:
-        optimiser.grad.zero_()
-        skip(run, loss, [row for batch in batches for row in batch.rows])
-    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(b.inputs.numel() for b in batches), "learnt": n}
+        optimiser.clear()
+        skip(run, loss)
+    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(tokens), "learnt": n}
 
 
-def skip(run: Run, loss: float, rows: list[int]) -> None:
+def skip(run: Run, loss: float) -> None:
     """Says which rows gave no finite gradient. In fp16 that is mostly the loss scale's doing: it is halved first."""
     if run.loss_scale > 1 and math.isfinite(loss):
         run.loss_scale /= 2
@@ -2977,22 +3326,23 @@ def skip(run: Run, loss: float, rows: list[int]) -> None:
         return
     run.bad_steps += 1
     say(f"step {run.step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; the step is skipped and"
-        f" nothing changed (rows {rows[0]} to {rows[-1]} of the data)")
+        f" nothing changed (rows {run.step * run.rows} to {(run.step + 1) * run.rows - 1} of the data)")
     if run.bad_steps == BAD_STEPS:
         raise Fatal(f"{BAD_STEPS} steps in a row, up to step {run.step}, had no finite loss and gradient; what was"
                     " saved before is good; lower --lr_init, or look at those rows")
 
 
 @torch.no_grad()
-def evaluate(model: RWKV, loader: Loader) -> float:
+def evaluate(model: RWKV, loader: Loader, ranks: Ranks = ONE_RANK) -> float:
     """Mean loss over every learnt token of a corpus."""
     model.eval()
     total = learnt = 0
-    for i in tqdm(range(-(-loader.pass_rows // loader.bsz)), "validation", leave=False, disable=None):
+    for i in progress(range(ranks.rank, -(-loader.pass_rows // loader.bsz), ranks.size), "validation"):
         batch = loader.batch(i, last=loader.pass_rows)
         total += sum(loss.item() for loss in batch_losses(model, batch, 1, loader.cfg))
         learnt += len(batch.learnt)
     model.train()
+    total, learnt = ranks.totals(total, learnt)
     return total / max(1, learnt)
 
 
@@ -3000,12 +3350,12 @@ def train(run: Run) -> None:
     """The loop: set the learning rate, make a step, log it; at the end of an epoch validate, sample and save."""
     cfg = run.cfg
     if run.held_out:
-        say(f"held-out loss before: {evaluate(run.model, run.held_out):.4f}")
+        say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
     run.model.train()
     pace = 0.1 if sys.stderr.isatty() else 30.0                       # seconds from one look of the bar to the next
     with (Logger(run) as log, Stop() as stop,
-          tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace) as bar):
-        while run.step < run.steps and not stop.asked:
+          tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace, disable=run.ranks.rank > 0) as bar):
+        while run.step < run.steps and not any(run.ranks.totals(stop.asked)):
             began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
             row = train_step(run, lr)
             seconds = time.perf_counter() - began
@@ -3037,11 +3387,11 @@ def end_epoch(run: Run, log: Logger, epoch: int, lr: float) -> None:
     log.epoch(epoch, loss, lr)
     line = f"epoch {epoch}: loss {loss:.4f}"
     if run.held_out:
-        held_out = evaluate(run.model, run.held_out)
+        held_out = evaluate(run.model, run.held_out, run.ranks)
         log.step(step=run.step - 1, epoch=epoch, val_loss=held_out)
         line += f", held out {held_out:.4f}"
     say(line)
-    if cfg.sample_prompt:
+    if cfg.sample_prompt and run.ranks.rank == 0:
         say(cfg.sample_prompt + generate(run.model, run.tokenizer, cfg.sample_prompt, cfg.sample_len, cfg.sample_top_p,
                                          cfg.random_seed))
 
@@ -3055,22 +3405,25 @@ def finish_epoch(run: Run, epoch: int) -> None:
     model, and what is merged. They follow from resume.pth, which was written before: a kill between loses nothing."""
     cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
-    if saved_after(run, epoch) and not path.exists():
+    masters = run.optimiser.masters() if saved_after(run, epoch) else {}
+    if run.ranks.rank > 0:
+        return
+    if masters and not path.exists():
         if method.whole:
-            save(path, whole_model(run))                              # others read it, so no description
+            save(path, whole_model(run, masters))                     # others read it, so no description
         else:
-            save(path, run.optimiser.masters(), run.about)
+            save(path, masters, run.about)
     if last and cfg.auto_merge and not method.whole and not merged.exists():
         merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
         say(f"merged: {merged}")
 
 
-def whole_model(run: Run) -> dict[str, Tensor]:
+def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The base with what was trained, as a model file."""
     cfg = run.cfg
     base = read_pth(cfg.load_model, "--load_model") if cfg.load_model else run.model.state_dict()
     held = QUANT[cfg.quant].merged_as(run.model.head.weight.dtype)
-    return merge(base, {}, run.optimiser.masters(), ADAPTER[cfg.peft], 1.0, held)
+    return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held)
 
 
 @torch.no_grad()
@@ -3178,15 +3531,18 @@ class Rehearsal:
         with Peak(elsewhere=tensors.values()) as self.peak:
             fill(model, tensors, "", "meta", dtype, left_in_file(model, cfg))
             freeze(model, cfg)
-            for name in to_freeze(model, cfg):                        # what is done to the first block, and most bytes
-                _, layer, rest = name.split(".", 2)                   # are held during the last, is only copied between
-                if 0 < int(layer) < arch.n_layer - 1:
-                    model.set_submodule(name, copy.deepcopy(model.get_submodule(f"blocks.0.{rest}")))
+            done = {}                                                 # what is done to the first block, and most bytes
+            for name in to_freeze(model, cfg):                        # are held during the last, is only copied between
+                _, layer, rest = name.split(".", 2)
+                if rest in done and int(layer) < arch.n_layer - 1:
+                    model.set_submodule(name, copy.deepcopy(done[rest]))
                 else:
-                    add_adapter(model, name, cfg, {}, {}, torch.Generator())
+                    (name, start), = starts(model, [name], cfg, {}, ONE_RANK)
+                    add_adapter(model, name, start, cfg, {})
+                    done[rest] = model.get_submodule(name)
             optimiser = ZeroAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), cfg)
             loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")      # (their place is counted when they are used)
-            self.run = Run(cfg, "meta", arch, None, loader, None, model, optimiser, {}, 1)
+            self.run = Run(cfg, ONE_RANK, "meta", arch, None, loader, None, model, optimiser, {}, 1)
         self.loading, self.held = self.peak.most, self.peak.live
 
     def memory(self, bsz: int) -> Memory:
@@ -3267,6 +3623,8 @@ OF_THE_DEMO = ("proj_dir", "accelerator", "precision", "op", "random_seed")  # t
 def demo(cfg: Config) -> None:
     """Pretrains a base on one family of questions, adapts it to another with PiSSA and with LoRA, merges, reopens."""
     folder = Path(cfg.proj_dir)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Fatal("the demonstration is for one process; with --load_model and --data_file there may be several")
     if folder.exists() and any(folder.iterdir()):
         raise Fatal(f"--proj_dir {folder} is not empty; name another folder for the demonstration")
     common = replace(cfg, data_type="dummy", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=32, val_split=0.1,
@@ -3312,25 +3670,33 @@ def demo(cfg: Config) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, or 2 after one line about what the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        cfg = parse(sys.argv[1:] if argv is None else argv)
+        cfg = parse(argv)
+        if cfg.devices > 1 and "WORLD_SIZE" not in os.environ:
+            return launch(cfg, argv)
         if cfg.make_binidx:
             make_binidx(cfg)
         elif replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config():
             demo(cfg)
         elif run := build(cfg):
             train(run)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except Fatal as e:
-        print(f"pissa_rwkv: error: {' '.join(str(e).split())}", file=sys.stderr)
+        error = " ".join(str(e).split())
     except torch.OutOfMemoryError as e:
-        print(f"pissa_rwkv: error: out of GPU memory ({first_line(e)}); a smaller --micro_bsz or --ctx_len,"
-              " or --grad_cp 1, takes less; --dry_run estimates it", file=sys.stderr)
+        error = (f"out of GPU memory ({first_line(e)}); a smaller --micro_bsz or --ctx_len, or --grad_cp 1, takes less;"
+                 " --dry_run estimates it")
     except OSError as e:
-        print(f"pissa_rwkv: error: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+        error = f"{e.filename or ''}: {e.strerror or e}"
     except KeyboardInterrupt:
         print("pissa_rwkv: stopped before training began", file=sys.stderr)
         return 130
+    if not is_first():                                                # where all found the same, one line is enough:
+        time.sleep(2)                                                 # torchrun ends the others when the first has
+    print(f"pissa_rwkv: error: {error}", file=sys.stderr, flush=True)
     return 2
 
 

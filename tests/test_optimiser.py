@@ -51,6 +51,7 @@ def test_twenty_steps_are_torchs_to_the_bit(weight_decay):
     for step, wanted in enumerate(gradients(20)):
         backward(mine, wanted)
         backward(theirs, wanted)
+        optimiser.reduce()
         optimiser.step(1e-2 / (1 + step), 1.0)
         peer_step(oracle, 1e-2 / (1 + step))
         assert all(torch.equal(p, theirs[name]) for name, p in mine.items()), step
@@ -66,9 +67,10 @@ def test_clipping_is_torchs():
         backward(mine, wanted)
         backward(theirs, wanted)
         norm = nn.utils.clip_grad_norm_(theirs.values(), cfg.grad_clip, foreach=False)
-        assert optimiser.norm() == pytest.approx(norm.item(), rel=1e-6)
+        found = optimiser.reduce()
+        assert found == pytest.approx(norm.item(), rel=1e-6)
         clipped += norm.item() > cfg.grad_clip
-        optimiser.step(1e-2, min(1.0, cfg.grad_clip / (optimiser.norm() + 1e-6)))
+        optimiser.step(1e-2, min(1.0, cfg.grad_clip / (found + 1e-6)))
         peer_step(oracle, 1e-2)
         for name, p in mine.items():
             torch.testing.assert_close(p, theirs[name], rtol=2**-22, atol=2**-22)
@@ -84,6 +86,7 @@ def test_layerwise_learning_rates_and_decay_are_by_name_and_shape(layerwise_lr):
     for wanted in gradients(5):
         backward(mine, wanted)
         backward(theirs, wanted)
+        optimiser.reduce()
         optimiser.step(1e-2, 1.0)
         peer_step(oracle, 1e-2)
     assert all(torch.equal(p, theirs[name]) for name, p in mine.items())
@@ -98,6 +101,7 @@ def test_bf16_parameters_are_roundings_of_fp32_masters_that_move_at_a_small_lear
     for wanted in gradients(20, torch.bfloat16):
         backward(mine, wanted)
         backward(theirs, {name: g.float() for name, g in wanted.items()})
+        optimiser.reduce()
         optimiser.step(2e-5, 1.0)
         peer_step(oracle, 2e-5)
     for name, master in optimiser.masters().items():
@@ -117,6 +121,7 @@ def test_gradients_are_accumulated_in_fp32_and_freed(dtype):
         (p * gradient).sum().backward()
         assert p.grad is None
     assert torch.equal(optimiser.grad, torch.full((4,), 1 + 2.0**-11))
+    optimiser.reduce()
     optimiser.step(1e-3, 1.0)
     assert not optimiser.grad.any()
 
@@ -132,7 +137,7 @@ def test_a_gradient_alone_is_kept_as_it_came_and_parts_change_nothing(dtype, mon
         assert optimiser.grad.dtype == (dtype if accumulate == 1 else torch.float32)
         for wanted in steps:
             backward(ps, wanted)
-            norm = optimiser.norm()
+            norm = optimiser.reduce()
             optimiser.step(1e-2, 0.3)
         results.append((norm, optimiser.state()))
     for norm, state in results[1:]:
@@ -147,7 +152,9 @@ def test_micro_batches_are_one_step_with_the_summed_gradient():
     backward(mine, first)
     backward(mine, second)
     backward(theirs, {name: first[name] + second[name] for name in first})
+    optimiser.reduce()
     optimiser.step(1e-2, 0.5)
+    whole.reduce()
     whole.step(1e-2, 0.5)
     assert all(torch.equal(p, theirs[name]) for name, p in mine.items())
 
@@ -161,12 +168,14 @@ def test_a_loaded_state_goes_on_to_the_bit(dtype):
         if step == 3:
             state = {name: t.clone() for name, t in optimiser.state().items()}
         backward(whole, wanted)
+        optimiser.reduce()
         optimiser.step(1e-3, 1.0)
     resumed = {name: nn.Parameter(torch.zeros_like(p)) for name, p in whole.items()}
     again = ZeroAdamW(resumed.items(), cfg)
     again.load(state)
     for wanted in steps[3:]:
         backward(resumed, wanted)
+        again.reduce()
         again.step(1e-3, 1.0)
     assert torch.equal(again.master, optimiser.master)
     assert all(torch.equal(p, whole[name]) for name, p in resumed.items())

@@ -73,7 +73,7 @@ def epochs(folder):
 
 
 def files(folder):
-    return sorted(p.name for p in folder.glob("*.pth"))
+    return sorted(p.name for p in folder.glob("*.pth") if p.name != "resume.1.pth")  # (the one before the last)
 
 
 # ------------------------------------------------------------------------------------------- commands and files

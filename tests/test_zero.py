@@ -1,0 +1,153 @@
+"""Ranks that share the optimiser (ZeRO), as processes over gloo, against one process that has the summed gradient.
+
+Oracles: torch.optim.AdamW on the sum, and torch's own ZeroRedundancyOptimizer on the same ranks.
+"""
+
+import functools
+import itertools
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from pissa_rwkv import Buckets, Config, Ranks, ZeroAdamW
+
+# 1,441 numbers: no number of ranks from 2 to 4 divides them, and tensors lie across the ends of slices
+SHAPES = {"a.lora_A": (8, 85), "ln.weight": (23,), "b.weight": (19, 37), "time_decay": (2, 5), "x_r": (1, 1, 25)}
+STEPS, CLIP, LR = 20, 1.0, 1e-2
+CELLS = [*itertools.product((0, 1, 2), (1, 3), (torch.float32, torch.bfloat16))]  # stage, micro-batches, dtype
+
+
+def parameters(dtype):
+    draw = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(s, generator=draw).to(dtype)) for name, s in SHAPES.items()}
+
+
+def gradients(step, rank, micro_batch, dtype):
+    """A rank's share of the gradient of one micro-batch: as it learns more or fewer tokens, it is larger or smaller."""
+    draw = torch.Generator().manual_seed(1000 * step + 10 * rank + micro_batch)
+    size = 0.005 * (1 + (7 * rank + 3 * micro_batch + step) % 5) * 4.0 ** (step % 4 - 1.5)  # sometimes it is clipped
+    return {name: (torch.randn(s, generator=draw) * size).to(dtype) for name, s in SHAPES.items()}
+
+
+def backward(parameters, wanted):
+    sum((p * wanted[name]).sum() for name, p in parameters.items()).backward()
+
+
+def train(ranks, stage, micro_batches, dtype):
+    """20 steps of ours. Returns the parameters, the masters and the norms; checks what every rank holds."""
+    cfg = Config(weight_decay=0.1, accumulate_grad_batches=micro_batches, layerwise_lr=False)
+    mine, norms = parameters(dtype), []
+    optimiser = ZeroAdamW(mine.items(), cfg, ranks=ranks, stage=stage)
+    for step in range(STEPS):
+        for i in range(micro_batches):
+            backward(mine, gradients(step, ranks.rank, i, dtype))
+            optimiser.sum_micro_batch()
+        norms.append(optimiser.reduce())
+        optimiser.step(LR, min(1.0, CLIP / (norms[-1] + 1e-6)))
+    slices = ranks.size if stage else 1
+    numbers = sum(p.numel() for p in mine.values())
+    assert len(optimiser.m) == len(optimiser.v) == len(optimiser.master) == -(-numbers // slices)
+    assert len(optimiser.grad) == {0: numbers, 1: -(-numbers // slices) * slices, 2: -(-numbers // slices)}[stage]
+    return mine, optimiser.masters(), norms
+
+
+def oracle(size, micro_batches, dtype, micro_batch_first):
+    """torch.optim.AdamW in one process, on gradients summed in fp32: those of a micro-batch, or those of a rank, first.
+    """
+    theirs = {name: nn.Parameter(p.detach().float()) for name, p in parameters(dtype).items()}
+    optimiser = torch.optim.AdamW(
+        [dict(params=[p], weight_decay=0.1 if name in ("a.lora_A", "b.weight") else 0.0) for name, p in theirs.items()],
+        lr=LR, betas=(0.9, 0.99), eps=1e-8, foreach=False, fused=False)
+    norms = []
+    for step in range(STEPS):
+        for name, p in theirs.items():
+            shares = [[gradients(step, rank, i, dtype)[name].float() for i in range(micro_batches)]
+                      for rank in range(size)]
+            p.grad = sum(map(sum, zip(*shares, strict=True) if micro_batch_first else shares))
+        norms.append(torch.cat([p.grad.reshape(-1) for p in theirs.values()]).double().norm().item())
+        for p in theirs.values():
+            p.grad *= min(1.0, CLIP / (norms[-1] + 1e-6))
+        optimiser.step()
+    return {name: p.detach() for name, p in theirs.items()}, norms
+
+
+def torchs_zero(ranks, micro_batches):
+    """torch's ZeroRedundancyOptimizer on these ranks, which are given the summed gradient."""
+    theirs = parameters(torch.float32)
+    optimiser = ZeroRedundancyOptimizer(
+        [p for name, p in theirs.items() if name in ("a.lora_A", "b.weight")], torch.optim.AdamW, lr=LR,
+        betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, foreach=False)
+    optimiser.add_param_group(dict(params=[p for name, p in theirs.items() if name not in ("a.lora_A", "b.weight")],
+                                   weight_decay=0.0))
+    for step in range(STEPS):
+        for i in range(micro_batches):
+            backward(theirs, gradients(step, ranks.rank, i, torch.float32))
+        for p in theirs.values():
+            dist.all_reduce(p.grad)
+        norm = torch.cat([p.grad.reshape(-1) for p in theirs.values()]).double().norm().item()
+        for p in theirs.values():
+            p.grad *= min(1.0, CLIP / (norm + 1e-6))
+        optimiser.step()
+        optimiser.zero_grad()
+    return {name: p.detach() for name, p in theirs.items()}
+
+
+def worst(found, wanted):
+    """The largest difference, of 1 or of the number itself if that is larger."""
+    return max(((found[name] - wanted[name]).abs() / wanted[name].abs().clamp(min=1)).max().item() for name in wanted)
+
+
+def worker(rank, size, port, results):
+    """One process: all cells, and what they give beside the oracles, into results[rank]."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    ranks, Buckets.SIZE, rows = Ranks(rank, size), 150, {}
+    torch_oracle = functools.cache(oracle)
+    for stage, micro_batches, dtype in CELLS:
+        found, masters, norms = train(ranks, stage, micro_batches, dtype)
+        wanted, wanted_norms = torch_oracle(size, micro_batches, dtype, stage == 2)
+        rows[stage, micro_batches, dtype] = dict(
+            error=worst(masters, wanted), rounded=all(torch.equal(found[n], masters[n].to(dtype)) for n in found),
+            norms=max(abs(a / b - 1) for a, b in zip(norms, wanted_norms, strict=True)),
+            clipped=sum(norm > CLIP for norm in norms), sha=repr([p.tolist()[:3] for p in masters.values()]),
+            total=sum(p.double().sum().item() for p in found.values()))
+    for micro_batches in (1, 3):
+        zero = torchs_zero(ranks, micro_batches)
+        rows["torch", micro_batches] = worst(train(ranks, 1, micro_batches, torch.float32)[0], zero)
+    results[rank] = rows
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids="{} ranks".format)
+def runs(request):
+    """What each rank found."""
+    size = request.param
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(worker, (size, port, results), nprocs=size)
+        return [results[rank] for rank in range(size)]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_twenty_steps_are_those_of_torchs_adamw_on_the_summed_gradient(cell, runs):
+    for rows in runs:
+        row = rows[cell]
+        assert row["error"] <= (0 if len(runs) <= 2 else 1e-6)
+        assert row["rounded"] and row["norms"] < 1e-6 and 0 < row["clipped"] < STEPS
+        assert row["sha"] == runs[0][cell]["sha"] and row["total"] == runs[0][cell]["total"]  # the ranks agree
+
+
+def test_they_are_those_of_torchs_zero_redundancy_optimizer(runs):
+    for rows in runs:
+        assert max(rows["torch", 1], rows["torch", 3]) <= (0 if len(runs) <= 2 else 1e-6)
