@@ -5,7 +5,10 @@ One test a flag, named test_<flag>: small runs, with the flag and without or wit
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -25,7 +28,8 @@ TEXTS = ["User: hello there\n\nAssistant: hi", "one more line of text", "User: 2
 
 
 def test_every_flag_has_a_test():
-    assert [flag for flag in FLAGS if f"test_{flag}" not in globals()] == []
+    tests = {name.removeprefix("test_") for name in globals()} | {"devices", "strategy"}  # (these two have one together)
+    assert [flag for flag in FLAGS if flag not in tests] == []
     assert {f"merge_{flag}" for flag in MERGE_FLAGS if f"test_merge_{flag}" not in globals()} == SEEN_ABOVE
 
 
@@ -36,12 +40,14 @@ def place(tmp_path):
     return tmp_path
 
 
+COMMON = dict(op="torch", ctx_len=8, micro_bsz=2, epoch_steps=2, rank=4, lr_init=1e-4, lr_final=1e-4)
+
+
 @pytest.fixture
 def cfg(place):
     """cfg(name=value, ...) -> the Config of a small run."""
     def make(**flags):
-        common = dict(load_model=place / "base.pth", data_file=place / "data.jsonl", proj_dir=place / "out",
-                      op="torch", ctx_len=8, micro_bsz=2, epoch_steps=2, rank=4, lr_init=1e-4, lr_final=1e-4)
+        common = COMMON | dict(load_model=place / "base.pth", data_file=place / "data.jsonl", proj_dir=place / "out")
         words = [w for name, value in (common | flags).items() if value is not None for w in
                  ([f"--{name}", *map(str, value)] if isinstance(value, (list, tuple)) else [f"--{name}", str(value)])]
         return P.parse(words)
@@ -203,15 +209,24 @@ def test_adam_eps(train, place):
 # ------------------------------------------------------------------------------------------------------- the machine
 
 
-def test_devices(build):
-    assert build(devices=1).step == 0
-    with pytest.raises(P.Fatal, match="--devices 2 and 1 processes"):
-        build(devices=2)
+@pytest.mark.parametrize("devices, strategy", [(1, "deepspeed_stage_1"), (2, "deepspeed_stage_1"),
+                                               (2, "deepspeed_stage_2")])
+def test_devices_and_strategy(devices, strategy, place):
+    """Plain python starts the processes; the same rows make the same losses, however they are divided."""
+    rows = dict(micro_bsz=4 // devices, devices=devices, strategy=strategy, proj_dir=place / "out")
+    flags = [w for name, value in (COMMON | rows).items() for w in (f"--{name}", str(value))]
+    argv = [sys.executable, P.__file__, "--load_model", str(place / "base.pth"), "--data_file",
+            str(place / "data.jsonl"), *flags]
+    env = {k: v for k, v in os.environ.items() if k != "RANK" and k != "WORLD_SIZE"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: ") == 1                                               # one of them speaks
+    losses = [json.loads(line)["loss"] for line in (place / "out" / "loss_data.jsonl").read_text().splitlines()]
+    SEEN.setdefault("losses", losses)
+    assert losses == pytest.approx(SEEN["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("value", ["deepspeed_stage_1", "deepspeed_stage_2"])
-def test_strategy(value, train):
-    assert len(logged(train(strategy=value), "loss")) == 2                                # one device: all are the same
+SEEN = {}
 
 
 def test_accelerator(build):

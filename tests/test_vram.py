@@ -51,7 +51,8 @@ def loaded(cfg, tensors, arch, dtype):
     taken = P.add_adapters(model, cfg, {}, {})
     optimiser = P.ZeroAdamW(((n, p) for n, p in model.named_parameters() if p.requires_grad), cfg)
     loader = P.FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")
-    return P.Run(cfg, "cpu", arch, None, loader, None, model, optimiser, {}, 1), sum(t.nbytes for t in taken.values())
+    run = P.Run(cfg, P.ONE_RANK, "cpu", arch, None, loader, None, model, optimiser, {}, 1)
+    return run, sum(t.nbytes for t in taken.values())
 
 
 @pytest.mark.parametrize(("options", "dtype"), [
