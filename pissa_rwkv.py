@@ -320,13 +320,13 @@ def parse(argv: list[str]) -> Config:
     return Config(**given)
 
 
-def read_json(option: str, text: str) -> dict[str, Any]:
-    """The JSON object an option was given; {} for nothing."""
+def read_json(option: str, text: str, kind: type = dict) -> Any:
+    """The JSON object, or list, an option was given; an empty one for nothing."""
     try:
-        value = json.loads(text or "{}")
+        value = json.loads(text) if text else kind()
     except json.JSONDecodeError as e:
         raise Fatal(f"--{option}: not valid JSON ({e.msg} at character {e.pos}): {text}") from None
-    if not isinstance(value, dict):
+    if not isinstance(value, kind):
         raise Fatal(f'--{option}: an object like {{"key": 1}} is wanted, this is {text}')
     return value
 

@@ -136,7 +136,7 @@ def measure(name: str, cfg: P.Config) -> dict:
     seconds = time.perf_counter() - start
     optimiser = P.ZeroAdamW(((n, p) for n, p in model.named_parameters() if p.requires_grad), cfg)
     loader = P.FullRows(cfg.micro_bsz, cfg.ctx_len, device)
-    run = P.Run(cfg, device, arch, None, loader, None, model, optimiser, {}, STEPS)
+    run = P.Run(cfg, P.ONE_RANK, device, arch, None, loader, None, model, optimiser, {}, STEPS)
     loading, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     losses = [P.train_step(run, 1e-5)["loss"] for _ in range(STEPS)]

@@ -28,7 +28,7 @@ TEXTS = ["User: hello there\n\nAssistant: hi", "one more line of text", "User: 2
 
 
 def test_every_flag_has_a_test():
-    tests = {name.removeprefix("test_") for name in globals()} | {"devices", "strategy"}  # (these two have one together)
+    tests = {name.removeprefix("test_") for name in globals()} | {"devices", "strategy"}  # (which share one)
     assert [flag for flag in FLAGS if flag not in tests] == []
     assert {f"merge_{flag}" for flag in MERGE_FLAGS if f"test_merge_{flag}" not in globals()} == SEEN_ABOVE
 
