@@ -302,6 +302,9 @@ def parse(argv: list[str]) -> Config:
             raise Fatal(f"--fla is short for --op fla, and --op {given['op']} is given too: give one of them")
         given["op"] = "fla"
     given["peft"] = {"disha": "bone"}.get(given["peft"], given["peft"])  # RWKV-PEFT renamed it
+    for f in fields(Config):
+        if isinstance(f.default, tuple) and len(words := given[f.name]) == 1 and words[0].startswith("["):
+            given[f.name] = read_json(f.name, words[0], list)         # as some scripts write it: '["time", "ln"]'
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name) is not None:
             say(f"--{name} has no effect here: {reason}")
