@@ -48,9 +48,9 @@ WHAT = {
     1: "a command line from a dataclass", 2: "two recurrences, 15 lines each: a fading memory, and the delta rule",
     3: "time mixing, channel mixing, state as an argument", 4: "nf4 and int8, bit by bit",
     5: "the randomised SVD, PiSSA, QPiSSA, LoRA, Bone; state tuning",
-    6: "nine lines a reader; rows as spans of one stream", 7: "cross-entropy that never holds the logits",
+    6: "a reader for each kind of file; rows as spans of one stream", 7: "cross-entropy that never holds the logits",
     8: "AdamW by hand on one flat buffer",
-    9: "atomic files, the merge formula", 10: "a loop of fifteen lines, and resuming to the bit",
+    9: "atomic files, the merge formula", 10: "the loop, and resuming to the bit",
 }
 
 
