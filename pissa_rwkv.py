@@ -1589,6 +1589,7 @@ class Method(NamedTuple):
     parts: tuple[str, ...]                                            # what is trained besides: --train_parts auto
     state: bool = False                                               # blocks are given a time_state, and it is trained
     whole: bool = False                                               # its files are whole models
+    low_lr: float = 0.0                                               # below this rate hardly anything is learnt
 
     def is_own(self, name: str) -> bool:
         """Whether a parameter is the method's, and so trained whatever --train_parts says."""
@@ -1599,7 +1600,7 @@ EVERYTHING = ""                                                       # a part t
 ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln")),
            "lora": Method(LoRALinear, ("time", "ln")),
            "bone": Method(BoneLinear, ("time", "ln")),
-           "state": Method(Adapter, (), state=True),
+           "state": Method(Adapter, (), state=True, low_lr=1e-3),
            "none": Method(Adapter, (EVERYTHING,), whole=True)}
 
 
@@ -3022,6 +3023,8 @@ def check(cfg: Config) -> None:
     for option, (other, value) in BELONGS_TO.items():
         if getattr(cfg, option) != getattr(Config, option) and getattr(cfg, other) != value:
             say(f"--{option} has no effect without --{other} {value}")
+    if cfg.lr_init < ADAPTER[cfg.peft].low_lr:
+        say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
     if cfg.lr_init > layer.high_lr:
         say(f"--lr_init {cfg.lr_init:g} is high for --peft {cfg.peft}, which moves the main directions of a matrix;"
             f" {layer.high_lr:g} is usual")
