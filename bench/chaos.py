@@ -83,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     for ranks in args.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            argv = [*reliability.small_run(Path(folder)), *"--rank 4 --epoch_steps 2 --epoch_count 2".split()]
+            argv = [*reliability.small_run(Path(folder)), *"--rank 4 --epoch_steps 1 --epoch_count 2".split()]
             row = torture(argv, Path(folder) / "chaos", ranks, args.jobs, tuple(args.modes))
         print(row)
         record.update(record.RESULTS / "chaos.json", [{**row, **record.circumstances()}], ("ranks", "modes"))
