@@ -3,8 +3,8 @@
     pip install ckpt-chaos
     python bench/chaos.py               # 1 and 2 ranks, about half an hour -> bench/results/chaos.json
 
-The tool runs the command once to the end and counts what it does to files: opened for writing, renamed, removed. Then it
-runs it anew for every one of these and every way to crash there, resumes, and judges. The ways: before (killed just
+The tool runs the command once to the end and counts what it does to files: opened for writing, renamed, removed. Then
+it runs it anew for every one of these and every way to crash there, resumes, and judges. The ways: before (killed just
 before), torn (the file cut in half, and killed), term (SIGTERM, and killed 5 seconds later if it is still there), and
 unsynced (killed, and all that was not flushed to the disk is lost). Its verdicts: PASS, HARD_FAIL (it does not resume),
 SILENT_DIVERGENCE (other weights in the end), LOST_WORK (resumed from an older file of an epoch).
@@ -56,7 +56,7 @@ def count_more(work: Path) -> dict[str, int]:
     return count
 
 
-def torture(argv: list[str], work: Path, ranks: int, jobs: int = 1, modes: tuple[str, ...] = MODES) -> dict[str, object]:
+def torture(argv: list[str], work: Path, ranks: int, jobs: int = 1, modes: tuple[str, ...] = MODES) -> dict:
     """Runs the tool's whole matrix on a command without --proj_dir, and counts its verdicts."""
     program = [sys.executable, str(record.ROOT / "pissa_rwkv.py"), *argv, "--proj_dir", "{out}", "--resume"]
     tool = ["-m", "ckpt_chaos", "run", "--work", work, "--ranks", ranks, "--jobs", jobs, "--max-points", 10_000,
