@@ -2993,9 +2993,9 @@ def check(cfg: Config) -> None:
     for name in ("ctx_len", "img_side", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save", "keep"):
         if getattr(cfg, name) < 1:
             raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
-    for name in ("lr_init", "lr_final", "dist_timeout", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay",
-                 "grad_clip", "svd_niter", "save_steps", "random_seed", "n_layer", "n_embd", "dim_att", "dim_ffn",
-                 "head_size", "vocab_size", "sample_len", "vram_gb"):
+    for name in ("lr_init", "lr_final", "devices", "dist_timeout", "warmup_steps", "epoch_steps", "epoch_begin",
+                 "weight_decay", "grad_clip", "svd_niter", "save_steps", "random_seed", "n_layer", "n_embd", "dim_att",
+                 "dim_ffn", "head_size", "vocab_size", "sample_len", "vram_gb"):
         if not getattr(cfg, name) >= 0:
             raise Fatal(f"--{name} {getattr(cfg, name)}: it cannot be negative")
     for name in ("beta1", "beta2", "lora_dropout", "val_split", "sample_top_p"):

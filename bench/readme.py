@@ -297,8 +297,30 @@ def levers() -> str:
     return "\n".join(lines) + f"\n\n{source(rows[-1:])}"
 
 
+OPS = {  # what it needs, what it is; in README's order
+    "cuda": ("a GPU and nvcc", "bf16: 32 tokens at a time on tensor cores; else RWKV-7 takes `cuda_precise`"),
+    "cuda_precise": ("a GPU and nvcc", "the recurrence in fp32, state in registers"),
+    "triton": ("a GPU and the package `triton`", "16 or 32 tokens at a time as matrix products, on tensor cores"),
+    "fla": ("a GPU and `pip install 'pissa_rwkv[fla]'`", "flash-linear-attention's kernels; only when asked for"),
+    "cpu": ("a C++ compiler", "the recurrence in C++, threads over batch and heads"),
+    "chunk": ("nothing", "16 or 32 tokens at a time as matrix products"),
+    "torch": ("nothing", "the definition, one token at a time"),
+}
+
+
+def which() -> str:
+    """The operators and the versions that have them."""
+    versions = list(P.TIME_MIX)
+    lines = [f"| op | {' | '.join(versions)} | needs | what it is |", "|---|---|---|---|---|---|"]
+    for op, (needs, what) in OPS.items():
+        has = " | ".join("yes" if (version, op) in P.WKV else "" for version in versions)
+        lines.append(f"| `{op}` | {has} | {needs} | {what} |")
+    assert {op for _, op in P.WKV} == OPS.keys()
+    return "\n".join(lines)
+
+
 TABLES = {
-    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8, memory, levers, clients),
+    README: (demo, options, sections, which, ops, learning, reliability, quants, qerror, int8, memory, levers, clients),
     OPS_README: (measured, curve),
 }
 
