@@ -81,6 +81,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 import weakref
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -1007,7 +1008,8 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
         raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
     try:
         check_names(pickled)
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):                # of kinds of tensors that are refused below
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
     except Exception as e:             # damaged pickles end in IndexError, TypeError, AttributeError and others
@@ -2059,7 +2061,9 @@ def read_numpy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     """A .npy of integers in one dimension, memory-mapped. Nothing pickled is loaded."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as e:
+    except OSError:
+        raise
+    except Exception as e:             # a damaged header ends in ValueError, EOFError, TokenError and others
         raise Fatal(f"{path}: no .npy of tokens, or damaged ({first_line(e)})") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
         raise Fatal(f"{path}: an array {list(tokens.shape)} of {tokens.dtype}; integers in one dimension are wanted")
