@@ -213,6 +213,7 @@ OF_PTH: tuple[Damage, ...] = (
     zipped(lambda name, part: [(name, part), (f"{name}.more", bytes(3 << 28))][: 1 + name.endswith("version")],
            zipfile.ZIP_DEFLATED),
 )
+FIRST_HOSTILE = 16                                                    # in this list
 OF_DESCRIBED = OF_PTH + (
     described(all=[1]), described(all="x"), described(step=-1, loss_scale="1", epoch_loss=float("nan"), config=[]),
     described(scale=float("inf"), dtype="float4", quant=7, rows=1.5), described(base=0, peft=None, version="x"),
@@ -471,6 +472,12 @@ def good_files(folder: Path) -> None:
             archive.addfile(info, io.BytesIO(file.getvalue()))
 
 
+def way_of(name: str, number: int) -> Damage:
+    """In turn one of the subject's own ways and one of any file's; subjects of one format begin at different ones."""
+    ways = number % 2 == 0 and SUBJECTS[name].own or ANY
+    return ways[(number // 2 + 9 * [*SUBJECTS].index(name)) % len(ways)]
+
+
 class Fuzz:
     """Damages the files of a folder, one at a time, and judges."""
 
@@ -488,8 +495,7 @@ class Fuzz:
         if name not in self.wanted:
             self.wanted[name] = outcome = self.run(subject, None)
             assert outcome.status == 0 and not outcome.elsewhere, (name, outcome)
-        ways = subject.own + ANY
-        way = ways[number % len(ways)]
+        way = way_of(name, number)
         data = (self.good / subject.file.replace("out/", "run/")).read_bytes()
         damaged = way(draw, data)
         try:
@@ -497,8 +503,7 @@ class Fuzz:
             wrong = self.judge(subject, name, outcome, 2 * len(damaged) + SPARE)
         finally:
             shutil.rmtree(self.here, ignore_errors=True)
-        label = getattr(way, "__qualname__", "?").split(".")[0]
-        return f"{name} {number} ({label}, {number % len(ways)}): {wrong}" if wrong else ""
+        return f"{name} {number} ({way.__qualname__.partition('.')[0]}): {wrong}" if wrong else ""
 
     def run(self, subject: Subject, damaged: bytes | None) -> Outcome:
         shutil.rmtree(self.here, ignore_errors=True)
