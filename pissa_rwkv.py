@@ -79,7 +79,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import warnings
 import weakref
@@ -3091,10 +3090,11 @@ class Run:
 def open_folder(cfg: Config) -> Path:
     """proj_dir, made if need be. A run that is in it is never written over."""
     folder = Path(cfg.proj_dir)
+    probe = folder / f".probe.{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        probe.touch()
+        probe.unlink()
     except OSError as e:
         raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
     for leftover in folder.glob(".*.part"):                           # of a run that was killed while it wrote
