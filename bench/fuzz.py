@@ -520,7 +520,7 @@ class Fuzz:
 
     def judge(self, subject: Subject, name: str, outcome: Outcome, memory: int) -> str:
         self.count["cases"] += 1
-        self.taken = max(self.taken, outcome.taken - memory)
+        self.taken = max(self.taken, outcome.taken - memory + SPARE)
         if outcome.elsewhere or [*self.here.rglob("the-code-was-run*")]:
             return f"outside proj_dir: {outcome.elsewhere or 'the code was run'}"
         if outcome.taken > memory:
@@ -598,7 +598,8 @@ def main() -> None:
             wrong += [text] if (text := fuzz.case([*SUBJECTS][n % len(SUBJECTS)], n // len(SUBJECTS))) else []
         count = checkpoints(fuzz.good / "run", args.checkpoints)
     print("\n".join(wrong))
-    rows = [{"what": "runs", **fuzz.count, "wrong": len(wrong), "beyond_twice_mb": fuzz.taken + SPARE >> 20},
+    rows = [{"what": "runs", **fuzz.count, "wrong": len(wrong), "spare_mb": SPARE >> 20,
+             "used_of_spare_mb": fuzz.taken >> 20},
             {"what": "checkpoints", **count}]
     print(*rows, sep="\n")
     seconds = round(time.perf_counter() - began)
