@@ -70,6 +70,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import random
 import re
 import shutil
@@ -77,8 +78,8 @@ import signal
 import struct
 import sys
 import tarfile
-import tempfile
 import time
+import warnings
 import weakref
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -1011,31 +1012,55 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
             raise Fatal(f"{what} {path}: this is {kind}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() if checksums else None
+            items = archive.infolist()
+            packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
+            damaged = archive.testzip() if checksums and not packed else None
+            pickled = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
     except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
         raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
     if damaged:
         raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
+    if packed:                                                        # what is mapped must lie in the file as it is
+        raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
     try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        check_names(pickled)
+        with warnings.catch_warnings(action="ignore"):                # of kinds of tensors that are refused below
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as e:
+    except Exception as e:             # damaged pickles end in IndexError, TypeError, AttributeError and others
         raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
     if not isinstance(tensors, dict) or not tensors or not all(is_entry(k, t) for k, t in tensors.items()):
         raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
     return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
 
 
+def check_names(pickles: list[bytes]) -> None:
+    """Raises UnpicklingError where a pickle names what no tensor needs. (torch.load itself calls bytearray(10**11).)"""
+    for op, name, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
+        if op.name == "GLOBAL" and not name.startswith(("torch", "collections OrderedDict")):
+            raise pickle.UnpicklingError
+
+
+HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+                 torch.int8, torch.uint8, torch.bool)
+
+
 def is_entry(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+    """Whether it is a name and an ordinary tensor, all of which is in the file."""
+    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+            and value.device.type == "cpu" and not value.is_nested and value.dtype in HELD_IN_FILES
+            and value.nbytes <= value.untyped_storage().nbytes())
 
 
 def describe(value: Any) -> str:
     if not isinstance(value, dict):
         return f"a {type(value).__name__}"
-    odd = next((f"{k!r}: {type(v).__name__}" for k, v in value.items() if not is_entry(k, v)), "")
-    return f"a dict with {odd}" if value else "an empty dict"
+    if not value:
+        return "an empty dict"
+    name, odd = next((k, v) for k, v in value.items() if not is_entry(k, v))
+    kind = f"an unusual tensor ({odd.dtype}, {odd.layout})" if isinstance(odd, Tensor) else type(odd).__name__
+    return f"a dict with {name!r}: {kind}"
 
 
 def detect(tensors: dict[str, Tensor], path: str) -> Arch:
@@ -2063,7 +2088,9 @@ def read_numpy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     """A .npy of integers in one dimension, memory-mapped. Nothing pickled is loaded."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as e:
+    except OSError:
+        raise
+    except Exception as e:             # a damaged header ends in ValueError, EOFError, TokenError and others
         raise Fatal(f"{path}: no .npy of tokens, or damaged ({first_line(e)})") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
         raise Fatal(f"{path}: an array {list(tokens.shape)} of {tokens.dtype}; integers in one dimension are wanted")
@@ -2693,8 +2720,6 @@ class ZeroAdamW:
         master = self.whole(self.master)
         return {} if master is None else {name: master[self.where[name]].view(p.shape) for name, p in self.named}
 
-    STATE = ("master", "m", "v", "t")
-
     def state(self) -> dict[str, Tensor | None]:
         """For rank 0: what `load` takes, on any number of ranks and at any stage. (All ranks call it.)"""
         return {x: self.whole(getattr(self, x)) for x in ("master", "m", "v")} | {"t": torch.tensor(self.t)}
@@ -2789,10 +2814,37 @@ def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict
     """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
     about = tensors.pop(DESCRIPTION, None)
+    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
+    if bad:
+        raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
+    return tensors, read_description(about, f"{what} {path}") if about is not None else {}
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and 0 <= x < math.inf
+
+
+def is_count(x: Any) -> bool:
+    return is_number(x) and isinstance(x, int)
+
+
+DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
+    "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count, "epoch_loss": is_number, "loss_scale": is_number,
+    "scale": is_number, "dtype": "float32 bfloat16 float16".split().__contains__,
+    "quant": lambda x: isinstance(x, str), "config": lambda x: isinstance(x, dict),
+}
+
+
+def read_description(about: Tensor, file: str) -> dict[str, Any]:
     try:
-        return tensors, json.loads(bytes(about.tolist())) if about is not None else {}
-    except (ValueError, TypeError):
-        raise Fatal(f"{what} {path}: its description, {DESCRIPTION}, is damaged") from None
+        described = json.loads(bytes(about.tolist()))
+        odd = [item for item, fits in DESCRIBED.items() if item in described and not fits(described[item])]
+    except (ValueError, TypeError, RecursionError):
+        described, odd = None, []
+    if odd or not isinstance(described, dict):
+        found = f"{odd[0]} {described[odd[0]]!r}" if odd else "no JSON object"
+        raise Fatal(f"{file}: its description, {DESCRIPTION}, holds {found}; the file is of no use")
+    return described
 
 
 def compare(path: str | Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -3081,10 +3133,11 @@ class Run:
 def open_folder(cfg: Config) -> Path:
     """proj_dir, made if need be. A run that is in it is never written over."""
     folder = Path(cfg.proj_dir)
+    probe = folder / f".probe.{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        probe.touch()
+        probe.unlink()
     except OSError as e:
         raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
     for leftover in folder.glob(".*.part"):                           # of a run that was killed while it wrote
@@ -3213,14 +3266,17 @@ def first_loss(model: RWKV, loader: Loader) -> float:
 
 def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any]) -> None:
     """Sets a run to where resume.pth was written."""
-    if "config" not in old or not {*run.optimiser.STATE, "rng"} <= saved.keys():
-        raise Fatal(f"{path}: not what this program writes for --resume")
+    fields = ("step", "epoch_loss", "epoch_good", "loss_scale")
+    shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
     compare(path, old, run.about | {"trained": run.optimiser.layout()})
-    changed = [f"{k} {old['config'][k]} -> {v}" for k, v in config_of(run.cfg).items() if old["config"].get(k) != v]
+    if not {*fields, "config"} <= old.keys() or not {*shapes, "rng"} <= saved.keys() or any(
+            saved[name].shape != shape for name, shape in shapes.items()):
+        raise Fatal(f"{path}: not what this program writes for --resume")
+    changed = [f"{k} {was} -> {v}" for k, v in config_of(run.cfg).items() if (was := old["config"].get(k)) != v]
     if changed:
         say(f"resuming with changed options: {', '.join(changed)}")
     run.optimiser.load(saved)
-    for item in ("step", "epoch_loss", "epoch_good", "loss_scale"):
+    for item in fields:
         setattr(run, item, old[item])
     before = old.get("epoch_steps", run.epoch_steps)
     if before != run.epoch_steps:                                     # the same part of an epoch, and so of the data
@@ -3295,8 +3351,8 @@ class Logger:
             return
         self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
         if self.losses.exists():                                      # lines of steps that will be made again
-            lines = [x for x in self.losses.read_text("utf-8").splitlines() if x.endswith("}")]
-            kept = "".join(x + "\n" for x in lines if json.loads(x)["step"] < run.step)
+            lines = self.losses.read_text("utf-8", errors="replace").splitlines()
+            kept = "".join(x + "\n" for x in lines if step_of(x) < run.step)
             write_whole(self.losses, lambda file: file.write(kept.encode()))
         self.wandb = load_wandb(run.cfg)
 
@@ -3325,6 +3381,14 @@ class Logger:
                 file.write(line + "\n")
         except OSError as e:
             raise Fatal(f"cannot write {path}: {e.strerror}; --resume goes on from what was saved last") from None
+
+
+def step_of(line: str) -> float:
+    """The step of a line of loss_data.jsonl; infinity where a crash left part of a line, or worse."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return math.inf
 
 
 def load_wandb(cfg: Config) -> Any:

@@ -229,7 +229,35 @@ def reliability() -> str:
     return (f"{r['kills']} times a run that saves at every step was killed with SIGKILL at a random moment,"
             f" {r['kills_while_writing']} times while it wrote a file: {r['unreadable_files']} unreadable files,"
             f" {r['failed_resumes']} failed resumes, and of {r['finished_runs']} runs that were resumed to their end,"
-            f" {r['diverged_runs']} with other losses or weights than the undisturbed run, to the bit. {source([r])}")
+            f" {r['diverged_runs']} with other losses or weights than the undisturbed run, to the bit. {source([r])}"
+            f"\n\n{crashes()}\n\n{damaged()}")
+
+
+def crashes() -> str:
+    """What an outside tester found."""
+    rows = record.read("chaos")
+    lines = ["| processes | crashed | points | passed | does not resume | other weights | lost work |",
+             "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        lost = r["LOST_WORK"] + r["older_step"]
+        lines.append(f"| {r['ranks']} | {', '.join(r['modes'])} | {r['points']} | {r['PASS']} | {r['HARD_FAIL']} |"
+                     f" {r['SILENT_DIVERGENCE'] + r['other_files']} | {lost} |")
+    tool = f"[ckpt-chaos](https://pypi.org/project/ckpt-chaos/) {rows[0]['ckpt_chaos']}"
+    return (f"{tool}, a tester by others, crashes a run at every change of a file and resumes it (`bench/chaos.py`;"
+            " before: just before the change; torn: with half of the file written; term: SIGTERM; unsynced: all is lost"
+            " that was not flushed):\n\n" + "\n".join(lines) + f"\n\n{source(rows)}")
+
+
+def damaged() -> str:
+    """What damaged files did."""
+    runs, files = record.read("fuzz")
+    return (f"{runs['cases']} runs with a damaged or hostile file, of models, checkpoints, corpora and logs"
+            f" (`bench/fuzz.py`): {runs['refused']} ended with one line, {runs['same_results']} had the results of the"
+            f" undamaged file, in {runs['another_good_file']} the damage had made another good corpus, and"
+            f" {runs['wrong']} crashed, hung, ran code, wrote elsewhere or took memory beyond twice the file and"
+            f" {runs['spare_mb']} MB. {files['flips']} checkpoints with a flipped bit and {files['cuts']} that were cut:"
+            f" {files['refused']} refused, {files['same_values']} loaded with the same values, {files['other_values']}"
+            f" with others. {source([runs])}")
 
 
 def curve() -> str:

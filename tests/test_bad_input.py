@@ -5,6 +5,7 @@ file that was there is changed. A row of a table is: what is wrong, the options 
 import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,10 @@ def write_models(good):
     torch.save({"weight": torch.zeros(2)}, "other.pth")
     torch.save(random_tensors(n_embd=128), "wide.pth")
     torch.save(random_tensors(seed=9), "another.pth")
+    model("float8", **{key: lambda t: t.to(torch.float8_e4m3fn)})
+    model("meta", **{key: lambda t: t.to("meta")})
+    model("repeated", emb_weight=lambda t: torch.zeros(1, 1).expand(2**30, 64))
+    write_zips()
     Path("code.pkl").write_bytes(pickle.dumps(Code()))
     Path("empty.pth").touch()
     Path("text.pth").write_text("hello\n")
@@ -96,6 +102,17 @@ def write_models(good):
     Path("flipped.pth").write_bytes(data[: at + 999] + bytes([data[at + 999] ^ 4]) + data[at + 1000:])
     method = data.rindex(b"PK\1\2") + 10  # in the zip's directory: "stored" becomes "deflated"
     Path("flipped-method.pth").write_bytes(data[:method] + bytes([data[method] ^ 8]) + data[method + 1:])
+
+
+def write_zips():
+    """The good model, zipped in another way or with another pickle in it; the checksums are right."""
+    for name, method, pickled in (("compressed", zipfile.ZIP_DEFLATED, None),
+                                  ("hungry", zipfile.ZIP_STORED, b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + bytes(4)
+                                   + b"\x10\x85R."),
+                                  ("brackets", zipfile.ZIP_STORED, b"\x80\x02" + b"(" * 100_000 + b".")):
+        with zipfile.ZipFile("m.pth") as old, zipfile.ZipFile(f"{name}.pth", "w", method) as new:
+            for item in old.namelist():
+                new.writestr(item, pickled if pickled and item.endswith("data.pkl") else old.read(item))
 
 
 def write_corpora():
@@ -155,6 +172,7 @@ def write_arrays():
     data = Path("good.npy").read_bytes()
     Path("cut.npy").write_bytes(data[:-3])
     Path("cut-header.npy").write_bytes(data[:40])
+    Path("header.npy").write_bytes(data[:10] + b"(" * (len(data) - 22) + data[-12:])
     Path("text.npy").write_text("1 2 3")
     Path("empty.npy").touch()
     Path("odd.u16").write_bytes(data[-11:])
@@ -188,6 +206,12 @@ def write_shards():
     Path("empty.tar").touch()
 
 
+def describe_anew(file, tensors, **items):
+    about = json.loads(bytes(tensors[P.DESCRIPTION].tolist())) | items
+    text = torch.tensor([*json.dumps(about).encode()], dtype=torch.uint8)
+    torch.save({**tensors, P.DESCRIPTION: text}, file)
+
+
 def write_runs():
     """run: a finished one; and copies of it in which one file is not right."""
     assert P.main(shlex.split(f"{GOOD} --proj_dir run --epoch_steps 2 --save_steps 1")) == 0
@@ -199,6 +223,10 @@ def write_runs():
         "cut": lambda f: f.write_bytes(resume[: len(resume) // 2]),
         "flipped": lambda f: f.write_bytes(resume.replace(b"PK\3\4", b"PK\3\5", 3)),
         "model": lambda f: shutil.copy("m.pth", f),
+        "step": lambda f: describe_anew(f, tensors, step="1"),
+        "text": lambda f: describe_anew(f, tensors, dtype="float4"),
+        "nan": lambda f: torch.save({**tensors, "v": tensors["v"] * torch.nan}, f),
+        "short": lambda f: torch.save({**tensors, "v": tensors["v"][:5]}, f),
         "no-m": lambda f: torch.save({k: t for k, t in tensors.items() if k != "m"}, f),
         "init": lambda f: shutil.copy("run-seed/init_pissa.pth", f.with_name("init_pissa.pth")),
         "no-init": lambda f: f.with_name("init_pissa.pth").unlink(),
@@ -270,6 +298,12 @@ MODEL = [  # (what is wrong, options, words in the line)
     ("a bit flipped", "--load_model flipped.pth", "flipped.pth|checksum"),
     ("a bit flipped in the zip's directory", "--load_model flipped-method.pth", "flipped-method.pth"),
     ("code in a zip", "--load_model code.pth", "code.pth|none of it was run"),
+    ("compressed, so that it cannot be mapped", "--load_model compressed.pth", "compressed.pth|compressed"),
+    ("a pickle that asks for 64 GB", "--load_model hungry.pth", "hungry.pth|none of it was run"),
+    ("a pickle of 100,000 brackets", "--load_model brackets.pth", "brackets.pth|cannot be read"),
+    ("numbers of 8 bits", "--load_model float8.pth", "float8.pth|blocks.1.att.key.weight|float8_e4m3fn"),
+    ("a tensor without numbers", "--load_model meta.pth", "meta.pth|blocks.1.att.key.weight"),
+    ("one number a billion times", "--load_model repeated.pth", "repeated.pth|emb.weight"),
     ("code in a plain pickle", "--load_model code.pkl", "code.pkl|plain pickle"),
     ("format of torch before 1.6", "--load_model old.pth", "old.pth|torch before 1.6"),
     ("wrapped in a dict", "--load_model wrapped.pth", "wrapped.pth|state_dict"),
@@ -402,6 +436,7 @@ DATA = [
     ("a .npz", "--data_file zipped.npy", "zipped.npy|no .npy of tokens"),
     ("npy cut", "--data_file cut.npy", "cut.npy|damaged"),
     ("npy cut in its header", "--data_file cut-header.npy", "cut-header.npy|damaged"),
+    ("npy with a header that does not end", "--data_file header.npy", "header.npy|damaged"),
     ("text as npy", "--data_file text.npy", "text.npy|no .npy of tokens"),
     ("empty npy", "--data_file empty.npy", "empty.npy|no .npy of tokens"),
     ("no such npy", "--data_file nope.npy", "nope.npy|No such file"),
@@ -478,6 +513,10 @@ RESULTS = [
     ("resume.pth cut", "--proj_dir run-cut --resume", "run-cut/resume.pth|truncated"),
     ("resume.pth damaged", "--proj_dir run-flipped --resume", "run-flipped/resume.pth"),
     ("resume.pth is a model", "--proj_dir run-model --resume", "run-model/resume.pth"),
+    ("resume.pth with a step that is no number", "--proj_dir run-step --resume", "run-step/resume.pth|step '1'"),
+    ("resume.pth with a dtype that is none", "--proj_dir run-text --resume", "run-text/resume.pth|dtype 'float4'"),
+    ("resume.pth with NaN", "--proj_dir run-nan --resume", "run-nan/resume.pth|v holds NaN"),
+    ("resume.pth with half a moment", "--proj_dir run-short --resume", "run-short/resume.pth|not what this program"),
     ("resume.pth lacks a moment", "--proj_dir run-no-m --resume", "run-no-m/resume.pth|m"),
     ("epoch 2 after nothing", "--epoch_begin 2", "out/|.pth: no such file"),
     ("epoch 3 after epoch 0", "--proj_dir run --epoch_begin 3", "run/rwkv-2.pth|no such file|rwkv-0.pth"),
