@@ -85,7 +85,7 @@ import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -1885,6 +1885,14 @@ class Corpus:
         a, b = self.starts[first], self.starts[last]
         return Corpus(self.tokens[a:b], self.starts[first: last + 1] - a)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names it by its contents, whatever file they came from: all tokens, or of many millions every k-th."""
+        digest = hashlib.sha256()
+        for x in (self.tokens, self.starts):
+            digest.update(b"%d" % len(x) + x[:: 1 + len(x) // 2**22].astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
 
 def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Corpus:
     """Each text becomes a document: its tokens and the 0 that ends it."""
@@ -2911,11 +2919,31 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     try:
         store, rank, size = next(rendezvous("env://", timeout=patience))
         store.set_timeout(patience)
-        dist.init_process_group("nccl" if accelerator == "cuda" else "gloo", store=store, rank=rank, world_size=size,
-                                timeout=patience)
+        ranks = Ranks(rank, size, accelerator, agreed(store, rank, size, cfg.dist_timeout))
     except (RuntimeError, ValueError) as e:
         raise Fatal(f"the processes did not find each other: {first_line(e)}") from None
-    return Ranks(rank, size, accelerator, store)
+    ranks.call(partial(dist.init_process_group, "nccl" if accelerator == "cuda" else "gloo", store=ranks.store,
+                       rank=rank, world_size=size, timeout=patience))
+    return ranks
+
+
+def agreed(store: dist.Store, rank: int, size: int, patience: float) -> dist.Store:
+    """The part of a store that belongs to these processes alone. torchrun's lives on when it restarts them, with all
+    that was in it: each says a word that nobody said before, and rank 0 answers it with the word before all names."""
+    word, deadline = os.urandom(8).hex(), time.monotonic() + patience
+    if rank > 0:
+        store.set(f"rank {rank}", word)
+        word = store.get(word).decode()
+        store.set(f"{word} has {rank}", "")
+    missing = set(range(1, size)) if rank == 0 else set()
+    while missing:
+        for other in [r for r in missing if store.check([f"rank {r}"])]:
+            store.set(store.get(f"rank {other}").decode(), word)
+        missing = {r for r in missing if not store.check([f"{word} has {r}"])}
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {some(map(str, missing))} did not come within {patience:g} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(word, store)
 
 
 def launch(cfg: Config, argv: list[str]) -> int:
@@ -3167,9 +3195,9 @@ def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any])
     if "config" not in old or not {*run.optimiser.state(), "rng"} <= saved.keys():
         raise Fatal(f"{path}: not what this program writes for --resume")
     compare(path, old, run.about | {"trained": run.optimiser.layout()})
-    changed = [f"{k} {old['config'][k]} -> {v}" for k, v in config_of(run.cfg).items() if old["config"].get(k) != v]
+    changed = [f"{k} {old['config'][k]} -> {v}" for k, v in config_of(run).items() if old["config"].get(k, v) != v]
     if changed:
-        say(f"resuming with changed options: {', '.join(changed)}")
+        say(f"resuming with changes: {', '.join(changed)}")
     run.optimiser.load(saved)
     for item in ("step", "epoch_loss", "epoch_good", "loss_scale"):
         setattr(run, item, old[item])
@@ -3186,9 +3214,10 @@ def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any])
         finish_epoch(run, run.step // run.epoch_steps - 1)            # it may have been killed before that was done
 
 
-def config_of(cfg: Config) -> dict[str, Any]:
-    """The options that a resumed run should share, as JSON gives them back."""
-    return json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("resume", "proj_dir", "wandb")}))
+def config_of(run: Run) -> dict[str, Any]:
+    """What a resumed run should share, as JSON gives it back: the options, and what the corpus holds."""
+    options = {k: v for k, v in asdict(run.cfg).items() if k not in ("resume", "proj_dir", "wandb")}
+    return json.loads(json.dumps(options)) | {"corpus": run.loader.corpus.fingerprint}
 
 
 def save_resume(run: Run) -> None:
@@ -3200,7 +3229,7 @@ def save_resume(run: Run) -> None:
     if run.ranks.rank == 0:
         save(run.folder / "resume.pth", state, run.about | {
             "step": run.step, "epoch_loss": run.epoch_loss, "epoch_good": run.epoch_good, "rows": run.rows,
-            "loss_scale": run.loss_scale, "config": config_of(run.cfg), "trained": run.optimiser.layout()},
+            "loss_scale": run.loss_scale, "config": config_of(run), "trained": run.optimiser.layout()},
             keep=run.cfg.keep)
 
 
