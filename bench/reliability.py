@@ -8,15 +8,16 @@ is left); .pth files that could not be read after a kill; resumed runs that fail
 differ in one bit from the undisturbed run's. A kill ends a whole process; these are forked from a server that has torch
 imported already, so that one kill costs about a second.
 
-With --rank_kills a random rank of a run on 2 or 3 is killed. Of every four runs two have torchrun's own agent above them
-(its processes forked from the same server), which restarts all ranks; they have to end like the undisturbed run on as
-many ranks, in every bit. In the other two the ranks are alone: the survivors have to find out by themselves and name the
+With --rank_kills a random rank of a run on 2 or 3 is killed. Half of the runs have torchrun's own agent above them (its
+processes forked from the same server), which restarts all ranks; they have to end like the undisturbed run on as many
+ranks, in every bit. In the other half the ranks are alone: the survivors have to find out by themselves and name the
 rank; then the run is resumed on another number of ranks with as many rows a step, and its losses are compared. What is
 counted besides: the longest time in which survivors ended, and the largest difference of a loss.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +83,30 @@ def start_ranks(argv: list[str], size: int, log: Path) -> list[multiprocessing.P
     return [start(argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(size)]
 
 
-def torchrun(argv: list[str], size: int, log: Path, restarts: int) -> None:
-    """The same under torchrun's agent. Raises ChildFailedError if it gives up."""
-    server()
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(1, 1, size, run_id=log.stem, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
-                          max_restarts=restarts, start_method="forkserver")
-    elastic_launch(config, work)(list(map(str, argv)), log, {})
+class Agent(threading.Thread):
+    """torchrun's own agent, which starts the same on `size` ranks, watches and restarts them, in a thread."""
+
+    def __init__(self, argv: list[str], size: int, log: Path, restarts: int = 1):
+        super().__init__()
+        server()
+        for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):         # they say who was killed
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        config = LaunchConfig(1, 1, size, run_id=log.stem, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+                              max_restarts=restarts, start_method="forkserver")
+        self.job = lambda: elastic_launch(config, work)(list(map(str, argv)), log, {})
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.job()
+        except Exception as error:     # ChildFailedError, or whatever the agent meets
+            self.error = error
+
+    def failed(self) -> bool:
+        """Waits for its end."""
+        self.join()
+        return self.error is not None
 
 
 def results(folder: Path) -> dict[str, object]:
@@ -156,8 +175,10 @@ def small_run(folder: Path) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------- several processes
 
-RANK_COUNTS = ("kills", "under_torchrun", "hung_ranks", "unnamed_ranks", "failed_resumes", "diverged_runs")
-NAMES = r"rank %d (stopped|did not come)|did not find each other.*rank %d\b"
+RANK_COUNTS = ("kills", "under_torchrun", "hung_ranks", "unnamed_ranks", "failed_resumes", "diverged_runs",
+               "others_ended_within_s", "loss_off_on_another_size")
+LARGEST = RANK_COUNTS[-2:]
+NAMES = r"rank (\d+, )*%d(, \d+)* (stopped|did not come)"            # (more than one, if others are late to answer)
 ROWS = 6                                                              # of an optimiser step, whoever makes them
 
 
@@ -199,67 +220,60 @@ def kill_one(pids: list[int], after: float, draw: random.Random) -> tuple[int, f
     return rank, time.monotonic() - began
 
 
-def torture_ranks(argv: list[str], folder: Path, kills: int, seed: int = 0) -> dict[str, float]:
-    """Kills a rank in each of so many runs of argv, lets them go on, and counts."""
-    draw, count, wanted, duration = random.Random(seed), dict.fromkeys(RANK_COUNTS, 0), {}, {}
-    worst, longest, number = 0.0, 0.0, 0
-    for size in (2, 3):
-        for name in (f"first-{size}", f"undisturbed-{size}"):         # (the first one's time is mostly importing)
-            began = time.perf_counter()
-            torchrun(on_ranks(argv, size, folder / name), size, folder / f"{name}.log", 0)
-        duration[size], wanted[size] = time.perf_counter() - began, folder / name
-    bar = tqdm(total=kills, desc="kills", disable=None)
-    while count["kills"] < kills:
-        number += 1
-        size, watched = 2 + number % 2, number // 2 % 2
-        run, log = folder / f"run-{number}", folder / f"run-{number}.log"
-        command = on_ranks(argv, size, run)
-        if watched:
-            agent = Agent(command, size, log)
-            agent.start()
-        else:
-            ranks = start_ranks(command, size, log)
-        rank, seconds = kill_one(pids_of(log, size), draw.uniform(0, 0.8 * duration[size]), draw)
-        if watched:
-            agent.join()
-            failed = agent.error is not None
-        else:
-            for process in ranks:
-                process.kill()                                        # (those that hang; they are counted)
-                process.join()
-            other = draw.choice([n for n in (1, 2, 3) if n != size])
-            again = start_ranks(on_ranks(argv, other, run), other, log)
-            for process in again:
-                process.join()
-            failed = any(process.exitcode for process in again)
-        if rank < 0:
-            continue
-        count["kills"] += 1
-        count["under_torchrun"] += watched
-        longest = max(longest, seconds)
-        count["hung_ranks"] += seconds >= 60
-        count["unnamed_ranks"] += not watched and not re.search(NAMES % ((rank,) * 2), log.read_text())
-        count["failed_resumes"] += failed
-        if watched and not failed:
-            count["diverged_runs"] += results(run) != results(wanted[size])
-        elif not failed:
-            worst = max(worst, *(abs(a - b) for a, b in zip(losses(run), losses(wanted[size]), strict=True)))
-        bar.update()
-    return count | {"others_ended_within_s": round(longest, 1), "loss_off_on_another_size": worst}
+def kill_and_go_on(argv: list[str], size: int, watched: bool, folder: Path, whole: dict[int, tuple[Path, float]],
+                   draw: random.Random) -> dict[str, float]:
+    """One run on `size` ranks of which one is killed, watched by torchrun's agent or not, and what became of it."""
+    (wanted, duration), log = whole[size], folder.with_suffix(".log")
+    other = draw.choice([n for n in (1, 2, 3) if n != size])
+    agent = Agent(on_ranks(argv, size, folder), size, log) if watched else None
+    ranks = [] if watched else start_ranks(on_ranks(argv, size, folder), size, log)
+    rank, seconds = kill_one(pids_of(log, size), draw.uniform(0, 0.8 * duration), draw)
+    for process in ranks:
+        process.kill()                                                # (a rank that hangs; it is counted)
+        process.join()
+    if rank < 0:                                                      # too late
+        return dict.fromkeys(RANK_COUNTS, 0)
+    if watched:
+        failed = agent.failed()
+    else:
+        named = re.search(NAMES % rank, log.read_text())
+        again = start_ranks(on_ranks(argv, other, folder), other, log)
+        failed = any([process.join() or process.exitcode for process in again])
+    count = dict(kills=1, under_torchrun=watched, hung_ranks=seconds >= 60, unnamed_ranks=not (watched or named),
+                 failed_resumes=failed, others_ended_within_s=seconds, diverged_runs=0, loss_off_on_another_size=0.0)
+    if watched and not failed:
+        count["diverged_runs"] = results(folder) != results(wanted)
+    elif not failed:
+        count["loss_off_on_another_size"] = max(
+            abs(a - b) for a, b in zip(losses(folder), losses(wanted), strict=True))
+    if failed or count["diverged_runs"] or count["unnamed_ranks"]:
+        tqdm.write(f"rank {rank} of {size}, watched {watched}: {log.read_text()}")
+    return count
 
 
-class Agent(threading.Thread):
-    """torchrun's agent beside what kills its ranks."""
+def torture_ranks(
+    argv: list[str], folder: Path, kills: int, seed: int = 0, sizes: tuple[int, ...] = (2, 3), at_once: int = 2
+) -> dict[str, float]:
+    """Kills a rank in each of so many runs of argv, `at_once` side by side, lets them go on, and counts."""
+    total, whole, argv = dict.fromkeys(RANK_COUNTS, 0), {}, [*argv, "--dist_timeout", 30]
+    Agent(on_ranks(argv, 1, folder / "first"), 1, folder / "first.log").failed()          # (its time is mostly imports)
+    for size in sizes:
+        run, began = folder / f"undisturbed-{size}", time.perf_counter()
+        if Agent(on_ranks(argv, size, run), size, run.with_suffix(".log")).failed():
+            raise SystemExit(run.with_suffix(".log").read_text())
+        whole[size] = run, time.perf_counter() - began
 
-    def __init__(self, argv: list[str], size: int, log: Path):
-        super().__init__()
-        self.work, self.error = lambda: torchrun(argv, size, log, restarts=1), None
+    def one(number: int) -> dict[str, float]:
+        size, watched = sizes[number % len(sizes)], number // len(sizes) % 2 == 0
+        return kill_and_go_on(argv, size, watched, folder / f"run-{number}", whole, random.Random(f"{seed} {number}"))
 
-    def run(self) -> None:
-        try:
-            self.work()
-        except Exception as error:     # ChildFailedError, or whatever the agent meets
-            self.error = error
+    numbers = itertools.count()
+    with ThreadPoolExecutor(at_once) as pool, tqdm(total=kills, desc="kills", disable=None) as bar:
+        while total["kills"] < kills:
+            for count in pool.map(one, itertools.islice(numbers, kills - total["kills"])):
+                bar.update(count["kills"])
+                total = {name: max(n, count[name]) if name in LARGEST else n + count[name] for name, n in total.items()}
+    return total
 
 
 def main() -> None:
