@@ -2921,7 +2921,8 @@ def join(cfg: Config, accelerator: str) -> Ranks:
         store.set_timeout(patience)
         ranks = Ranks(rank, size, accelerator, agreed(store, rank, size, cfg.dist_timeout))
     except (RuntimeError, ValueError) as e:
-        raise Fatal(f"the processes did not find each other: {first_line(e)}") from None
+        first = "" if is_first() else "rank 0 did not come: "           # the others need nobody else for this
+        raise Fatal(f"the processes did not find each other: {first}{first_line(e)}") from None
     ranks.call(partial(dist.init_process_group, "nccl" if accelerator == "cuda" else "gloo", store=ranks.store,
                        rank=rank, world_size=size, timeout=patience))
     return ranks

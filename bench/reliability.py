@@ -178,7 +178,7 @@ def small_run(folder: Path) -> list[str]:
 RANK_COUNTS = ("kills", "under_torchrun", "hung_ranks", "unnamed_ranks", "failed_resumes", "diverged_runs",
                "others_ended_within_s", "loss_off_on_another_size")
 LARGEST = RANK_COUNTS[-2:]
-NAMES = r"rank (\d+, )*%d(, \d+)* (stopped|did not come)"            # (more than one, if others are late to answer)
+NAMES = r"rank (\d+, )*%d(, \d+)* (stopped|did not come|is lost)"    # (more than one, if others are late to answer)
 ROWS = 6                                                              # of an optimiser step, whoever makes them
 
 
