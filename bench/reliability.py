@@ -252,10 +252,10 @@ def kill_and_go_on(argv: list[str], size: int, watched: bool, folder: Path, whol
 
 
 def torture_ranks(
-    argv: list[str], folder: Path, kills: int, seed: int = 0, sizes: tuple[int, ...] = (2, 3), at_once: int = 2
+    argv: list[str], folder: Path, kills: int, seed: int = 0, sizes: tuple[int, ...] = (2, 3), at_once: int = 3
 ) -> dict[str, float]:
     """Kills a rank in each of so many runs of argv, `at_once` side by side, lets them go on, and counts."""
-    total, whole, argv = dict.fromkeys(RANK_COUNTS, 0), {}, [*argv, "--dist_timeout", 30]
+    total, whole, argv = dict.fromkeys(RANK_COUNTS, 0), {}, [*argv, "--dist_timeout", 15]
     Agent(on_ranks(argv, 1, folder / "first"), 1, folder / "first.log").failed()          # (its time is mostly imports)
     for size in sizes:
         run, began = folder / f"undisturbed-{size}", time.perf_counter()

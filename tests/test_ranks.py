@@ -236,7 +236,7 @@ def test_what_changed_between_runs_is_said(place, tmp_path, capsys):
 
 def agents(place, folder, options=""):
     """Two agents of torchrun on this machine, each with a rank, as they would run on two; the first is where all meet.
-    Each is a process group of its own."""
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -245,15 +245,16 @@ def agents(place, folder, options=""):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     argv = [P.__file__, *command(place, folder, 2, options)]
     logs = [open(folder.with_suffix(f".{node}.log"), "a") for node in range(2)]
-    return [subprocess.Popen([*torchrun, "--rdzv_conf", f"is_host={node == 0}", *argv], env=env, stdout=log, stderr=log,
-                             start_new_session=True) for node, log in enumerate(logs)]
+    return [subprocess.Popen([*torchrun, "--rdzv_conf", f"is_host={node == 0}", *argv], env=env, stdout=log, stderr=log)
+            for node, log in enumerate(logs)]
 
 
 def test_two_nodes_and_a_cut_link(alone, place, tmp_path):
     out = tmp_path / "out"
     kept, cut = agents(place, out, "--save_steps 1 --epoch_save 1000 --epoch_count 100")
     wait_for(lambda: (out / "loss_data.jsonl").exists() and len(rows(out)) > 3)
-    os.killpg(cut.pid, signal.SIGKILL)
+    for pid in (cut.pid, *Path(f"/proc/{cut.pid}/task/{cut.pid}/children").read_text().split()):
+        os.kill(int(pid), signal.SIGKILL)                             # a whole machine
     assert kept.wait(60) != 0 and cut.wait(10) != 0
     log = out.with_suffix(".0.log").read_text()
     lost = 1 if "epoch 0" in log else 0                               # (rank 0 may be on either; it alone speaks)
@@ -261,7 +262,6 @@ def test_two_nodes_and_a_cut_link(alone, place, tmp_path):
     done = max(row["step"] for row in rows(out)) // 2 + 2             # epochs
     again = agents(place, out, f"--epoch_save 1000 --epoch_count {done} --resume")
     assert [process.wait(100) for process in again] == [0, 0]
-    assert len(curve(out)) >= 7 * 2
     assert curve(out)[:7 * 3] == pytest.approx(curve(alone["plain"])[:len(curve(out))], rel=1e-5)
 
 
@@ -321,5 +321,4 @@ def test_a_rank_takes_no_more_private_memory_than_its_tensors_and_the_work_on_a_
         for process in ranks:
             process.start()
         for grown, held in [found.get(timeout=100) for _ in ranks]:
-            print(size, grown / 1e6, held / 1e6)
-            assert held > 7e7 and grown < held + 4 * matrix
+            assert held > 7e7 and grown < held + 2 * matrix
