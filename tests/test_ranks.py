@@ -3,6 +3,7 @@
 Oracles: the run on one rank, and the run that nobody disturbed.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -47,7 +48,8 @@ def command(place, folder, size=1, options=""):
 def on(place, folder, size, options="", status=0):
     """A run on `size` ranks, each a process. Returns what they say."""
     log = folder.with_suffix(".log")
-    ended = [p.join(100) or p.exitcode for p in reliability.start_ranks(command(place, folder, size, options), size, log)]
+    processes = reliability.start_ranks(command(place, folder, size, options), size, log)
+    ended = [process.join(100) or process.exitcode for process in processes]
     assert ended == [status] * size, log.read_text()
     return log.read_text()
 
@@ -272,13 +274,12 @@ def loading(argv, env, found):
     """A rank that loads: what its private memory grew by at most, and what it holds in the end, in bytes."""
     os.environ.update(env)
     torch.set_num_threads(1)
-    torch.linalg.qr(torch.randn(600, 64) @ torch.randn(64, 64))       # what libraries take for themselves
-    torch.linalg.svd(torch.randn(64, 600))
+    ctypes.CDLL(None).mallopt(-3, 2**16)                              # M_MMAP_THRESHOLD: what is freed is given back
     sampler = Sampler()
     run = P.build(P.parse(argv))
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in
-            [*run.model.parameters(), *run.model.buffers(), *vars(run.optimiser).values()] if isinstance(t, torch.Tensor)}
-    found.put((sampler.growth(), sum(held.values())))
+    tensors = [*run.model.parameters(), *run.model.buffers(), *vars(run.optimiser).values()]
+    storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
+    found.put((sampler.growth(), sum({s.data_ptr(): s.nbytes() for s in storages}.values())))
 
 
 class Sampler(reliability.threading.Thread):
@@ -321,4 +322,4 @@ def test_a_rank_takes_no_more_private_memory_than_its_tensors_and_the_work_on_a_
         for process in ranks:
             process.start()
         for grown, held in [found.get(timeout=100) for _ in ranks]:
-            assert held > 7e7 and grown < held + 2 * matrix
+            assert held > 7e7 and grown < held + 3 * matrix
