@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def kill_and_go_on(argv: list[str], size: int, watched: bool, folder: Path, whol
     else:
         named = re.search(NAMES % rank, log.read_text())
         again = start_ranks(on_ranks(argv, other, folder), other, log)
-        failed = any([process.join() or process.exitcode for process in again])
+        failed = any([process.join() or process.exitcode for process in again])           # (of a list: all are waited for)
     count = dict(kills=1, under_torchrun=watched, hung_ranks=seconds >= 60, unnamed_ranks=not (watched or named),
                  failed_resumes=failed, others_ended_within_s=seconds, diverged_runs=0, loss_off_on_another_size=0.0)
     if watched and not failed:
@@ -263,14 +263,16 @@ def torture_ranks(
             raise SystemExit(run.with_suffix(".log").read_text())
         whole[size] = run, time.perf_counter() - began
 
-    def one(number: int) -> dict[str, float]:
-        size, watched = sizes[number % len(sizes)], number // len(sizes) % 2 == 0
-        return kill_and_go_on(argv, size, watched, folder / f"run-{number}", whole, random.Random(f"{seed} {number}"))
+    def one(number: int) -> Future:
+        size, watched, draw = sizes[number % len(sizes)], number // len(sizes) % 2 == 0, random.Random(f"{seed} {number}")
+        return pool.submit(kill_and_go_on, argv, size, watched, folder / f"run-{number}", whole, draw)
 
-    numbers = itertools.count()
-    with ThreadPoolExecutor(at_once) as pool, tqdm(total=kills, desc="kills", disable=None) as bar:
+    # (In threads of one process they would read each other's children's exit statuses.)
+    numbers, pool = itertools.count(), ProcessPoolExecutor(at_once, multiprocessing.get_context("forkserver"))
+    with pool, tqdm(total=kills, desc="kills", disable=None) as bar:
         while total["kills"] < kills:
-            for count in pool.map(one, itertools.islice(numbers, kills - total["kills"])):
+            futures = [one(number) for number in itertools.islice(numbers, kills - total["kills"])]
+            for count in (future.result() for future in futures):
                 bar.update(count["kills"])
                 total = {name: max(n, count[name]) if name in LARGEST else n + count[name] for name, n in total.items()}
     return total

@@ -151,7 +151,7 @@ def test_a_rank_that_hangs_is_named(place, tmp_path):
 
 def test_a_rank_killed_at_a_random_moment(tmp_path):
     """As `bench/reliability.py --rank_kills`, which kills more often: two under torchrun's agent, one alone."""
-    count = reliability.torture_ranks(reliability.small_run(tmp_path), tmp_path, kills=3, seed=2, at_once=3)
+    count = reliability.torture_ranks(reliability.small_run(tmp_path), tmp_path, kills=3, seed=2, sizes=(2,))
     assert count["kills"] == 3 and 0 < count["under_torchrun"] < 3
     assert not any(count[name] for name in ("hung_ranks", "unnamed_ranks", "failed_resumes", "diverged_runs")), count
     assert count["others_ended_within_s"] < 60 and count["loss_off_on_another_size"] < 1e-5
