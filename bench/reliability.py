@@ -75,11 +75,20 @@ def start(argv: list[str], log: Path, **env: str) -> multiprocessing.Process:
     return process
 
 
-def start_ranks(argv: list[str], size: int, log: Path) -> list[multiprocessing.Process]:
-    """The same on `size` ranks, which nobody watches."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(size))
+        return s.getsockname()[1]
+
+
+def meeting_place(size: int) -> dict[str, str]:
+    """What ranks on this machine read in their environment to find each other."""
+    return dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(size))
+
+
+def start_ranks(argv: list[str], size: int, log: Path) -> list[multiprocessing.Process]:
+    """The same on `size` ranks, which nobody watches."""
+    place = meeting_place(size)
     return [start(argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(size)]
 
 
@@ -238,7 +247,7 @@ def kill_and_go_on(argv: list[str], size: int, watched: bool, folder: Path, whol
     else:
         named = re.search(NAMES % rank, log.read_text())
         again = start_ranks(on_ranks(argv, other, folder), other, log)
-        failed = any([process.join() or process.exitcode for process in again])           # (of a list: all are waited for)
+        failed = any([process.join() or process.exitcode for process in again])           # (a list: all are waited for)
     count = dict(kills=1, under_torchrun=watched, hung_ranks=seconds >= 60, unnamed_ranks=not (watched or named),
                  failed_resumes=failed, others_ended_within_s=seconds, diverged_runs=0, loss_off_on_another_size=0.0)
     if watched and not failed:
@@ -264,7 +273,8 @@ def torture_ranks(
         whole[size] = run, time.perf_counter() - began
 
     def one(number: int) -> Future:
-        size, watched, draw = sizes[number % len(sizes)], number // len(sizes) % 2 == 0, random.Random(f"{seed} {number}")
+        size, watched = sizes[number % len(sizes)], number // len(sizes) % 2 == 0
+        draw = random.Random(f"{seed} {number}")
         return pool.submit(kill_and_go_on, argv, size, watched, folder / f"run-{number}", whole, draw)
 
     # (In threads of one process they would read each other's children's exit statuses.)

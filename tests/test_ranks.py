@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -159,9 +158,7 @@ def test_a_rank_killed_at_a_random_moment(tmp_path):
 
 def test_the_store_of_a_restarted_job(tmp_path):
     """torchrun's store survives its ranks: what these left in it is not met again."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = reliability.free_port()
     server = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     words = set()
     for _ in range(3):
@@ -239,9 +236,7 @@ def test_what_changed_between_runs_is_said(place, tmp_path, capsys):
 def agents(place, folder, options=""):
     """Two agents of torchrun on this machine, each with a rank, as they would run on two; the first is where all meet.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = reliability.free_port()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
                 "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--max-restarts", "0"]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
@@ -312,10 +307,7 @@ def test_a_rank_takes_no_more_private_memory_than_its_tensors_and_the_work_on_a_
     (tmp_path / "data.jsonl").write_text('{"text": "User: Hi.\\n\\nAssistant: Hello."}\n' * 8)
     matrix = 4 * 2048 * 512
     for size in (1, 3):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(size))
-        found = reliability.server().Queue()
+        place, found = reliability.meeting_place(size), reliability.server().Queue()
         argv = command(tmp_path, tmp_path / f"out-{size}", size, "--rank 8")
         ranks = [reliability.server().Process(target=loading, args=(argv, place | {"RANK": str(r)}, found))
                  for r in range(size)]
