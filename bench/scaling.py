@@ -21,6 +21,7 @@ The share of c in t is the efficiency.
 """
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import os
@@ -115,10 +116,10 @@ def compute_time(parameters: float, tokens: int, full: bool) -> float:
 
 OPERATIONS, SHARE = 989e12, 0.4                                       # of an H100 in bf16; what of it a run reaches
 TOKENS = 4 * 1024                                                     # of a rank's step
-LINKS = {"NVLink": (450e9, 3e-6), "400 Gbit/s a GPU": (50e9, 1e-5), "25 Gbit/s a GPU": (3.125e9, 2e-5),
-         "1 Gbit/s a GPU": (0.125e9, 5e-5)}                           # bytes/s, seconds a message
-RANKS = {"NVLink": (8,), "400 Gbit/s a GPU": (8, 64, 1024), "25 Gbit/s a GPU": (8, 64, 1024),
-         "1 Gbit/s a GPU": (8, 64, 1024)}
+LINKS = {"NVLink": (450e9, 3e-6, (8,)), "400 Gbit/s": (50e9, 1e-5, (8, 16, 32, 64, 128, 256, 512, 1024)),
+         "25 Gbit/s": (3.125e9, 2e-5, (8, 16, 32, 64, 128, 256, 512, 1024)),
+         "1 Gbit/s": (0.125e9, 5e-5, (8, 16, 32, 64, 128, 256, 512, 1024))}  # a GPU's bytes/s, seconds a message, ranks
+MODELS = ("RWKV7-0.4B", "RWKV7-1.5B", "RWKV7-7.2B", "RWKV7-13.3B")
 
 
 def adapter_numbers(name: str, rank: int = 32) -> int:
@@ -129,19 +130,15 @@ def adapter_numbers(name: str, rank: int = 32) -> int:
 
 
 def modelled() -> Iterator[dict]:
-    for name, model in vram.MODELS.items():
-        if model.version != "x070":
-            continue
-        for full in (False, True):
-            numbers = model.parameters if full else adapter_numbers(name)
-            compute = compute_time(model.parameters, TOKENS, full)
-            for link, (bandwidth, delay) in LINKS.items():
-                for ranks in RANKS[link]:
-                    for stage in STAGES:
-                        t = step_time(numbers, ranks, stage, compute, bandwidth, delay)
-                        yield dict(kind="modelled", model=name, full=full, numbers=numbers, link=link, ranks=ranks,
-                                   stage=stage, compute=compute, seconds=t, efficiency=compute / t,
-                                   sent=sent(numbers, ranks, stage), held=held(numbers, ranks, stage))
+    for name, full, stage in itertools.product(MODELS, (False, True), STAGES):
+        numbers = vram.MODELS[name].parameters if full else adapter_numbers(name)
+        what = dict(model=name, full=full, stage=stage, numbers=numbers)
+        yield dict(kind="bytes", **what, ranks=[8, 64, 1024], held=[held(numbers, W, stage) for W in (8, 64, 1024)],
+                   sent=[sent(numbers, W, stage) for W in (8, 64, 1024)])
+        compute = compute_time(vram.MODELS[name].parameters, TOKENS, full)
+        for link, (bandwidth, delay, ranks) in LINKS.items():
+            yield dict(kind="modelled", **what, link=link, compute=compute, ranks=ranks,
+                       seconds=[step_time(numbers, W, stage, compute, bandwidth, delay) for W in ranks])
 
 
 def main() -> None:
