@@ -2921,7 +2921,7 @@ def join(cfg: Config, accelerator: str) -> Ranks:
         store.set_timeout(patience)
         ranks = Ranks(rank, size, accelerator, agreed(store, rank, size, cfg.dist_timeout))
     except (RuntimeError, ValueError) as e:
-        first = "" if is_first() else "rank 0 did not come: "           # the others need nobody else for this
+        first = "" if is_first() else "rank 0 did not answer: "         # the others need nobody else for this
         raise Fatal(f"the processes did not find each other: {first}{first_line(e)}") from None
     ranks.call(partial(dist.init_process_group, "nccl" if accelerator == "cuda" else "gloo", store=ranks.store,
                        rank=rank, world_size=size, timeout=patience))
@@ -3117,6 +3117,9 @@ def build(cfg: Config) -> Run | None:
         model = model.to_empty(device="cpu").initialise().to(device, dtype)
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     saved, resumed, old = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
+    found = old.get("step", -1)
+    if ranks.totals(found) != [found * ranks.size]:
+        raise Fatal(f"--resume: not all ranks find the same in --proj_dir {folder}; it must lie on a disk that all see")
     about_adapters, exact = adapt(model, cfg, loader, about, bool(resumed), ranks)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])

@@ -236,10 +236,11 @@ def reliability() -> str:
 def rank_kills() -> str:
     r = record.read("rank_kills")[-1]
     return (f"{r['kills']} times one of 2 or 3 ranks was killed with SIGKILL at a random moment; the others ended"
-            f" within {r['others_ended_within_s']:.0f} s. {r['under_torchrun']} times torchrun's agent restarted all, and"
+            f" within {r['others_ended_within_s']:.0f} s. {r['under_torchrun']} times torchrun's agent restarted all;"
             f" {r['diverged_runs']} of these runs ended with other losses or files than the undisturbed one, to the"
-            f" bit. {r['kills'] - r['under_torchrun']} times the ranks were alone: {r['unnamed_ranks']} times they did"
-            " not name the lost one, and after going on with another number of ranks losses differed by"
+            f" bit. {r['kills'] - r['under_torchrun']} times the ranks were alone, {r['before_they_met']} times before"
+            f" they had met; else they named the lost one all but {r['unnamed_ranks']} times, and after going on with"
+            " another number of ranks losses differed by"
             f" {r['loss_off_on_another_size']:.0e} at most. {r['failed_resumes']} restarts failed. {source([r])}")
 
 
@@ -259,7 +260,7 @@ def sharing() -> str:
 def ranks() -> str:
     """Several ranks on this machine."""
     rows = [r for r in record.read("scaling") if r["kind"] == "measured"]
-    lines = ["| ranks | `--strategy` | seconds a step | tokens a second | held, MB | sent, MB | in a ring, MB |",
+    lines = ["| ranks | `--strategy` | seconds of a step | tokens a second | held, MB | sent, MB | in a ring, MB |",
              "|---" * 7 + "|"]
     for r in rows:
         name = f"`{scaling.STAGES[r['stage']]}`" if r["ranks"] > 1 else ""

@@ -184,10 +184,10 @@ def small_run(folder: Path) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------- several processes
 
-RANK_COUNTS = ("kills", "under_torchrun", "hung_ranks", "unnamed_ranks", "failed_resumes", "diverged_runs",
-               "others_ended_within_s", "loss_off_on_another_size")
+RANK_COUNTS = ("kills", "under_torchrun", "before_they_met", "hung_ranks", "unnamed_ranks", "failed_resumes",
+               "diverged_runs", "others_ended_within_s", "loss_off_on_another_size")
 LARGEST = RANK_COUNTS[-2:]
-NAMES = r"rank (\d+, )*%d(, \d+)* (stopped|did not come|is lost)"    # (more than one, if others are late to answer)
+NAMES = r"rank (\d+, )*%d(, \d+)* (stopped|is lost)"                 # (more than one, if others are late to answer)
 ROWS = 6                                                              # of an optimiser step, whoever makes them
 
 
@@ -240,16 +240,16 @@ def kill_and_go_on(argv: list[str], size: int, watched: bool, folder: Path, whol
     for process in ranks:
         process.kill()                                                # (a rank that hangs; it is counted)
         process.join()
+    failed, said = watched and agent.failed(), log.read_text()
     if rank < 0:                                                      # too late
         return dict.fromkeys(RANK_COUNTS, 0)
-    if watched:
-        failed = agent.failed()
-    else:
-        named = re.search(NAMES % rank, log.read_text())
+    named, met = re.search(NAMES % rank, said), "did not find each other" not in said     # who never came has no name
+    if not watched:
         again = start_ranks(on_ranks(argv, other, folder), other, log)
         failed = any([process.join() or process.exitcode for process in again])           # (a list: all are waited for)
-    count = dict(kills=1, under_torchrun=watched, hung_ranks=seconds >= 60, unnamed_ranks=not (watched or named),
-                 failed_resumes=failed, others_ended_within_s=seconds, diverged_runs=0, loss_off_on_another_size=0.0)
+    count = dict(kills=1, under_torchrun=watched, hung_ranks=seconds >= 60, before_they_met=not met,
+                 unnamed_ranks=met and not (watched or named), failed_resumes=failed, others_ended_within_s=seconds,
+                 diverged_runs=0, loss_off_on_another_size=0.0)
     if watched and not failed:
         count["diverged_runs"] = results(folder) != results(wanted)
     elif not failed:

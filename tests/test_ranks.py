@@ -23,6 +23,8 @@ import pissa_rwkv as P
 sys.path.insert(0, str(Path(P.__file__).parent / "bench"))
 
 import reliability  # noqa: E402
+import scaling  # noqa: E402
+import vram  # noqa: E402
 
 ROWS = 6  # of an optimiser step
 COMMON = ("--op torch --ctx_len 12 --rank 4 --grad_cp 0 --lr_init 1e-3 --lr_final 1e-3 --loss_mask qa --micro_bsz 1"
@@ -214,6 +216,15 @@ def test_the_one_before_a_damaged_file_is_taken(alone, place, tmp_path):
     assert curve(tmp_path / "out") == pytest.approx(curve(alone["plain"]), rel=2e-6)
 
 
+def test_ranks_that_do_not_see_the_same_folder(place, tmp_path):
+    on(place, tmp_path / "out", 2, "--epoch_count 1")
+    where, log = reliability.meeting_place(2), tmp_path / "log"
+    commands = [command(place, tmp_path / name, 2, "--epoch_count 2 --resume") for name in ("out", "elsewhere")]
+    ranks = [reliability.start(argv, log, RANK=str(rank), **where) for rank, argv in enumerate(commands)]
+    assert [process.join(60) or process.exitcode for process in ranks] == [2, 2]
+    assert "--resume: not all ranks find the same in --proj_dir" in log.read_text()
+
+
 def test_what_changed_between_runs_is_said(place, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text((place / "data.jsonl").read_text())
     data = f"--data_file {tmp_path}/data.jsonl"
@@ -260,6 +271,30 @@ def test_two_nodes_and_a_cut_link(alone, place, tmp_path):
     again = agents(place, out, f"--epoch_save 1000 --epoch_count {done} --resume")
     assert [process.wait(100) for process in again] == [0, 0]
     assert curve(out)[:7 * 3] == pytest.approx(curve(alone["plain"])[:len(curve(out))], rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- what README's model says
+
+
+@pytest.mark.parametrize("stage", scaling.STAGES)
+def test_bytes_held_are_the_formulas(stage):
+    """Of one of eight ranks, from its tensors; but for the sum of the gradient, which is there in a step only."""
+    p = torch.nn.Parameter(torch.zeros(2**16, dtype=torch.bfloat16))
+    optimiser = P.ZeroAdamW([("a.lora_A", p)], P.Config(), ranks=P.Ranks(3, 8), stage=stage)
+    summed = 4 * 2**16 / 8 if stage == 1 else 0
+    assert optimiser.nbytes() == scaling.held(2**16, 8, stage) - summed
+
+
+def test_the_numbers_that_adapters_train():
+    run = P.Rehearsal(vram.setting("none", {}), vram.arch_of("RWKV7-0.1B"), "cuda", torch.bfloat16).run
+    assert run.optimiser.numbers == scaling.adapter_numbers("RWKV7-0.1B")
+
+
+def test_the_modelled_time_of_a_step():
+    """By hand: 8 ranks, 10^9 numbers, 1 GB/s, a delay of 1 ms, a step that computes for 3 s."""
+    times = [scaling.step_time(1e9, 8, stage, 3.0, 1e9, 1e-3) for stage in (0, 1, 2)]
+    delays = (7 + 7 + 8 * 3) * 1e-3
+    assert times == pytest.approx([3 + 7 + delays, 3 + 5.25 + delays, 3 + (3.5 - 2) + 1.75 + delays])
 
 
 # -------------------------------------------------------------------------------------------------- the host's memory
