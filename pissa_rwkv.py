@@ -85,7 +85,7 @@ import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -1938,6 +1938,14 @@ class Corpus:
         a, b = self.starts[first], self.starts[last]
         return Corpus(self.tokens[a:b], self.starts[first: last + 1] - a)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names it by its contents, whatever file they came from: all tokens, or of many millions every k-th."""
+        digest = hashlib.sha256()
+        for x in (self.tokens, self.starts):
+            digest.update(b"%d" % len(x) + x[:: 1 + len(x) // 2**22].astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
 
 def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Corpus:
     """Each text becomes a document: its tokens and the 0 that ends it."""
@@ -2829,8 +2837,9 @@ def is_count(x: Any) -> bool:
 
 
 DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
-    "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count, "epoch_loss": is_number, "loss_scale": is_number,
-    "scale": is_number, "dtype": "float32 bfloat16 float16".split().__contains__,
+    "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
+    "epoch_loss": is_number, "loss_scale": is_number, "scale": is_number,
+    "dtype": "float32 bfloat16 float16".split().__contains__,
     "quant": lambda x: isinstance(x, str), "config": lambda x: isinstance(x, dict),
 }
 
@@ -3003,11 +3012,33 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     try:
         store, rank, size = next(rendezvous("env://", timeout=patience))
         store.set_timeout(patience)
-        backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        ranks = Ranks(rank, size, accelerator, agreed(store, rank, size, cfg.dist_timeout))
     except (RuntimeError, ValueError) as e:
-        raise Fatal(f"the processes did not find each other: {first_line(e)}") from None
-    return Ranks(rank, size, accelerator, store)
+        first = "" if is_first() else "rank 0 did not answer: "         # the others need nobody else for this
+        raise Fatal(f"the processes did not find each other: {first}{first_line(e)}") from None
+    backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
+    ranks.call(partial(dist.init_process_group, backend, store=ranks.store, rank=rank, world_size=size,
+                       timeout=patience))
+    return ranks
+
+
+def agreed(store: dist.Store, rank: int, size: int, patience: float) -> dist.Store:
+    """The part of a store that belongs to these processes alone. torchrun's lives on when it restarts them, with all
+    that was in it: each says a word that nobody said before, and rank 0 answers it with the word before all names."""
+    word, deadline = os.urandom(8).hex(), time.monotonic() + patience
+    if rank > 0:
+        store.set(f"rank {rank}", word)
+        word = store.get(word).decode()
+        store.set(f"{word} has {rank}", "")
+    missing = set(range(1, size)) if rank == 0 else set()
+    while missing:
+        for other in [r for r in missing if store.check([f"rank {r}"])]:
+            store.set(store.get(f"rank {other}").decode(), word)
+        missing = {r for r in missing if not store.check([f"{word} has {r}"])}
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {some(map(str, missing))} did not come within {patience:g} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(word, store)
 
 
 def launch(cfg: Config, argv: list[str]) -> None:
@@ -3190,6 +3221,9 @@ def build(cfg: Config) -> Run | None:
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     saved, resumed, old = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
+    found = old.get("step", -1)
+    if ranks.totals(found) != [found * ranks.size]:
+        raise Fatal(f"--resume: not all ranks find the same in --proj_dir {folder}; it must lie on a disk that all see")
     about_adapters, exact = adapt(model, cfg, loader, about, bool(resumed), ranks)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
@@ -3272,9 +3306,9 @@ def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any])
     if not {*fields, "config"} <= old.keys() or not {*shapes, "rng"} <= saved.keys() or any(
             saved[name].shape != shape for name, shape in shapes.items()):
         raise Fatal(f"{path}: not what this program writes for --resume")
-    changed = [f"{k} {was} -> {v}" for k, v in config_of(run.cfg).items() if (was := old["config"].get(k)) != v]
+    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := old["config"].get(k, v)) != v]
     if changed:
-        say(f"resuming with changed options: {', '.join(changed)}")
+        say(f"resuming with changes: {', '.join(changed)}")
     run.optimiser.load(saved)
     for item in fields:
         setattr(run, item, old[item])
@@ -3291,9 +3325,10 @@ def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any])
         finish_epoch(run, run.step // run.epoch_steps - 1)            # it may have been killed before that was done
 
 
-def config_of(cfg: Config) -> dict[str, Any]:
-    """The options that a resumed run should share, as JSON gives them back."""
-    return json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("resume", "proj_dir", "wandb")}))
+def config_of(run: Run) -> dict[str, Any]:
+    """What a resumed run should share, as JSON gives it back: the options, and what the corpus holds."""
+    options = {k: v for k, v in asdict(run.cfg).items() if k not in ("resume", "proj_dir", "wandb")}
+    return json.loads(json.dumps(options)) | {"corpus": run.loader.corpus.fingerprint}
 
 
 def save_resume(run: Run) -> None:
@@ -3305,7 +3340,7 @@ def save_resume(run: Run) -> None:
     if run.ranks.rank == 0:
         save(run.folder / "resume.pth", state, run.about | {
             "step": run.step, "epoch_steps": run.epoch_steps, "epoch_loss": run.epoch_loss,
-            "epoch_good": run.epoch_good, "loss_scale": run.loss_scale, "config": config_of(run.cfg),
+            "epoch_good": run.epoch_good, "loss_scale": run.loss_scale, "config": config_of(run),
             "trained": run.optimiser.layout()}, keep=run.cfg.keep)
 
 

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import record
+import scaling
 import torch
 import vram
 import wkv
@@ -255,9 +256,66 @@ def damaged() -> str:
             f" (`bench/fuzz.py`): {runs['refused']} ended with one line, {runs['same_results']} had the results of the"
             f" undamaged file, in {runs['another_good_file']} the damage had made another good corpus, and"
             f" {runs['wrong']} crashed, hung, ran code, wrote elsewhere or took memory beyond twice the file and"
-            f" {runs['spare_mb']} MB. {files['flips']} checkpoints with a flipped bit and {files['cuts']} that were cut:"
-            f" {files['refused']} refused, {files['same_values']} loaded with the same values, {files['other_values']}"
+            f" {runs['spare_mb']} MB. Of {files['flips']} checkpoints with a flipped bit and {files['cuts']} cut ones"
+            f" {files['refused']} were refused, {files['same_values']} loaded with the same values, {files['other_values']}"
             f" with others. {source([runs])}")
+
+
+def rank_kills() -> str:
+    r = record.read("rank_kills")[-1]
+    return (f"{r['kills']} times one of 2 or 3 ranks was killed with SIGKILL at a random moment; the others ended"
+            f" within {r['others_ended_within_s']:.0f} s. {r['under_torchrun']} times torchrun's agent restarted all;"
+            f" {r['diverged_runs']} of these runs ended with other losses or files than the undisturbed one, to the"
+            f" bit. {r['kills'] - r['under_torchrun']} times the ranks were alone, {r['before_they_met']} times before"
+            f" they had met; else they named the lost one all but {r['unnamed_ranks']} times, and after going on with"
+            " another number of ranks losses differed by"
+            f" {r['loss_off_on_another_size']:.0e} at most. {r['failed_resumes']} restarts failed. {source([r])}")
+
+
+def sharing() -> str:
+    """Bytes that a rank holds of what is trained, and sends in a step."""
+    at = {(r["model"], r["full"], r["stage"]): r for r in record.read("scaling") if r["kind"] == "bytes"}
+    lines = ["| trained | numbers | held: `ddp` | `zero1`, 8 ranks | `zero2`, 8 ranks | `zero1`, 64 ranks | sent:"
+             " `ddp` | `zero1`, `zero2` |", "|---" * 8 + "|"]
+    for model, full in [*((m, False) for m in scaling.MODELS), ("RWKV7-7.2B", True)]:
+        ddp, one, two = (at[model, full, stage] for stage in scaling.STAGES)
+        cells = [ddp["held"][0], one["held"][0], two["held"][0], one["held"][1], ddp["sent"][1], one["sent"][1]]
+        first = f"| {'all' if full else 'adapters'} of {model} | {ddp['numbers'] / 1e6:,.1f} million | "
+        lines.append(first + " | ".join(f"{x / 1e9:.2f}" for x in cells) + " |")
+    return "\n".join(lines)
+
+
+def ranks() -> str:
+    """Several ranks on this machine."""
+    rows = [r for r in record.read("scaling") if r["kind"] == "measured"]
+    lines = ["| ranks | `--strategy` | seconds of a step | tokens a second | held, MB | sent, MB | in a ring, MB |",
+             "|---" * 7 + "|"]
+    for r in rows:
+        name = f"`{scaling.STAGES[r['stage']]}`" if r["ranks"] > 1 else ""
+        lines.append(f"| {r['ranks']} | {name} | {r['seconds']:.2f} | {r['tokens_s']:.0f} | {r['held'] / 1e6:.2f} |"
+                     f" {r['sent'] / 1e6:.2f} | {r['sent_by_formula'] / 1e6:.2f} |")
+    return "\n".join(lines) + f"\n\n{sources(rows)}"
+
+
+def of_the_model() -> list[dict]:
+    """What bench/scaling.py says of RWKV7-7.2B on many GPUs, at stage 1."""
+    rows = (r for r in record.read("scaling") if r["kind"] == "modelled")
+    return [r for r in rows if r["model"] == "RWKV7-7.2B" and r["stage"] == 1]
+
+
+def efficiency() -> str:
+    """The model's answer: step time on many GPUs, and the share of computing in it."""
+    rows, shown = {(r["link"], r["full"]): r for r in of_the_model()}, (8, 64, 1024)
+    heads = [f"{what}, {W} GPUs" for what in ("adapters", "everything") for W in shown]
+    lines = ["| each GPU's link | " + " | ".join(heads) + " |", "|---" * 7 + "|"]
+    for link in scaling.LINKS:
+        cells = []
+        for full in (False, True):
+            r = rows[link, full]
+            seconds = dict(zip(r["ranks"], r["seconds"], strict=True))
+            cells += [f"{seconds[W]:.2f} s, {r['compute'] / seconds[W]:.0%}" if W in seconds else "" for W in shown]
+        lines.append(f"| {link} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def curve() -> str:
@@ -348,7 +406,8 @@ def which() -> str:
 
 
 TABLES = {
-    README: (demo, options, sections, which, ops, learning, reliability, quants, qerror, int8, memory, levers, clients),
+    README: (demo, options, sections, which, ops, learning, reliability, quants, qerror, int8, memory, levers, clients,
+             sharing, ranks, efficiency, rank_kills),
     OPS_README: (measured, curve),
 }
 
@@ -423,6 +482,21 @@ def memory_picture() -> None:
     figure.savefig(record.RESULTS / "vram.svg", metadata={"Date": None})
 
 
+def scaling_picture() -> None:
+    """scaling.svg: modelled share of computing in a step against the number of GPUs; a line a link."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.2), sharey=True, constrained_layout=True)
+    for ax, full in zip(axes, (False, True), strict=True):
+        for r in (r for r in of_the_model() if r["full"] == full and len(r["ranks"]) > 1):
+            ax.plot(r["ranks"], [r["compute"] / t for t in r["seconds"]], marker="o", markersize=3.5, label=r["link"])
+        ax.set(xscale="log", ylim=(0, 1.05), xlabel="GPUs", title=f"RWKV7-7.2B, {'everything' if full else 'adapters'}")
+        ax.set_xticks([8, 64, 1024], ["8", "64", "1024"])
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("share of computing in a step")
+    axes[0].legend(frameon=False)
+    figure.savefig(record.RESULTS / "scaling.svg", metadata={"Date": None})
+
+
 COLOURS = {"torch": "#888888", "chunk": "#2c6fbb", "cpu": "#c0392b", "cuda": "#c0392b", "cuda_precise": "#e67e22",
            "triton": "#27ae60", "fla": "#8e44ad", "sequential": "#555555"}  # fmt: skip
 
@@ -463,5 +537,6 @@ if __name__ == "__main__":
     loss_picture()
     wkv_picture()
     memory_picture()
+    scaling_picture()
     for path in TABLES:
         path.write_text(filled(path), "utf-8")

@@ -1,27 +1,42 @@
 """Kills training runs with SIGKILL at random moments, resumes them, and compares the end with an undisturbed run.
 
     python bench/reliability.py --kills 50          # about a minute -> bench/results/reliability.json
+    python bench/reliability.py --rank_kills 100    # one of 2 or 3 ranks; half an hour -> rank_kills.json
 
 The run saves after every step. What is counted: kills; kills in the middle of writing a file (its unfinished neighbour
 is left); .pth files that could not be read after a kill; resumed runs that failed; finished runs whose losses or files
 differ in one bit from the undisturbed run's. A kill ends a whole process; these are forked from a server that has torch
 imported already, so that one kill costs about a second.
+
+With --rank_kills a random rank of a run on 2 or 3 is killed. Half of the runs have torchrun's own agent above them (its
+processes forked from the same server), which restarts all ranks; they have to end like the undisturbed run on as many
+ranks, in every bit. In the other half the ranks are alone: the survivors have to find out by themselves and name the
+rank; then the run is resumed on another number of ranks with as many rows a step, and its losses are compared. What is
+counted besides: the longest time in which survivors ended, and the largest difference of a loss.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
+import logging
 import multiprocessing
 import os
 import random
+import re
+import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import record
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 import pissa_rwkv as P
@@ -29,23 +44,78 @@ import pissa_rwkv as P
 COUNTS = ("kills", "kills_while_writing", "unreadable_files", "failed_resumes", "finished_runs", "diverged_runs")
 
 
-def work(argv: list[str], log: Path) -> None:
-    """The process that is killed: one command, its output in a file."""
+def work(argv: list[str], log: Path, env: dict[str, str]) -> None:
+    """The process that is killed: one command, its output in a file, its number beside that."""
+    os.environ.update(env)
     with open(log, "a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    pid_file(log, os.environ.get("RANK", "0")).write_text(str(os.getpid()))
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())                                  # its own one would outlive a killed process
-    sys.exit(P.main(argv))
+    if status := P.main(argv):
+        sys.exit(status)
 
 
-def start(argv: list[str], log: Path) -> multiprocessing.Process:
-    """Starts `pissa_rwkv.py argv` in a process of its own."""
+def pid_file(log: Path, rank: int | str) -> Path:
+    return log.with_suffix(f".{rank}.pid")
+
+
+def server() -> Any:
+    """What processes are forked from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo"])                 # what torch imports sooner or later, 4 seconds
-    process = context.Process(target=work, args=(list(map(str, argv)), log))
+    context.set_forkserver_preload(["torch._dynamo", "pissa_rwkv"])   # what torch imports sooner or later, 4 seconds
+    return context
+
+
+def start(argv: list[str], log: Path, **env: str) -> multiprocessing.Process:
+    """Starts `pissa_rwkv.py argv` in a process of its own."""
+    process = server().Process(target=work, args=(list(map(str, argv)), log, env))
     process.start()
     return process
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def meeting_place(size: int) -> dict[str, str]:
+    """What ranks on this machine read in their environment to find each other."""
+    return dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(size))
+
+
+def start_ranks(argv: list[str], size: int, log: Path) -> list[multiprocessing.Process]:
+    """The same on `size` ranks, which nobody watches."""
+    place = meeting_place(size)
+    return [start(argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(size)]
+
+
+class Agent(threading.Thread):
+    """torchrun's own agent, which starts the same on `size` ranks, watches and restarts them, in a thread."""
+
+    def __init__(self, argv: list[str], size: int, log: Path, restarts: int = 1):
+        super().__init__()
+        server()
+        for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):         # they say who was killed
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        config = LaunchConfig(1, 1, size, run_id=log.stem, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+                              max_restarts=restarts, start_method="forkserver")
+        self.job = lambda: elastic_launch(config, work)(list(map(str, argv)), log, {})
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.job()
+        except Exception as error:     # ChildFailedError, or whatever the agent meets
+            self.error = error
+
+    def failed(self) -> bool:
+        """Waits for its end."""
+        self.join()
+        return self.error is not None
 
 
 def results(folder: Path) -> dict[str, object]:
@@ -112,17 +182,127 @@ def small_run(folder: Path) -> list[str]:
     return f"--load_model {base} {common} --rank 64 --epoch_steps 5 --epoch_count 4 --save_steps 1".split()
 
 
+# ---------------------------------------------------------------------------------------------- several processes
+
+RANK_COUNTS = ("kills", "under_torchrun", "before_they_met", "hung_ranks", "unnamed_ranks", "failed_resumes",
+               "diverged_runs", "others_ended_within_s", "loss_off_on_another_size")
+LARGEST = RANK_COUNTS[-2:]
+NAMES = r"rank (\d+, )*%d(, \d+)* (stopped|is lost)"                 # (more than one, if others are late to answer)
+ROWS = 6                                                              # of an optimiser step, whoever makes them
+
+
+def on_ranks(argv: list[str], size: int, folder: Path) -> list[str]:
+    """The command on `size` ranks, with ROWS rows a step, all in micro-batches of one."""
+    return [*argv, "--micro_bsz", 1, "--accumulate_grad_batches", ROWS // size, "--proj_dir", folder, "--resume"]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in results(folder)["steps"] if "loss" in row]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+def pids_of(log: Path, size: int) -> list[int]:
+    """Waits until all ranks have begun."""
+    files = [pid_file(log, rank) for rank in range(size)]
+    while not all(file.exists() and file.read_text() for file in files):
+        time.sleep(0.01)
+    return [int(file.read_text()) for file in files]
+
+
+def kill_one(pids: list[int], after: float, draw: random.Random) -> tuple[int, float]:
+    """Kills a random rank after so many seconds. Returns which, or -1 if it had ended, and when the others ended."""
+    time.sleep(after)
+    rank = draw.randrange(len(pids))
+    if not alive(pids[rank]):
+        return -1, 0.0
+    os.kill(pids[rank], signal.SIGKILL)
+    began = time.monotonic()
+    while any(map(alive, pids)) and time.monotonic() - began < 60:
+        time.sleep(0.01)
+    return rank, time.monotonic() - began
+
+
+def kill_and_go_on(argv: list[str], size: int, watched: bool, folder: Path, whole: dict[int, tuple[Path, float]],
+                   draw: random.Random) -> dict[str, float]:
+    """One run on `size` ranks of which one is killed, watched by torchrun's agent or not, and what became of it."""
+    (wanted, duration), log = whole[size], folder.with_suffix(".log")
+    other = draw.choice([n for n in (1, 2, 3) if n != size])
+    agent = Agent(on_ranks(argv, size, folder), size, log) if watched else None
+    ranks = [] if watched else start_ranks(on_ranks(argv, size, folder), size, log)
+    rank, seconds = kill_one(pids_of(log, size), draw.uniform(0, 0.8 * duration), draw)
+    for process in ranks:
+        process.kill()                                                # (a rank that hangs; it is counted)
+        process.join()
+    failed, said = watched and agent.failed(), log.read_text()
+    if rank < 0:                                                      # too late
+        return dict.fromkeys(RANK_COUNTS, 0)
+    named, met = re.search(NAMES % rank, said), "did not find each other" not in said     # who never came has no name
+    if not watched:
+        again = start_ranks(on_ranks(argv, other, folder), other, log)
+        failed = any([process.join() or process.exitcode for process in again])           # (a list: all are waited for)
+    count = dict(kills=1, under_torchrun=watched, hung_ranks=seconds >= 60, before_they_met=not met,
+                 unnamed_ranks=met and not (watched or named), failed_resumes=failed, others_ended_within_s=seconds,
+                 diverged_runs=0, loss_off_on_another_size=0.0)
+    if watched and not failed:
+        count["diverged_runs"] = results(folder) != results(wanted)
+    elif not failed:
+        count["loss_off_on_another_size"] = max(
+            abs(a - b) for a, b in zip(losses(folder), losses(wanted), strict=True))
+    if failed or count["diverged_runs"] or count["unnamed_ranks"]:
+        tqdm.write(f"rank {rank} of {size}, watched {watched}: {log.read_text()}")
+    return count
+
+
+def torture_ranks(
+    argv: list[str], folder: Path, kills: int, seed: int = 0, sizes: tuple[int, ...] = (2, 3), at_once: int = 3
+) -> dict[str, float]:
+    """Kills a rank in each of so many runs of argv, `at_once` side by side, lets them go on, and counts."""
+    total, whole, argv = dict.fromkeys(RANK_COUNTS, 0), {}, [*argv, "--dist_timeout", 15]
+    Agent(on_ranks(argv, 1, folder / "first"), 1, folder / "first.log").failed()          # (its time is mostly imports)
+    for size in sizes:
+        run, began = folder / f"undisturbed-{size}", time.perf_counter()
+        if Agent(on_ranks(argv, size, run), size, run.with_suffix(".log")).failed():
+            raise SystemExit(run.with_suffix(".log").read_text())
+        whole[size] = run, time.perf_counter() - began
+
+    def one(number: int) -> Future:
+        size, watched = sizes[number % len(sizes)], number // len(sizes) % 2 == 0
+        draw = random.Random(f"{seed} {number}")
+        return pool.submit(kill_and_go_on, argv, size, watched, folder / f"run-{number}", whole, draw)
+
+    # (In threads of one process they would read each other's children's exit statuses.)
+    numbers, pool = itertools.count(), ProcessPoolExecutor(at_once, multiprocessing.get_context("forkserver"))
+    with pool, tqdm(total=kills, desc="kills", disable=None) as bar:
+        while total["kills"] < kills:
+            futures = [one(number) for number in itertools.islice(numbers, kills - total["kills"])]
+            for count in (future.result() for future in futures):
+                bar.update(count["kills"])
+                total = {name: max(n, count[name]) if name in LARGEST else n + count[name] for name, n in total.items()}
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--rank_kills", type=int, default=0, help="instead, of one rank among several")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
+    name, how, kills = ("reliability", torture, args.kills)
+    if args.rank_kills:
+        name, how, kills = "rank_kills", torture_ranks, args.rank_kills
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        count = torture(small_run(Path(folder)), Path(folder), args.kills, args.seed)
+        count = how(small_run(Path(folder)), Path(folder), kills, args.seed)
     count["seconds"] = round(time.perf_counter() - began)
-    print(", ".join(f"{number} {name.replace('_', ' ')}" for name, number in count.items()))
-    print(f"-> {record.write('reliability', [count])}")
+    print(", ".join(f"{number:.3g} {name.replace('_', ' ')}" for name, number in count.items()))
+    print(f"-> {record.write(name, [count])}")
 
 
 if __name__ == "__main__":
