@@ -257,8 +257,8 @@ def damaged() -> str:
             f" undamaged file, in {runs['another_good_file']} the damage had made another good corpus, and"
             f" {runs['wrong']} crashed, hung, ran code, wrote elsewhere or took memory beyond twice the file and"
             f" {runs['spare_mb']} MB. Of {files['flips']} checkpoints with a flipped bit and {files['cuts']} cut ones"
-            f" {files['refused']} were refused, {files['same_values']} loaded with the same values, {files['other_values']}"
-            f" with others. {source([runs])}")
+            f" {files['refused']} were refused, {files['same_values']} loaded with the same values,"
+            f" {files['other_values']} with others. {source([runs])}")
 
 
 def rank_kills() -> str:
