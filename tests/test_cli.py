@@ -86,6 +86,12 @@ def test_json_goes_over_flags():
         assert cfg == P.Config(pissa_config=nothing)
 
 
+def test_json_of_another_method_has_no_effect(capsys):
+    cfg = parse("""--pissa_config '{"pissa_load": "a", "pissa_r": 16}' --lora_config '{"lora_load": "", "lora_r": 64}'""")
+    assert (cfg.adapter_load, cfg.rank) == ("a", 16)
+    assert "--lora_config has no effect with --peft pissa" in capsys.readouterr().out
+
+
 def test_json_null_leaves_the_default():
     assert parse("""--pissa_config '{"pissa_load": null, "pissa_r": 8}'""").adapter_load == ""
 
