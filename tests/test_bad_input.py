@@ -390,7 +390,7 @@ OPTIONS = [
     ("train_type state without states", "--train_type state", "--train_type state|--peft state|--peft pissa"),
     ("unknown chunk_grad", "--train_type infctx --chunk_grad half", "--chunk_grad half|'full'"),
     ("chunks longer than rows", "--train_type infctx --chunk_ctx 9", "--chunk_ctx 9|--ctx_len 8"),
-    ("negative chunks", "--train_type infctx --chunk_ctx -1", "--chunk_ctx -1|--ctx_len 8"),
+    ("negative chunks", "--train_type infctx --chunk_ctx -1", "--chunk_ctx -1"),
     ("negative save_steps", "--save_steps -1", "--save_steps -1"),
     ("negative lr", "--lr_init -1", "--lr_init -1|negative"),
     ("lr that is no number", "--lr_init nan", "--lr_init nan"),

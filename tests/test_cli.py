@@ -87,7 +87,8 @@ def test_json_goes_over_flags():
 
 
 def test_json_of_another_method_has_no_effect(capsys):
-    cfg = parse("""--pissa_config '{"pissa_load": "a", "pissa_r": 16}' --lora_config '{"lora_load": "", "lora_r": 64}'""")
+    configs = """--pissa_config '{"pissa_load": "a", "pissa_r": 16}' --lora_config '{"lora_load": "", "lora_r": 64}'"""
+    cfg = parse(configs)
     assert (cfg.adapter_load, cfg.rank) == ("a", 16)
     assert "--lora_config has no effect with --peft pissa" in capsys.readouterr().out
 
