@@ -70,16 +70,16 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import random
 import re
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tarfile
-import tempfile
 import time
+import warnings
 import weakref
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -138,9 +138,9 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
-def opt(default: Any, help: str, also: str = "") -> Any:
-    """One option: default, help, and one more name it goes by."""
-    return field(default=default, metadata={"help": help, "also": also})
+def opt(default: Any, help: str, also: str = "", least: float = 0) -> Any:
+    """One option: default, help, one more name it goes by, and the least that a number may be."""
+    return field(default=default, metadata={"help": help, "also": also, "least": least})
 
 
 @dataclass
@@ -162,7 +162,7 @@ class Config:
     data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family, base or shift")
     data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img or dummy; read off data_file")
     sft_fields: tuple = opt(("question", "answer"), "sft: the fields that become user and assistant", "sft_field")
-    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square; tokens 1 (black) to 255", "my_img_size")
+    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square; tokens 1 to 255", "my_img_size", least=1)
     tokenizer: str = opt("", "world or byte; world where the vocabulary has 65536 tokens")
     vocab_file: str = opt("", "the World vocabulary; found in the `rwkv` package")
     dataload: str = opt("", "sampler: pad, only or get; pad, and get where the corpus is one long document")
@@ -173,14 +173,14 @@ class Config:
     val_split: float = opt(0.0, "share of the corpus held out for validation, taken from its end")
     make_binidx: str = opt("", "only convert this .jsonl (of --data_type jsonl or sft) into binidx, then stop")
     # the length of the run
-    ctx_len: int = opt(1024, "tokens of a training row")
+    ctx_len: int = opt(1024, "tokens of a training row", least=1)
     train_type: str = opt("normal", "normal: a row at once; infctx: in chunks that pass on their state")
     chunk_ctx: int = opt(0, "infctx: tokens of a chunk (0: 512); memory follows it instead of ctx_len")
     chunk_grad: str = opt("truncated", "infctx: gradients reach back in the chunk (truncated) or over the row (full)")
-    micro_bsz: int = opt(4, "rows of a micro-batch")
-    accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step")
+    micro_bsz: int = opt(4, "rows of a micro-batch", least=1)
+    accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step", least=1)
     epoch_steps: int = opt(0, "optimiser steps of an epoch; one pass over the corpus")
-    epoch_count: int = opt(1, "epochs of this run")
+    epoch_count: int = opt(1, "epochs of this run", least=1)
     epoch_begin: int = opt(0, "number of the first epoch; above 0 it goes on from rwkv-<N-1>.pth of proj_dir")
     # the optimiser
     lr_init: float = opt(2e-5, "learning rate after warm-up")
@@ -221,9 +221,9 @@ class Config:
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
     # results
     proj_dir: str = opt("out", "folder of the results")
-    epoch_save: int = opt(1, "save after every so many epochs, and after the last")
+    epoch_save: int = opt(1, "save after every so many epochs, and after the last", least=1)
     save_steps: int = opt(0, "also write what --resume needs every so many steps")
-    keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole")
+    keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", least=1)
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
     auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch", "merge")
     sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
@@ -304,18 +304,22 @@ def parse(argv: list[str]) -> Config:
     given["peft"] = {"disha": "bone"}.get(given["peft"], given["peft"])  # RWKV-PEFT renamed it
     for f in fields(Config):
         if isinstance(f.default, tuple) and len(words := given[f.name]) == 1 and words[0].startswith("["):
-            given[f.name] = read_json(f.name, words[0], list)         # as some scripts write it: '["time", "ln"]'
+            given[f.name] = [str(word) for word in read_json(f.name, words[0], list)]  # as scripts have it: '["ln"]'
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name) is not None:
             say(f"--{name} has no effect here: {reason}")
     for option, keys in JSON_OPTIONS.items():
-        for key, value in read_json(option, given[option]).items():
+        values = read_json(option, given[option])
+        if values and option != f"{given['peft']}_config":            # (its load and r would be another method's)
+            say(f"--{option} has no effect with --peft {given['peft']}")
+            continue
+        for key, value in values.items():
             if key not in keys:
                 raise Fatal(f"--{option}: unknown key {key!r}; it takes {', '.join(keys)}{nearest(key, keys)}")
             kind = type(given[keys[key]])
             try:
                 converted = given[keys[key]] if value is None else kind(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 converted = None
             if converted is None or kind is int and float(value or 0) != converted:
                 raise Fatal(f"--{option}: {key} is {value!r}; a value like {given[keys[key]]!r} is wanted")
@@ -349,9 +353,9 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def progress(items: Iterable, what: str) -> Iterable:
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
     """The items, with a bar that goes away at their end; none where nobody watches."""
-    return tqdm(items, what, leave=False, disable=None if is_first() else True)
+    return tqdm(items, what, total, leave=False, disable=None if is_first() else True)
 
 
 @dataclass(frozen=True)
@@ -418,23 +422,37 @@ class Ranks:
         if self.size > 1:                                             # (torch 2.13 has a new name for it, as above)
             self.call(getattr(dist, "all_gather_single", dist.all_gather_into_tensor), x, own.clone())
 
-    def collect(self, own: Tensor, part: int = 2**22) -> Tensor:
-        """The slices (S,...) of all ranks end to end (W S,...), in the host's memory; on one rank `own` itself."""
+    def collect(self, own: Tensor, part: int = 2**22) -> Tensor | None:
+        """For rank 0, the slices (S,...) of all end to end (W S,...), in the host's memory; alone `own` itself."""
         if self.size == 1:
             return own
-        whole = torch.empty(self.size, *own.shape, dtype=own.dtype)
+        whole = torch.empty(self.size, *own.shape, dtype=own.dtype) if self.rank == 0 else None
         for at in range(0, len(own), part):
             piece = own[at: at + part]
             pieces = own.new_empty(self.size * len(piece), *own.shape[1:])
             self.gather_slices(pieces, piece)
-            whole[:, at: at + part] = pieces.unflatten(0, (self.size, -1)).cpu()
-        return whole.flatten(0, 1)
+            if whole is not None:
+                whole[:, at: at + part] = pieces.unflatten(0, (self.size, -1)).cpu()
+        return None if whole is None else whole.flatten(0, 1)
 
     def copy_from(self, owner: int, x: Tensor) -> Tensor:
         """Broadcast, in place: x as `owner` has it."""
         if self.size > 1:
             self.call(dist.broadcast, x, owner)
         return x
+
+
+class Unheard(Ranks):
+    """In the place of several ranks, to count bytes: nothing is sent, and what comes back is not looked at."""
+
+    def call(self, collective: Callable, *inputs: Any) -> Any:
+        return self
+
+    def totals(self, *numbers: float) -> list[float]:
+        return [*numbers]
+
+    def wait(self) -> None:
+        pass
 
 
 ONE_RANK = Ranks()
@@ -994,31 +1012,55 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
             raise Fatal(f"{what} {path}: this is {kind}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() if checksums else None
+            items = archive.infolist()
+            packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
+            damaged = archive.testzip() if checksums and not packed else None
+            pickled = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
     except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
         raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
     if damaged:
         raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
+    if packed:                                                        # what is mapped must lie in the file as it is
+        raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
     try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        check_names(pickled)
+        with warnings.catch_warnings(action="ignore"):                # of kinds of tensors that are refused below
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as e:
+    except Exception as e:             # damaged pickles end in IndexError, TypeError, AttributeError and others
         raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
     if not isinstance(tensors, dict) or not tensors or not all(is_entry(k, t) for k, t in tensors.items()):
         raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
     return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
 
 
+def check_names(pickles: list[bytes]) -> None:
+    """Raises UnpicklingError where a pickle names what no tensor needs. (torch.load itself calls bytearray(10**11).)"""
+    for op, name, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
+        if op.name == "GLOBAL" and not name.startswith(("torch", "collections OrderedDict")):
+            raise pickle.UnpicklingError
+
+
+HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+                 torch.int8, torch.uint8, torch.bool)
+
+
 def is_entry(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+    """Whether it is a name and an ordinary tensor, all of which is in the file."""
+    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+            and value.device.type == "cpu" and not value.is_nested and value.dtype in HELD_IN_FILES
+            and value.nbytes <= value.untyped_storage().nbytes())
 
 
 def describe(value: Any) -> str:
     if not isinstance(value, dict):
         return f"a {type(value).__name__}"
-    odd = next((f"{k!r}: {type(v).__name__}" for k, v in value.items() if not is_entry(k, v)), "")
-    return f"a dict with {odd}" if value else "an empty dict"
+    if not value:
+        return "an empty dict"
+    name, odd = next((k, v) for k, v in value.items() if not is_entry(k, v))
+    kind = f"an unusual tensor ({odd.dtype}, {odd.layout})" if isinstance(odd, Tensor) else type(odd).__name__
+    return f"a dict with {name!r}: {kind}"
 
 
 def detect(tensors: dict[str, Tensor], path: str) -> Arch:
@@ -1060,6 +1102,8 @@ def new_arch(cfg: Config) -> Arch:
     time_mix, channel_mix = pick(TIME_MIX, "--version", version), CHANNEL_MIX[version]
     if C % N or cfg.dim_att not in (0, C):
         raise Fatal(f"--n_embd {C} is no multiple of --head_size {N}, or not --dim_att {cfg.dim_att or C}")
+    if cfg.pre_ffn and cfg.n_layer == 1:
+        raise Fatal("--pre_ffn 1: a model of one layer would have no memory; take --n_layer 2 or more")
     if cfg.pre_ffn and version not in PRE_FFN:
         raise Fatal(f"--pre_ffn 1: {version} has no such form; {' and '.join(PRE_FFN)} have")
     vocab_size = cfg.vocab_size or (65536 if cfg.tokenizer == "world" else 256)
@@ -1434,6 +1478,8 @@ class LoRALinear(Adapter):
 
     @staticmethod
     def fits(shape: torch.Size, lora_A: Tensor, lora_B: Tensor) -> bool:
+        if lora_A.dim() != 2 or lora_B.dim() != 2 or not len(lora_A):
+            return False
         return (lora_B.shape[0], lora_A.shape[1]) == shape and lora_A.shape[0] == lora_B.shape[1]
 
     @staticmethod
@@ -1531,6 +1577,8 @@ class BoneLinear(Adapter):
 
     @staticmethod
     def fits(shape: torch.Size, disha: Tensor) -> bool:
+        if disha.dim() not in (2, 3) or 0 in disha.shape:
+            return False
         if disha.dim() == 2:
             return disha.shape[1] == shape[0]
         pieces, r = disha.shape[:2]
@@ -1566,6 +1614,7 @@ class Method(NamedTuple):
     parts: tuple[str, ...]                                            # what is trained besides: --train_parts auto
     state: bool = False                                               # blocks are given a time_state, and it is trained
     whole: bool = False                                               # its files are whole models
+    low_lr: float = 0.0                                               # below this rate hardly anything is learnt
 
     def is_own(self, name: str) -> bool:
         """Whether a parameter is the method's, and so trained whatever --train_parts says."""
@@ -1576,7 +1625,7 @@ EVERYTHING = ""                                                       # a part t
 ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln")),
            "lora": Method(LoRALinear, ("time", "ln")),
            "bone": Method(BoneLinear, ("time", "ln")),
-           "state": Method(Adapter, (), state=True),
+           "state": Method(Adapter, (), state=True, low_lr=1e-3),
            "none": Method(Adapter, (EVERYTHING,), whole=True)}
 
 
@@ -1697,20 +1746,20 @@ def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
 
 def in_memory(model: RWKV, name: str) -> Tensor:
     """A matrix (out,in), fetched to the device in at least fp32."""
-    W = model.get_submodule(name).weight
-    return W.to(model.head.weight.device, torch.promote_types(W.dtype, torch.float32))
+    W = model.get_submodule(name).weight                              # (a copy: what is kept must not lie in the file)
+    return W.to(model.head.weight.device, torch.promote_types(W.dtype, torch.float32), copy=True)
 
 
 @torch.no_grad()
 def starts(
-    model: RWKV, names: Iterable[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
+    model: RWKV, names: list[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
 ) -> Iterator[tuple[str, Start]]:
     """The start of one matrix after another. New ones are shared out: each rank decomposes every W-th matrix, and the
     others are given its numbers. What a matrix draws depends on its name and the seed alone."""
-    dtype, layer, names = model.head.weight.dtype, ADAPTER[cfg.peft].layer, [*names]
+    device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     for name in names:
         check_rank(name, model.get_submodule(name).weight.shape, cfg)
-    if init:
+    if init and layer.taken:
         yield from ((name, saved_start(in_memory(model, name), name, cfg, init)) for name in names)
         return
     for at in range(0, len(names), ranks.size):
@@ -1721,11 +1770,15 @@ def starts(
             draw = torch.Generator().manual_seed(int.from_bytes(seed[:7]))
             mine = new_start(in_memory(model, name), dtype, cfg, draw)
         for owner, name in enumerate(group):
-            shapes = layer.shapes(model.get_submodule(name).weight.shape, cfg)
-            empty = Start({x: torch.empty(shapes[x]) for x in layer.taken}, {x: torch.empty(shapes[x]) for x in shapes})
-            start = mine if owner == ranks.rank else empty
-            yield name, Start(*({x: ranks.copy_from(owner, t.to(model.head.weight.device).contiguous())
-                                 for x, t in part.items()} for part in start))
+            if owner == ranks.rank:
+                start = mine
+            else:
+                W = model.get_submodule(name).weight
+                empty = {x: torch.empty(shape, dtype=torch.promote_types(W.dtype, torch.float32))
+                         for x, shape in layer.shapes(W.shape, cfg).items()}
+                start = Start({x: empty[x].clone() for x in layer.taken}, empty)
+            yield name, Start(*({x: ranks.copy_from(owner, t.to(device).contiguous()) for x, t in part.items()}
+                                for part in start))
 
 
 @torch.no_grad()
@@ -1753,8 +1806,8 @@ def add_adapters(
     """
     freeze(model, cfg)
     taken, unsplit, squares = {}, [], {}
-    names = progress(to_freeze(model, cfg), f"{cfg.peft}: start")
-    for name, start in starts(model, names, cfg, init, ranks):
+    names = list(to_freeze(model, cfg))
+    for name, start in progress(starts(model, names, cfg, init, ranks), f"{cfg.peft}: start", len(names)):
         errors = add_adapter(model, name, start, cfg, load)
         layer_type = name.split(".", 2)[2]                                                # att.key, ffn.value, ...
         squares[layer_type] = squares.get(layer_type, 0) + errors.cpu()
@@ -2043,7 +2096,9 @@ def read_numpy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     """A .npy of integers in one dimension, memory-mapped. Nothing pickled is loaded."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as e:
+    except OSError:
+        raise
+    except Exception as e:             # a damaged header ends in ValueError, EOFError, TokenError and others
         raise Fatal(f"{path}: no .npy of tokens, or damaged ({first_line(e)})") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
         raise Fatal(f"{path}: an array {list(tokens.shape)} of {tokens.dtype}; integers in one dimension are wanted")
@@ -2546,6 +2601,7 @@ class ZeroAdamW:
         1       reduce-scattered after backward   a slice        working is gathered     2 + 4 + 16 / W    4 + 2
         2       reduced in backward, by buckets   a slice        working is gathered     2 + 16 / W        4 + 2
 
+    (Stage 2 holds all of a gradient in fp32 where a row is learnt in truncated chunks: it is sent when all have been.)
     One rank alone sends nothing, holds 16, and its gradient, unless several are added, is no wider than it came. A
     group is one slice: same learning rate, same decay.
     """
@@ -2566,7 +2622,8 @@ class ZeroAdamW:
             matrix = name.endswith((".weight", ".lora_A", ".lora_B", ".disha")) and sum(n > 1 for n in p.shape) > 1
             return scale, cfg.weight_decay if matrix else 0.0
 
-        self.named = sorted(named, key=kind)
+        # What learns faster stands first: these parameters are few and in all layers, and Buckets begins at the end.
+        self.named = sorted(named, key=lambda item: (-kind(item)[0], kind(item)[1]))
         if not self.named:
             raise Fatal("nothing is trained: --peft none, or a rank and --train_parts that name something")
         ends = list(itertools.accumulate(p.numel() for _, p in self.named))
@@ -2646,7 +2703,8 @@ class ZeroAdamW:
     def publish(self) -> None:
         """Rounds the master weights into the parameters, of all ranks."""
         own = self.working[self.own]
-        own.copy_(self.master)                                        # (in fp32 they are the same memory)
+        if own.dtype != self.master.dtype:                            # (else they are the same memory)
+            own.copy_(self.master)
         if self.stage:
             self.ranks.gather_slices(self.working, own)
 
@@ -2660,17 +2718,18 @@ class ZeroAdamW:
         names = hashlib.sha256(repr(sorted((name, where.start) for name, where in self.where.items())).encode())
         return f"{len(self.named)} tensors of {self.numbers} numbers ({names.hexdigest()[:8]})"
 
-    def whole(self, own: Tensor) -> Tensor:
-        """The slices of all ranks put together, without padding. (All ranks call it.)"""
-        return (self.ranks.collect(own) if self.stage else own)[: self.numbers]
+    def whole(self, own: Tensor) -> Tensor | None:
+        """For rank 0, the slices of all put together, without padding. (All ranks call it.)"""
+        whole = self.ranks.collect(own) if self.stage else own
+        return None if whole is None else whole[: self.numbers]
 
     def masters(self) -> dict[str, Tensor]:
-        """Name -> fp32 master weight, in the parameter's shape. (All ranks call it.)"""
+        """For rank 0: name -> fp32 master weight, in the parameter's shape. (All ranks call it.)"""
         master = self.whole(self.master)
-        return {name: master[self.where[name]].view(p.shape) for name, p in self.named}
+        return {} if master is None else {name: master[self.where[name]].view(p.shape) for name, p in self.named}
 
-    def state(self) -> dict[str, Tensor]:
-        """What `load` takes, on any number of ranks and at any stage. (All ranks call it.)"""
+    def state(self) -> dict[str, Tensor | None]:
+        """For rank 0: what `load` takes, on any number of ranks and at any stage. (All ranks call it.)"""
         return {x: self.whole(getattr(self, x)) for x in ("master", "m", "v")} | {"t": torch.tensor(self.t)}
 
     @torch.no_grad()
@@ -2711,7 +2770,7 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
 DESCRIPTION = "pissa_rwkv.json"                                       # the key of a file's description: JSON as bytes
 
 
-def kept(path: Path, age: int) -> Path:
+def aged(path: Path, age: int) -> Path:
     """resume.pth, which is the newest, resume.1.pth, ..."""
     return path.with_suffix(f".{age}{path.suffix}") if age else path
 
@@ -2728,11 +2787,11 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
             file.flush()
             os.fsync(file.fileno())
         for age in reversed(range(keep - 1)):
-            if kept(path, age).exists():
+            if aged(path, age).exists():
                 link = part.with_suffix(".link")                      # so that there is always one called `path`
                 link.unlink(missing_ok=True)
-                os.link(kept(path, age), link)
-                os.replace(link, kept(path, age + 1))
+                os.link(aged(path, age), link)
+                os.replace(link, aged(path, age + 1))
         os.replace(part, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -2763,7 +2822,38 @@ def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict
     """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
     about = tensors.pop(DESCRIPTION, None)
-    return tensors, json.loads(bytes(about.tolist())) if about is not None else {}
+    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
+    if bad:
+        raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
+    return tensors, read_description(about, f"{what} {path}") if about is not None else {}
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and 0 <= x < math.inf
+
+
+def is_count(x: Any) -> bool:
+    return is_number(x) and isinstance(x, int)
+
+
+DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
+    "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
+    "epoch_loss": is_number, "loss_scale": is_number, "scale": is_number,
+    "dtype": "float32 bfloat16 float16".split().__contains__,
+    "quant": lambda x: isinstance(x, str), "config": lambda x: isinstance(x, dict),
+}
+
+
+def read_description(about: Tensor, file: str) -> dict[str, Any]:
+    try:
+        described = json.loads(bytes(about.tolist()))
+        odd = [item for item, fits in DESCRIBED.items() if item in described and not fits(described[item])]
+    except (ValueError, TypeError, RecursionError):
+        described, odd = None, []
+    if odd or not isinstance(described, dict):
+        found = f"{odd[0]} {described[odd[0]]!r}" if odd else "no JSON object"
+        raise Fatal(f"{file}: its description, {DESCRIPTION}, holds {found}; the file is of no use")
+    return described
 
 
 def compare(path: str | Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -2861,7 +2951,7 @@ def merge_files(
         say(f"{checkpoint} has no description (RWKV-PEFT writes none): that it belongs to {base} cannot be checked")
     scale = about.get("scale", method.layer.unsaid_scale)
     if alpha is not None:
-        given = alpha / next((len(t) for name, t in trained.items() if name.endswith(".lora_A")), 1)
+        given = alpha / max(1, next((len(t) for name, t in trained.items() if name.endswith(".lora_A")), 1))
         if scale not in (None, given):
             raise Fatal(f"--lora_alpha {alpha:g}: {checkpoint} was scaled by {scale:g}; leave the flag out")
         scale = given
@@ -2887,12 +2977,12 @@ BAD_STEPS = 3                                                         # this man
 
 
 def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
-    """Joins the other processes; device and compute dtype. The environment is read here and in `is_first` alone. A job
-    that torchrun restarted resumes."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """Joins the other processes; device and compute dtype. What torchrun says in the environment is read here and in
+    `is_first`. A job that it restarted resumes."""
+    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     cfg = replace(cfg, resume=cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
-    if cfg.devices not in (0, world):
-        raise Fatal(f"--devices {cfg.devices}, and {world} processes were started; leave the flag out")
+    if cfg.devices not in (0, here) and not cfg.dry_run:
+        raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; it takes --nproc_per_node={cfg.devices}")
     gpu = torch.cuda.is_available()
     accelerator = pick({"gpu": "cuda", "cpu": "cpu"}, "--accelerator", cfg.accelerator or ("gpu" if gpu else "cpu"))
     if accelerator == "cuda" and not gpu and not cfg.dry_run:
@@ -2900,18 +2990,21 @@ def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
     # Segments that grow leave less memory reserved and unused. CUDA reads this when it begins, which is later.
     if accelerator == "cuda" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    ranks = join(cfg, accelerator) if world > 1 else ONE_RANK
+    if cfg.dry_run:
+        ranks = Unheard(0, max(world, cfg.devices))
+    else:
+        ranks = join(cfg, accelerator) if world > 1 else ONE_RANK
     precision = cfg.precision or ("bf16" if accelerator == "cuda" else "fp32")
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.manual_seed(cfg.random_seed + ranks.rank)                   # dropout differs from rank to rank
+    torch.manual_seed(cfg.random_seed)
     return cfg, ranks, accelerator, dtype
 
 
 def join(cfg: Config, accelerator: str) -> Ranks:
     """Becomes one of the processes that torchrun started, on its own GPU if there are any."""
     here, patience = int(os.environ.get("LOCAL_RANK", 0)), timedelta(seconds=cfg.dist_timeout)
-    if accelerator == "cuda" and not cfg.dry_run:
+    if accelerator == "cuda":
         if here >= torch.cuda.device_count():
             raise Fatal(f"--accelerator gpu: process {here + 1} of this machine finds {torch.cuda.device_count()} GPUs;"
                         " start as many as there are")
@@ -2923,8 +3016,9 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     except (RuntimeError, ValueError) as e:
         first = "" if is_first() else "rank 0 did not answer: "         # the others need nobody else for this
         raise Fatal(f"the processes did not find each other: {first}{first_line(e)}") from None
-    ranks.call(partial(dist.init_process_group, "nccl" if accelerator == "cuda" else "gloo", store=ranks.store,
-                       rank=rank, world_size=size, timeout=patience))
+    backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
+    ranks.call(partial(dist.init_process_group, backend, store=ranks.store, rank=rank, world_size=size,
+                       timeout=patience))
     return ranks
 
 
@@ -2947,10 +3041,11 @@ def agreed(store: dist.Store, rank: int, size: int, patience: float) -> dist.Sto
     return dist.PrefixStore(word, store)
 
 
-def launch(cfg: Config, argv: list[str]) -> int:
-    """--devices N of plain python: torchrun with N processes."""
+def launch(cfg: Config, argv: list[str]) -> None:
+    """--devices N of plain python: this process becomes torchrun's, which starts N."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.devices}"]
-    return subprocess.call([*torchrun, __file__, *argv])
+    sys.stdout.flush()
+    os.execv(sys.executable, [*torchrun, __file__, *argv])
 
 
 def check(cfg: Config) -> None:
@@ -2965,22 +3060,17 @@ def check(cfg: Config) -> None:
     for part in cfg.train_parts:
         pick(dict.fromkeys(("auto", "emb", "head", "time", "ln")), "--train_parts", part)
     layer, lossy, everything = ADAPTER[cfg.peft].layer, QUANT[cfg.quant].lossy, EVERYTHING in parts_of(cfg)
-    for name in ("ctx_len", "img_side", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_save", "keep"):
-        if getattr(cfg, name) < 1:
-            raise Fatal(f"--{name} {getattr(cfg, name)}: at least 1 is wanted")
-    for name in ("lr_init", "lr_final", "dist_timeout", "warmup_steps", "epoch_steps", "epoch_begin", "weight_decay",
-                 "grad_clip", "svd_niter", "save_steps", "random_seed", "n_layer", "n_embd", "dim_att", "dim_ffn",
-                 "head_size", "vocab_size", "sample_len", "vram_gb"):
-        if not getattr(cfg, name) >= 0:
-            raise Fatal(f"--{name} {getattr(cfg, name)}: it cannot be negative")
+    for f in fields(cfg):
+        value, least = getattr(cfg, f.name), f.metadata["least"]
+        if isinstance(value, (int, float)) and not value >= least:
+            raise Fatal(f"--{f.name} {value}: {f'at least {least} is wanted' if least else 'it cannot be negative'}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Fatal(f"--{f.name} {value}: a finite number is wanted")
     for name in ("beta1", "beta2", "lora_dropout", "val_split", "sample_top_p"):
         if not 0 <= getattr(cfg, name) < 1 + (name == "sample_top_p"):
             raise Fatal(f"--{name} {getattr(cfg, name)}: a number from 0 to below 1 is wanted")
     if not 0 < cfg.decay_frac <= 1:
         raise Fatal(f"--decay_frac {cfg.decay_frac}: a share above 0 and up to 1 is wanted")
-    for name, value in asdict(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise Fatal(f"--{name} {value}: a finite number is wanted")
     if not cfg.adam_eps > 0:
         raise Fatal(f"--adam_eps {cfg.adam_eps}: a number above 0 is wanted")
     if not cfg.data_file and cfg.data_type != "dummy":
@@ -2989,6 +3079,10 @@ def check(cfg: Config) -> None:
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
     if layer.taken and bool(cfg.adapter_load) > bool(cfg.adapter_init):
         raise Fatal(f"pissa_load {cfg.adapter_load} needs pissa_init too: the init_pissa.pth of the same run")
+    if cfg.adapter_init and not layer.taken:
+        raise Fatal(f"pissa_init {cfg.adapter_init}: --peft {cfg.peft} takes nothing out of a matrix; leave it out")
+    if cfg.val_file and cfg.val_split:
+        raise Fatal(f"--val_split {cfg.val_split}: --val_file {cfg.val_file} is held out already; give one of them")
     if lossy and everything:
         raise Fatal(f"--quant {cfg.quant}: --peft {cfg.peft} trains every matrix, and only frozen ones are quantised;"
                     " --train_parts says what else to train")
@@ -3001,21 +3095,29 @@ def check(cfg: Config) -> None:
         raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
     if cfg.train_type == "infctx" and not 0 <= cfg.chunk_ctx <= cfg.ctx_len:
         raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; up to --ctx_len {cfg.ctx_len} is wanted")
+    if cfg.train_type == "infctx" and ADAPTER[cfg.peft].state and cfg.chunk_grad == "truncated":
+        raise Fatal("--chunk_grad truncated: with --peft state only the first chunk would be learnt from; take full")
     if cfg.train_type == "state" and cfg.peft != "state":
         raise Fatal(f"--train_type state: that is --peft state here, and this is --peft {cfg.peft}")
-    if cfg.train_type != "infctx" and (cfg.chunk_ctx or cfg.chunk_grad != Config.chunk_grad):
-        say("--chunk_ctx and --chunk_grad have no effect without --train_type infctx")
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install 'pissa_rwkv[wandb]'`")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
-    elif cfg.mask_id:
-        say("--mask_id has no effect without --loss_mask se")
+    for option, (other, value) in BELONGS_TO.items():
+        if getattr(cfg, option) != getattr(Config, option) and getattr(cfg, other) != value:
+            say(f"--{option} has no effect without --{other} {value}")
+    if cfg.lr_init < ADAPTER[cfg.peft].low_lr:
+        say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
     if cfg.lr_init > layer.high_lr:
         say(f"--lr_init {cfg.lr_init:g} is high for --peft {cfg.peft}, which moves the main directions of a matrix;"
             f" {layer.high_lr:g} is usual")
 
 
+BELONGS_TO = {  # option -> the other one that it needs, and its value
+    "lora_alpha": ("peft", "lora"), "lora_dropout": ("peft", "lora"), "bone_mode": ("peft", "bone"),
+    "svd_niter": ("peft", "pissa"), "mask_id": ("loss_mask", "se"), "decay_frac": ("lr_schedule", "wsd"),
+    "chunk_ctx": ("train_type", "infctx"), "chunk_grad": ("train_type", "infctx"), "vram_gb": ("dry_run", True),
+}
 STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}  # ZeRO's
 
 
@@ -3062,10 +3164,11 @@ class Run:
 def open_folder(cfg: Config) -> Path:
     """proj_dir, made if need be. A run that is in it is never written over."""
     folder = Path(cfg.proj_dir)
+    probe = folder / f".probe.{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        probe.touch()
+        probe.unlink()
     except OSError as e:
         raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
     for leftover in folder.glob(".*.part"):                           # of a run that was killed while it wrote
@@ -3107,7 +3210,7 @@ def build(cfg: Config) -> Run | None:
     base = fingerprint(tensors) if tensors else "new"
     arch, tensors = begin(arch, tensors, cfg)
     if cfg.dry_run:
-        dry_run(cfg, arch, loader, epoch_steps, device, dtype)
+        dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks)
         return None
     with torch.device("meta"):
         model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
@@ -3115,6 +3218,7 @@ def build(cfg: Config) -> Run | None:
         fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
     else:
         model = model.to_empty(device="cpu").initialise().to(device, dtype)
+    torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     saved, resumed, old = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
     found = old.get("step", -1)
@@ -3196,25 +3300,28 @@ def first_loss(model: RWKV, loader: Loader) -> float:
 
 def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any]) -> None:
     """Sets a run to where resume.pth was written."""
-    if "config" not in old or not {*run.optimiser.state(), "rng"} <= saved.keys():
-        raise Fatal(f"{path}: not what this program writes for --resume")
+    fields = ("step", "epoch_loss", "epoch_good", "loss_scale")
+    shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
     compare(path, old, run.about | {"trained": run.optimiser.layout()})
-    changed = [f"{k} {old['config'][k]} -> {v}" for k, v in config_of(run).items() if old["config"].get(k, v) != v]
+    if not {*fields, "config"} <= old.keys() or not {*shapes, "rng"} <= saved.keys() or any(
+            saved[name].shape != shape for name, shape in shapes.items()):
+        raise Fatal(f"{path}: not what this program writes for --resume")
+    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := old["config"].get(k, v)) != v]
     if changed:
         say(f"resuming with changes: {', '.join(changed)}")
     run.optimiser.load(saved)
-    for item in ("step", "epoch_loss", "epoch_good", "loss_scale"):
+    for item in fields:
         setattr(run, item, old[item])
-    before, now = old.get("rows", run.rows), run.rows
-    if before != now:                                                 # on where the data was left, with other steps
-        run.step = run.step * before // now
-        say(f"a step was of {before} rows and is of {now} now: what was step {old['step']} is step {run.step}")
+    before = old.get("epoch_steps", run.epoch_steps)
+    if before != run.epoch_steps:                                     # the same part of an epoch, and so of the data
+        run.step = run.step * run.epoch_steps // before
+        say(f"an epoch had {before} steps and has {run.epoch_steps} now: step {old['step']} is step {run.step}")
     if len(saved["rng"]) == run.ranks.size:
         torch.set_rng_state(saved["rng"][run.ranks.rank].clone())     # (a view would crash torch)
         if "rng_cuda" in saved and run.device == "cuda":
             torch.cuda.set_rng_state(saved["rng_cuda"][run.ranks.rank].clone())
     say(f"resumed at step {run.step} of {run.steps}")
-    if run.step % run.epoch_steps == 0:
+    if run.step > run.cfg.epoch_begin * run.epoch_steps and run.step % run.epoch_steps == 0:
         finish_epoch(run, run.step // run.epoch_steps - 1)            # it may have been killed before that was done
 
 
@@ -3232,15 +3339,15 @@ def save_resume(run: Run) -> None:
         state["rng_cuda"] = run.ranks.collect(torch.cuda.get_rng_state()[None])
     if run.ranks.rank == 0:
         save(run.folder / "resume.pth", state, run.about | {
-            "step": run.step, "epoch_loss": run.epoch_loss, "epoch_good": run.epoch_good, "rows": run.rows,
-            "loss_scale": run.loss_scale, "config": config_of(run), "trained": run.optimiser.layout()},
-            keep=run.cfg.keep)
+            "step": run.step, "epoch_steps": run.epoch_steps, "epoch_loss": run.epoch_loss,
+            "epoch_good": run.epoch_good, "loss_scale": run.loss_scale, "config": config_of(run),
+            "trained": run.optimiser.layout()}, keep=run.cfg.keep)
 
 
 def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """The newest file of proj_dir to go on from that is whole, and what it holds; nothing, where there is none."""
     path = Path(cfg.proj_dir) / "resume.pth"
-    there = [p for age in range(cfg.keep + 1) if (p := kept(path, age)).exists()]
+    there = [p for age in range(cfg.keep + 1) if (p := aged(path, age)).exists()]
     for p in there:
         try:
             return p, *read_described(p, "--resume")
@@ -3279,8 +3386,8 @@ class Logger:
             return
         self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
         if self.losses.exists():                                      # lines of steps that will be made again
-            lines = [x for x in self.losses.read_text("utf-8").splitlines() if x.endswith("}")]
-            kept = "".join(x + "\n" for x in lines if json.loads(x)["step"] < run.step)
+            lines = self.losses.read_text("utf-8", errors="replace").splitlines()
+            kept = "".join(x + "\n" for x in lines if step_of(x) < run.step)
             write_whole(self.losses, lambda file: file.write(kept.encode()))
         self.wandb = load_wandb(run.cfg)
 
@@ -3311,6 +3418,14 @@ class Logger:
             raise Fatal(f"cannot write {path}: {e.strerror}; --resume goes on from what was saved last") from None
 
 
+def step_of(line: str) -> float:
+    """The step of a line of loss_data.jsonl; infinity where a crash left part of a line, or worse."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return math.inf
+
+
 def load_wandb(cfg: Config) -> Any:
     """A run of Weights & Biases, whose files are all in proj_dir; None without --wandb."""
     if not cfg.wandb:
@@ -3339,7 +3454,8 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
     n, loss = max(1, int(learnt)), 0.0
     for batch in batches:
         for share in batch_losses(run.model, batch, n, cfg):
-            (share * run.loss_scale).backward()
+            if share.requires_grad:
+                (share * run.loss_scale).backward()
             loss += share.item()
         optimiser.sum_micro_batch()
     loss, = ranks.totals(loss)
@@ -3383,7 +3499,7 @@ def evaluate(model: RWKV, loader: Loader, ranks: Ranks = ONE_RANK) -> float:
 
 
 def train(run: Run) -> None:
-    """The loop: set the learning rate, make a step, log it; at the end of an epoch validate, sample and save."""
+    """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample."""
     cfg = run.cfg
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
@@ -3404,11 +3520,12 @@ def train(run: Run) -> None:
                 run.epoch_loss, run.epoch_good = run.epoch_loss + row["loss"], run.epoch_good + 1
             epoch_ends = run.step % run.epoch_steps == 0
             if epoch_ends:
-                end_epoch(run, log, epoch, lr)
+                loss = log_epoch(run, log, epoch, lr)
             if epoch_ends and saved_after(run, epoch) or cfg.save_steps and run.step % cfg.save_steps == 0:
                 save_resume(run)
             if epoch_ends:
                 finish_epoch(run, epoch)
+                examine(run, log, epoch, loss)
         if run.step < run.steps:
             save_resume(run)
             say(f"stopped after step {run.step - 1}; --resume goes on from here")
@@ -3416,12 +3533,17 @@ def train(run: Run) -> None:
     say(f"done: {run.folder}")
 
 
-def end_epoch(run: Run, log: Logger, epoch: int, lr: float) -> None:
-    """Logs the epoch's mean loss, validates, prints a sample."""
-    cfg, loss = run.cfg, run.epoch_loss / max(1, run.epoch_good)
+def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
+    """Logs the mean loss of an epoch, and returns it; the next begins."""
+    loss = run.epoch_loss / max(1, run.epoch_good)
     run.epoch_loss, run.epoch_good = 0.0, 0
     log.epoch(epoch, loss, lr)
-    line = f"epoch {epoch}: loss {loss:.4f}"
+    return loss
+
+
+def examine(run: Run, log: Logger, epoch: int, loss: float) -> None:
+    """After an epoch is saved: validates, prints a sample."""
+    cfg, line = run.cfg, f"epoch {epoch}: loss {loss:.4f}"
     if run.held_out:
         held_out = evaluate(run.model, run.held_out, run.ranks)
         log.step(step=run.step - 1, epoch=epoch, val_loss=held_out)
@@ -3558,7 +3680,7 @@ class Rehearsal:
     torch takes for itself.
     """
 
-    def __init__(self, cfg: Config, arch: Arch, device: str, dtype: torch.dtype):
+    def __init__(self, cfg: Config, arch: Arch, device: str, dtype: torch.dtype, ranks: Ranks = ONE_RANK):
         with torch.device("meta"):
             model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device, ready=False), cfg.grad_cp)
             tensors = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
@@ -3576,9 +3698,10 @@ class Rehearsal:
                     (name, start), = starts(model, [name], cfg, {}, ONE_RANK)
                     add_adapter(model, name, start, cfg, {})
                     done[rest] = model.get_submodule(name)
-            optimiser = ZeroAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), cfg)
+            trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+            optimiser = ZeroAdamW(trained, cfg, None, ranks, STAGE[cfg.strategy])
             loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")      # (their place is counted when they are used)
-            self.run = Run(cfg, ONE_RANK, "meta", arch, None, loader, None, model, optimiser, {}, 1)
+            self.run = Run(cfg, ranks, "meta", arch, None, loader, None, model, optimiser, {}, 1)
         self.loading, self.held = self.peak.most, self.peak.live
 
     def memory(self, bsz: int) -> Memory:
@@ -3601,18 +3724,21 @@ class Rehearsal:
         return fits
 
 
-def dry_run(cfg: Config, arch: Arch, loader: Loader, epoch_steps: int, device: str, dtype: torch.dtype) -> None:
+def dry_run(
+    cfg: Config, arch: Arch, loader: Loader, epoch_steps: int, device: str, dtype: torch.dtype, ranks: Ranks
+) -> None:
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded."""
-    rehearsal = Rehearsal(cfg, arch, device, dtype)
+    rehearsal = Rehearsal(cfg, arch, device, dtype, ranks)
     learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
     adapters = sum(n for name, n in learning.items() if ADAPTER[cfg.peft].is_own(name))
-    rows, GB = loader.bsz * cfg.accumulate_grad_batches, 1e9
+    rows, GB = loader.bsz * cfg.accumulate_grad_batches * ranks.size, 1e9
     steps, m = epoch_steps * cfg.epoch_count, rehearsal.memory(loader.bsz)
     learnt, parts = sum(learning.values()), " ".join(parts_of(cfg)) or "the model"
+    where = f"each of {ranks.size} devices" if ranks.size > 1 else f"the {device}"
     say(f"would train {learnt:,} of {rehearsal.base_parameters + adapters:,} parameters: {adapters:,} in adapters,"
         f" {learnt - adapters:,} in {parts}\n"
         f"would make {steps:,} steps of {rows} rows: at most {steps * rows * cfg.ctx_len:,} tokens\n"
-        f"would hold {m.total / GB:.2f} GB on the {device}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f}"
+        f"would hold {m.total / GB:.2f} GB on {where}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f}"
         f" adapters and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f}"
         f" other ({OTHER[device].what}); {(m.loading + m.other) / GB:.2f} while it is loaded")
     room = cfg.vram_gb * GB
@@ -3664,7 +3790,7 @@ def demo(cfg: Config) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise Fatal(f"--proj_dir {folder} is not empty; name another folder for the demonstration")
     common = replace(cfg, data_type="dummy", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=32, val_split=0.1,
-                     grad_cp=False, rank=8, lora_alpha=8.0)
+                     grad_cp=False, rank=8)
     say("\n1. A base model of half a million parameters learns to answer questions about sums, spelling and sentences.")
     base = replace(common, peft="none", n_layer=2, n_embd=128, data_file="base", epoch_steps=300, warmup_steps=20,
                    lr_init=3e-3, lr_final=1.5e-4, proj_dir=str(folder / "base"))
@@ -3672,10 +3798,10 @@ def demo(cfg: Config) -> None:
     train(run)
     say(f"   exact answers to held-out questions: {exact_match(run.model, run.held_out, run.device):.1%}")
     file, results = str(folder / "base" / "rwkv-0.pth"), {}
-    for peft in ("pissa", "lora"):
-        say(f"\n{2 if peft == 'pissa' else 3}. {peft} of rank 8 adapts it to the same questions in other words.")
+    for number, peft, more in ((2, "pissa", dict(auto_merge=True)), (3, "lora", dict(lora_alpha=8.0))):
+        say(f"\n{number}. {peft} of rank 8 adapts it to the same questions in other words.")
         run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5,
-                            lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), auto_merge=peft == "pissa"))
+                            lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), **more))
         before = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
         train(run)
         after = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
@@ -3709,14 +3835,16 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         cfg = parse(argv)
+        if cfg.make_binidx or cfg.dry_run:                            # what one process does alone
+            if is_first():
+                make_binidx(cfg) if cfg.make_binidx else build(cfg)
+            return 0
         if cfg.devices > 1 and "WORLD_SIZE" not in os.environ:
-            return launch(cfg, argv)
-        if cfg.make_binidx:
-            make_binidx(cfg)
-        elif replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config():
+            launch(cfg, argv)
+        if replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config():
             demo(cfg)
-        elif run := build(cfg):
-            train(run)
+        else:
+            train(build(cfg))
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0

@@ -22,8 +22,8 @@ setup(
     install_requires=["torch>=2.10", "ninja", "numpy", "tqdm"],
     extras_require={
         "test": [
-            "pytest", "rwkv==0.8.32", "triton", "ruff==0.17.6", "safetensors", "matplotlib", "bitsandbytes==0.50.2",
-            "Pillow", "wandb",
+            "pytest", "pytest-xdist", "rwkv==0.8.32", "triton", "ruff==0.17.6", "safetensors", "matplotlib",
+            "bitsandbytes==0.50.2", "Pillow", "wandb",
         ],
         "tokenizer": ["rwkv"],
         "plot": ["matplotlib"],

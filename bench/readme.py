@@ -49,9 +49,9 @@ WHAT = {
     1: "a command line from a dataclass", 2: "two recurrences, 15 lines each: a fading memory, and the delta rule",
     3: "time mixing, channel mixing, state as an argument", 4: "nf4 and int8, bit by bit",
     5: "the randomised SVD, PiSSA, QPiSSA, LoRA, Bone; state tuning",
-    6: "nine lines a reader; rows as spans of one stream", 7: "cross-entropy that never holds the logits",
+    6: "a reader for each kind of file; rows as spans of one stream", 7: "cross-entropy that never holds the logits",
     8: "AdamW by hand on one flat buffer",
-    9: "atomic files, the merge formula", 10: "a loop of fifteen lines, and resuming to the bit",
+    9: "atomic files, the merge formula", 10: "the loop, and resuming to the bit",
 }
 
 
@@ -230,7 +230,35 @@ def reliability() -> str:
     return (f"{r['kills']} times a run that saves at every step was killed with SIGKILL at a random moment,"
             f" {r['kills_while_writing']} times while it wrote a file: {r['unreadable_files']} unreadable files,"
             f" {r['failed_resumes']} failed resumes, and of {r['finished_runs']} runs that were resumed to their end,"
-            f" {r['diverged_runs']} with other losses or weights than the undisturbed run, to the bit. {source([r])}")
+            f" {r['diverged_runs']} with other losses or weights than the undisturbed run, to the bit. {source([r])}"
+            f"\n\n{crashes()}\n\n{damaged()}")
+
+
+def crashes() -> str:
+    """What an outside tester found."""
+    rows = record.read("chaos")
+    lines = ["| processes | crashed | points | passed | does not resume | other weights | lost work |",
+             "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        lost = r["LOST_WORK"] + r["older_step"]
+        lines.append(f"| {r['ranks']} | {', '.join(r['modes'])} | {r['points']} | {r['PASS']} | {r['HARD_FAIL']} |"
+                     f" {r['SILENT_DIVERGENCE'] + r['other_files']} | {lost} |")
+    tool = f"[ckpt-chaos](https://pypi.org/project/ckpt-chaos/) {rows[0]['ckpt_chaos']}"
+    return (f"{tool}, a tester by others, crashes a run at every change of a file and resumes it (`bench/chaos.py`;"
+            " before: just before the change; torn: with half of the file written; term: SIGTERM; unsynced: all is lost"
+            " that was not flushed):\n\n" + "\n".join(lines) + f"\n\n{source(rows)}")
+
+
+def damaged() -> str:
+    """What damaged files did."""
+    runs, files = record.read("fuzz")
+    return (f"{runs['cases']} runs with a damaged or hostile file, of models, checkpoints, corpora and logs"
+            f" (`bench/fuzz.py`): {runs['refused']} ended with one line, {runs['same_results']} had the results of the"
+            f" undamaged file, in {runs['another_good_file']} the damage had made another good corpus, and"
+            f" {runs['wrong']} crashed, hung, ran code, wrote elsewhere or took memory beyond twice the file and"
+            f" {runs['spare_mb']} MB. Of {files['flips']} checkpoints with a flipped bit and {files['cuts']} cut ones"
+            f" {files['refused']} were refused, {files['same_values']} loaded with the same values, {files['other_values']}"
+            f" with others. {source([runs])}")
 
 
 def rank_kills() -> str:
@@ -355,8 +383,30 @@ def levers() -> str:
     return "\n".join(lines) + f"\n\n{source(rows[-1:])}"
 
 
+OPS = {  # what it needs, what it is; in README's order
+    "cuda": ("a GPU and nvcc", "bf16: 32 tokens at a time on tensor cores; else RWKV-7 takes `cuda_precise`"),
+    "cuda_precise": ("a GPU and nvcc", "the recurrence in fp32, state in registers"),
+    "triton": ("a GPU and the package `triton`", "16 or 32 tokens at a time as matrix products, on tensor cores"),
+    "fla": ("a GPU and `pip install 'pissa_rwkv[fla]'`", "flash-linear-attention's kernels; only when asked for"),
+    "cpu": ("a C++ compiler", "the recurrence in C++, threads over batch and heads"),
+    "chunk": ("nothing", "16 or 32 tokens at a time as matrix products"),
+    "torch": ("nothing", "the definition, one token at a time"),
+}
+
+
+def which() -> str:
+    """The operators and the versions that have them."""
+    versions = list(P.TIME_MIX)
+    lines = [f"| op | {' | '.join(versions)} | needs | what it is |", "|---|---|---|---|---|---|"]
+    for op, (needs, what) in OPS.items():
+        has = " | ".join("yes" if (version, op) in P.WKV else "" for version in versions)
+        lines.append(f"| `{op}` | {has} | {needs} | {what} |")
+    assert {op for _, op in P.WKV} == OPS.keys()
+    return "\n".join(lines)
+
+
 TABLES = {
-    README: (demo, options, sections, ops, learning, reliability, quants, qerror, int8, memory, levers, clients,
+    README: (demo, options, sections, which, ops, learning, reliability, quants, qerror, int8, memory, levers, clients,
              sharing, ranks, efficiency, rank_kills),
     OPS_README: (measured, curve),
 }

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from pissa_rwkv import RWKV, WKV, BlockState, detect, fill, read_pth
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: each has one thread, and so have those it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 RANKS = dict(w=8, a=12, v=16, g=20)  # all different, so that a mix-up is an error of shapes
 MIX_RANK, DECAY_RANK = 12, 20  # likewise, of x060
 
@@ -186,16 +190,20 @@ def pytest_make_collect_report(collector: pytest.Collector) -> object:
 
 # ------------------------------------------------------------------------ what tests/test_cells.py found, as a table
 
-CELLS: list[tuple[str, str, str, float, float, float]] = []  # version, method, quant, first and last loss, merge error
+CELLS: list[tuple[str, str, str, str]] = []  # version, method, quant, what was found
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    CELLS.extend(tuple(value) for name, value in report.user_properties if name == "cell" and report.when == "call")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not CELLS:
         return
     terminalreporter.section("loss before and after 6 steps; error of the merged file's logits")
-    quants = list(dict.fromkeys(cell[2] for cell in CELLS))
+    quants = sorted({cell[2] for cell in CELLS}, reverse=True)
     terminalreporter.write_line("".join(f"{word:<27}" for word in ["", *quants]))
-    for version, method in dict.fromkeys(cell[:2] for cell in CELLS):
-        row = [f"{first:.3f} -> {last:.3f}, {error:.0e}" for v, m, q, first, last, error in CELLS
-               if (v, m) == (version, method)]
-        terminalreporter.write_line("".join(f"{word:<27}" for word in [f"{version} {method}", *row]))
+    for version, method in sorted({cell[:2] for cell in CELLS}):
+        found = {quant: text for v, m, quant, text in CELLS if (v, m) == (version, method)}
+        row = [f"{version} {method}", *(found.get(quant, "") for quant in quants)]
+        terminalreporter.write_line("".join(f"{word:<27}" for word in row))

@@ -5,6 +5,7 @@ file that was there is changed. A row of a table is: what is wrong, the options 
 import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +66,9 @@ def write_models(good):
           **{k.replace(".", "_"): lambda t: None for k in good if k.startswith("blocks.1")},
           **{"blocks.2.ln1.weight": lambda t: torch.ones(64)})
     model("no-emb", emb_weight=lambda t: None)
-    model("shape", **{key: lambda t: t[:32]})
+    model("shape", blocks_0_att_value_weight=lambda t: t[:32])
     model("narrow", blocks_0_att_key_weight=lambda t: t[:32])
-    model("flat-r_k", blocks_0_att_r_k=lambda t: t.flatten())
+    model("flat-r_k", blocks_1_att_r_k=lambda t: t.flatten())
     model("flat-v1", blocks_1_att_v1=lambda t: t.flatten())
     model("integers", **{key: lambda t: t.int()})
     model("sparse", **{key: lambda t: t.to_sparse()})
@@ -83,6 +85,10 @@ def write_models(good):
     torch.save({"weight": torch.zeros(2)}, "other.pth")
     torch.save(random_tensors(n_embd=128), "wide.pth")
     torch.save(random_tensors(seed=9), "another.pth")
+    model("float8", **{key: lambda t: t.to(torch.float8_e4m3fn)})
+    model("meta", **{key: lambda t: t.to("meta")})
+    model("repeated", emb_weight=lambda t: torch.zeros(1, 1).expand(2**30, 64))
+    write_zips()
     Path("code.pkl").write_bytes(pickle.dumps(Code()))
     Path("empty.pth").touch()
     Path("text.pth").write_text("hello\n")
@@ -96,6 +102,17 @@ def write_models(good):
     Path("flipped.pth").write_bytes(data[: at + 999] + bytes([data[at + 999] ^ 4]) + data[at + 1000:])
     method = data.rindex(b"PK\1\2") + 10  # in the zip's directory: "stored" becomes "deflated"
     Path("flipped-method.pth").write_bytes(data[:method] + bytes([data[method] ^ 8]) + data[method + 1:])
+
+
+def write_zips():
+    """The good model, zipped in another way or with another pickle in it; the checksums are right."""
+    for name, method, pickled in (("compressed", zipfile.ZIP_DEFLATED, None),
+                                  ("hungry", zipfile.ZIP_STORED, b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + bytes(4)
+                                   + b"\x10\x85R."),
+                                  ("brackets", zipfile.ZIP_STORED, b"\x80\x02" + b"(" * 100_000 + b".")):
+        with zipfile.ZipFile("m.pth") as old, zipfile.ZipFile(f"{name}.pth", "w", method) as new:
+            for item in old.namelist():
+                new.writestr(item, pickled if pickled and item.endswith("data.pkl") else old.read(item))
 
 
 def write_corpora():
@@ -155,6 +172,7 @@ def write_arrays():
     data = Path("good.npy").read_bytes()
     Path("cut.npy").write_bytes(data[:-3])
     Path("cut-header.npy").write_bytes(data[:40])
+    Path("header.npy").write_bytes(data[:10] + b"(" * (len(data) - 22) + data[-12:])
     Path("text.npy").write_text("1 2 3")
     Path("empty.npy").touch()
     Path("odd.u16").write_bytes(data[-11:])
@@ -188,6 +206,12 @@ def write_shards():
     Path("empty.tar").touch()
 
 
+def describe_anew(file, tensors, **items):
+    about = json.loads(bytes(tensors[P.DESCRIPTION].tolist())) | items
+    text = torch.tensor([*json.dumps(about).encode()], dtype=torch.uint8)
+    torch.save({**tensors, P.DESCRIPTION: text}, file)
+
+
 def write_runs():
     """run: a finished one; and copies of it in which one file is not right."""
     assert P.main(shlex.split(f"{GOOD} --proj_dir run --epoch_steps 2 --save_steps 1")) == 0
@@ -199,11 +223,15 @@ def write_runs():
         "cut": lambda f: f.write_bytes(resume[: len(resume) // 2]),
         "flipped": lambda f: f.write_bytes(resume.replace(b"PK\3\4", b"PK\3\5", 3)),
         "model": lambda f: shutil.copy("m.pth", f),
+        "step": lambda f: describe_anew(f, tensors, step="1"),
+        "text": lambda f: describe_anew(f, tensors, dtype="float4"),
+        "nan": lambda f: torch.save({**tensors, "v": tensors["v"] * torch.nan}, f),
+        "short": lambda f: torch.save({**tensors, "v": tensors["v"][:5]}, f),
         "no-m": lambda f: torch.save({k: t for k, t in tensors.items() if k != "m"}, f),
         "init": lambda f: shutil.copy("run-seed/init_pissa.pth", f.with_name("init_pissa.pth")),
         "no-init": lambda f: f.with_name("init_pissa.pth").unlink(),
     }.items():
-        shutil.copytree("run", f"run-{name}")
+        shutil.copytree("run", f"run-{name}", ignore=shutil.ignore_patterns("resume.1.pth"))  # nothing to fall back on
         write(Path(f"run-{name}/resume.pth"))
     # As RWKV-PEFT writes them: without a description.
     Path("plain").mkdir()
@@ -270,6 +298,12 @@ MODEL = [  # (what is wrong, options, words in the line)
     ("a bit flipped", "--load_model flipped.pth", "flipped.pth|checksum"),
     ("a bit flipped in the zip's directory", "--load_model flipped-method.pth", "flipped-method.pth"),
     ("code in a zip", "--load_model code.pth", "code.pth|none of it was run"),
+    ("compressed, so that it cannot be mapped", "--load_model compressed.pth", "compressed.pth|compressed"),
+    ("a pickle that asks for 64 GB", "--load_model hungry.pth", "hungry.pth|none of it was run"),
+    ("a pickle of 100,000 brackets", "--load_model brackets.pth", "brackets.pth|cannot be read"),
+    ("numbers of 8 bits", "--load_model float8.pth", "float8.pth|blocks.1.att.key.weight|float8_e4m3fn"),
+    ("a tensor without numbers", "--load_model meta.pth", "meta.pth|blocks.1.att.key.weight"),
+    ("one number a billion times", "--load_model repeated.pth", "repeated.pth|emb.weight"),
     ("code in a plain pickle", "--load_model code.pkl", "code.pkl|plain pickle"),
     ("format of torch before 1.6", "--load_model old.pth", "old.pth|torch before 1.6"),
     ("wrapped in a dict", "--load_model wrapped.pth", "wrapped.pth|state_dict"),
@@ -284,7 +318,7 @@ MODEL = [  # (what is wrong, options, words in the line)
     ("a key too many", "--load_model unknown.pth", "unknown.pth|unknown extra"),
     ("no embedding", "--load_model no-emb.pth", "no-emb.pth|emb.weight"),
     ("a layer missing", "--load_model gap.pth", "gap.pth|[0, 2]"),
-    ("wrong shape", "--load_model shape.pth", "shape.pth|blocks.1.att.key.weight|[32, 64]|[64, 64]"),
+    ("wrong shape", "--load_model shape.pth", "shape.pth|blocks.0.att.value.weight|[32, 64]|[64, 64]"),
     ("layer 0 too narrow", "--load_model narrow.pth", "narrow.pth"),
     ("r_k with one dimension", "--load_model flat-r_k.pth", "flat-r_k.pth|r_k"),
     ("v1 with one dimension", "--load_model flat-v1.pth", "flat-v1.pth|v1"),
@@ -334,7 +368,7 @@ OPTIONS = [
     ("unknown precision", "--precision fp8", "--precision fp8|'bf16'"),
     ("unknown accelerator", "--accelerator tpu", "--accelerator tpu|'cpu'"),
     ("no GPU", "--accelerator gpu", "--accelerator gpu|cpu"),
-    ("two devices", "--devices 2", "--devices 2"),
+    ("a negative number of devices", "--devices -1", "--devices -1"),
     ("unknown schedule", "--lr_schedule step", "--lr_schedule step|'wsd'"),
     ("unknown sampler", "--dataload random", "--dataload random|'get'"),
     ("unknown mask", "--loss_mask q", "--loss_mask q|'qa'"),
@@ -368,7 +402,7 @@ OPTIONS = [
     ("pissa_load without pissa_init", "--pissa_config '{\"pissa_load\": \"run/rwkv-0.pth\"}'", "pissa_load|pissa_init"),
 ]
 NEW_MODEL = [
-    ("version that is not there", "--version x052", "--version x052|x070"),
+    ("version that is not there", "--version x051", "--version x051|x070|x060|x052"),
     ("heads that do not fit", "--n_embd 100", "--n_embd 100|--head_size 64"),
     ("attention of another width", "--dim_att 128", "--dim_att 128"),
     ("negative layers", "--n_layer -1", "--n_layer -1"),
@@ -402,6 +436,7 @@ DATA = [
     ("a .npz", "--data_file zipped.npy", "zipped.npy|no .npy of tokens"),
     ("npy cut", "--data_file cut.npy", "cut.npy|damaged"),
     ("npy cut in its header", "--data_file cut-header.npy", "cut-header.npy|damaged"),
+    ("npy with a header that does not end", "--data_file header.npy", "header.npy|damaged"),
     ("text as npy", "--data_file text.npy", "text.npy|no .npy of tokens"),
     ("empty npy", "--data_file empty.npy", "empty.npy|no .npy of tokens"),
     ("no such npy", "--data_file nope.npy", "nope.npy|No such file"),
@@ -478,6 +513,10 @@ RESULTS = [
     ("resume.pth cut", "--proj_dir run-cut --resume", "run-cut/resume.pth|truncated"),
     ("resume.pth damaged", "--proj_dir run-flipped --resume", "run-flipped/resume.pth"),
     ("resume.pth is a model", "--proj_dir run-model --resume", "run-model/resume.pth"),
+    ("resume.pth with a step that is no number", "--proj_dir run-step --resume", "run-step/resume.pth|step '1'"),
+    ("resume.pth with a dtype that is none", "--proj_dir run-text --resume", "run-text/resume.pth|dtype 'float4'"),
+    ("resume.pth with NaN", "--proj_dir run-nan --resume", "run-nan/resume.pth|v holds NaN"),
+    ("resume.pth with half a moment", "--proj_dir run-short --resume", "run-short/resume.pth|not what this program"),
     ("resume.pth lacks a moment", "--proj_dir run-no-m --resume", "run-no-m/resume.pth|m"),
     ("epoch 2 after nothing", "--epoch_begin 2", "out/|.pth: no such file"),
     ("epoch 3 after epoch 0", "--proj_dir run --epoch_begin 3", "run/rwkv-2.pth|no such file|rwkv-0.pth"),
@@ -592,12 +631,13 @@ def without_limit(call):
 def test_disk_full_while_saving(place, capfd, file_limit):
     """In a run that goes on: its checkpoints stay whole, no unfinished file is left."""
     shutil.copytree("run", "run-full")
+    before = sorted(p.name for p in Path("run-full").glob("*.pth"))
     for log in ("train_log.txt", "loss_data.jsonl"):  # (they grow: they are not among what must stay as it is)
         Path(f"run-full/{log}").unlink()
     file_limit(20_000)
     argv = shlex.split(f"{GOOD} --epoch_steps 2 --epoch_count 2 --proj_dir run-full --resume")
     check_line(place, capfd, without_limit(lambda: P.main(argv)), "cannot write run-full/|size limit")
-    assert sorted(p.name for p in Path("run-full").glob("*.pth")) == ["init_pissa.pth", "resume.pth", "rwkv-0.pth"]
+    assert sorted(p.name for p in Path("run-full").glob("*.pth")) == before
 
 
 def test_disk_full_from_the_start(place, capfd, file_limit):

@@ -125,7 +125,8 @@ def test_wkv6_has_rows_of_its_own(tmp_path):
     assert [(row["op"], row["failed"], set(row["error"])) for row in timed] == [
         (op, "", {"y", "dr", "dw", "dk", "dv"}) for op in ("torch", "chunk")]  # fmt: skip
     assert timed[0]["rates"]["both"]["floor_ms"] == pytest.approx(1e3 * 14 * 16 * 64 * 4 / timed[0]["copy_bytes_per_s"])
-    fs = {op: load() for op, load in wkv.contestants.loaders("cpu", torch.float32, "wkv6").items() if op != "fla"}
+    fs = {op: load() for op, load in wkv.contestants.loaders("cpu", torch.float32, "wkv6").items()
+          if op not in ("cuda", "fla")}  # fmt: skip
     regimes = wkv.regime_rows(fs, (2, 20, 2), torch.float32, "cpu", wkv.RECURRENCES["wkv6"])
     assert {(row["op"], row["regime"]) for row in regimes} == {*itertools.product(fs, wkv.REGIMES[:4])}
     for row in regimes:

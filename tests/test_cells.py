@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import CELLS, load_model, logits_of, random_model
+from conftest import load_model, logits_of, random_model
 
 import merge
 import pissa_rwkv as P
@@ -40,7 +40,9 @@ def losses(folder):
 @pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("version", P.TIME_MIX)
-def test_a_cell_trains_resumes_to_the_bit_and_merges_into_what_it_was(version, method, quant, place, tmp_path, capsys):
+def test_a_cell_trains_resumes_to_the_bit_and_merges_into_what_it_was(
+    version, method, quant, place, tmp_path, capsys, record_property
+):
     base = str(place / f"{version}.pth")
 
     def run(name, *more):
@@ -70,4 +72,4 @@ def test_a_cell_trains_resumes_to_the_bit_and_merges_into_what_it_was(version, m
     found, wanted, before = (logits_of(m.eval(), tokens)[0] for m in (load_model(merged), adapted, load_model(base)))
     error = ((found - wanted).abs().max() / wanted.std()).item()
     assert error < 1e-4 < (wanted - before).abs().max() / wanted.std()
-    CELLS.append((version, method, quant, losses(whole)[0], losses(whole)[-1], error))
+    record_property("cell", (version, method, quant, f"{losses(whole)[0]:.3f} -> {losses(whole)[-1]:.3f}, {error:.0e}"))

@@ -78,8 +78,8 @@ def test_json_goes_over_flags():
     text = """'{"pissa_load": "a", "pissa_init": "b", "pissa_r": 8, "svd_niter": 0}'"""
     cfg = parse(f"--rank 4 --svd_niter 9 --pissa_config {text}")
     assert (cfg.adapter_load, cfg.adapter_init, cfg.rank, cfg.svd_niter) == ("a", "b", 8, 0)
-    cfg = parse("""--lora_config '{"lora_load": "", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.01}'""")
-    assert (cfg.adapter_load, cfg.rank, cfg.lora_alpha, cfg.lora_dropout) == ("", 8, 16.0, 0.01)
+    cfg = parse("""--peft lora --lora_config '{"lora_load": "", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1}'""")
+    assert (cfg.adapter_load, cfg.rank, cfg.lora_alpha, cfg.lora_dropout) == ("", 8, 16.0, 0.1)
     assert isinstance(cfg.lora_alpha, float)
     for nothing in ("", "{}"):
         cfg = parse(f"--pissa_config '{nothing}'")

@@ -12,7 +12,7 @@ def test_demonstration(tmp_path, capfd):
     loss = {name: float(value) for name, value in re.findall(r"(base|pissa|lora) +(\d\.\d+) ", text)}
     assert exact["pissa"] > exact["lora"] + 10 > exact["base"] + 20, text
     assert loss["pissa"] < loss["lora"] < loss["base"], text
-    assert float(re.search(r"held-out questions: (\d+\.\d)%", text)[1]) > 90, text
+    assert float(re.search(r"held-out questions: (\d+\.\d)%", text)[1]) > 85, text
     assert float(re.search(r"largest difference of a logit: (\S+)", text)[1]) < 1e-4, text
     names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.pth")}
     assert {"base/rwkv-0.pth", "pissa/rwkv-0.pth", "pissa/init_pissa.pth", "pissa/rwkv-0-merged.pth"} <= names

@@ -81,7 +81,7 @@ def bar(name, dtype):
     """How far off a tensor may be, in the Frobenius norm."""
     if dtype == torch.bfloat16:
         return 5e-3 if name in ("y", "state_T") else 1e-2
-    return 1e-5 if dtype == torch.float32 or name in STATES else 3e-4
+    return 2e-5 if dtype == torch.float32 or name in STATES else 3e-4
 
 
 def check(outputs, inputs, grads, regimes=REGIMES):
@@ -159,7 +159,7 @@ def test_the_same_bits_in_every_schedule(on_cpu, monkeypatch, dtype):
 
 @needs_cpp
 @pytest.mark.parametrize("cut", [37, 64])
-@pytest.mark.parametrize("dtype, bar", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("dtype, bar", [(torch.float32, 2e-5), (torch.bfloat16, 5e-3)])
 def test_the_pieces_are_the_whole(on_cpu, cut, dtype, bar):
     """Outputs, state, and the gradients that a carried state brings back, summed where pieces share an input."""
     forward, backward = on_cpu
@@ -241,7 +241,7 @@ def test_what_was_compiled_is_looked_at(library):
 
 
 def test_what_is_saved_is_known_without_a_gpu():
-    """The `cuda` op on meta tensors: 256 bytes per token and head in bf16, else 512, which is all a rehearsal needs."""
+    """The `cuda` op on meta tensors: 256 bytes per token and head in bf16, else 512."""
     wkv6 = wkv7_cuda.load("cuda", "wkv6", ready=False)
     for dtype, kept in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.half, torch.float32)):
         tokens = [torch.empty(1, 70, 2, N, dtype=dtype, device="meta", requires_grad=True) for _ in range(4)]

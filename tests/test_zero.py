@@ -100,7 +100,7 @@ def torchs_zero(ranks, micro_batches):
 
 def worst(found, wanted):
     """The largest difference, of 1 or of the number itself if that is larger."""
-    return max(((found[name] - wanted[name]).abs() / wanted[name].abs().clamp(min=1)).max().item() for name in wanted)
+    return max((((found[name] - w).abs() / w.abs().clamp(min=1)).max().item() for name, w in wanted.items()), default=0)
 
 
 def worker(rank, size, port, results):
@@ -114,9 +114,10 @@ def worker(rank, size, port, results):
         found, masters, norms = train(ranks, stage, micro_batches, dtype)
         wanted, wanted_norms = torch_oracle(size, micro_batches, dtype, stage == 2)
         rows[stage, micro_batches, dtype] = dict(
-            error=worst(masters, wanted), rounded=all(torch.equal(found[n], masters[n].to(dtype)) for n in found),
+            error=worst(masters, {name: wanted[name] for name in masters}),  # (rank 0 has the masters)
+            rounded=all(torch.equal(found[n], master.to(dtype)) for n, master in masters.items()),
             norms=max(abs(a / b - 1) for a, b in zip(norms, wanted_norms, strict=True)),
-            clipped=sum(norm > CLIP for norm in norms), sha=repr([p.tolist()[:3] for p in masters.values()]),
+            clipped=sum(norm > CLIP for norm in norms), sha=repr([p.tolist()[:3] for p in found.values()]),
             total=sum(p.double().sum().item() for p in found.values()))
     for micro_batches in (1, 3):
         zero = torchs_zero(ranks, micro_batches)

@@ -1,5 +1,5 @@
-// 16x16 blocks: matrices of bf16 in shared memory, their fragments as factors of products on tensor cores, sums in fp32.
-// What wkv7_fast.cu and wkv6.cu have in common.
+// 16x16 blocks: of matrices of bf16 in shared memory, as factors of products on tensor cores, as sums in fp32. What
+// wkv7_fast.cu and wkv6.cu have in common.
 #pragma once
 
 #include "device.cuh"

@@ -57,6 +57,8 @@ template <int NEWEST>
 __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(NEWEST) : "memory");
 }
+// A hint: the 128 bytes around `from` will be read soon.
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 #endif
 
 // I/O types <-> the fp32 in which everything is computed. Rounding is to nearest, ties to even.

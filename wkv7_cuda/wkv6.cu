@@ -27,18 +27,18 @@
 // reverse order. So there is one walk here, template parameter MODE.
 //
 // HOW IT IS CUT. A block has four warps and walks the chunks of one *segment* of one head, 32 tokens = two steps each,
-// in order. A thread wears three hats: a warp is (step, half of the keys) for what belongs to tokens, and one lane of it
-// is a key there; for A a lane is two tokens and 8 keys; and for the state a warp owns 16 values, transposed as in
-// wkv7_fast.cu, value by token and value by key: the state never leaves the registers, no warp needs another's values.
+// in order. A thread has three roles. For what belongs to tokens a warp is a step and half of the keys, a lane of it
+// one key; for A a lane is two tokens and 8 keys; and of the state a warp owns 16 values, transposed as in
+// wkv7_fast.cu, value by token and value by key: it never leaves the registers, no warp needs another's values.
 //
-//   stage      reads                 computes                                         a thread holds
-//   factors    r k w                 d, Q, K, P                                       d of 16 tokens, one key
-//   pairs      r k d                 A, two halves of the keys apart                  r d(s,t) of 2 tokens, 8 keys
-//   walk       Q K A V (dY)          Y over V (dV over dY), S of the next step        S: 16 values of a warp, 32 numbers
+//   stage      reads            computes                                              a thread holds
+//   factors    r k w            d, Q, K, P                                            d of 16 tokens, one key
+//   pairs      r k d            A, two halves of the keys apart                       r d(s,t) of 2 tokens, 8 keys
+//   walk       Q K A V (dY)     Y over V (dV over dY), S of the next step             S: 16 values a warp, 32 numbers
 //   and in the backward
-//   replay     saved, K V            S before both steps; C                           (before the walk)
-//   dQ, dK     dY S; V D             dQ before the walk, which puts D over S; dK      16 + 16 sums
-//   channels   r k d C dQ dK         dr dk dw du                                      k d X and sums, 16 tokens, one key
+//   replay     saved, K V dY    S before both steps; C                                (before the walk)
+//   products   dY S; V D        dQ before the walk, which puts D over S; dK after it  16 + 16 sums
+//   channels   r k d C dQ dK w  dr dk dw du                                           k d, sums of 16 tokens, one key
 //
 // SEGMENTS. B*H blocks of their own fill a GPU only if there are many heads. With fewer, a head's tokens are cut into
 // segments that are walked at once; for that the state before each must be known. The walk from zero without outputs
@@ -51,8 +51,8 @@
 // NUMERICS. Factors of products on tensor cores are one bf16 (PARTS = 1) if I/O is bf16; else two, high + low, 16 bits
 // together, and a product is three: high high + high low + low high. As factors are rounded: r k v dy (exact in bf16),
 // Q K A, and S, D where they are multiplied. fp32: decays, sums, carried S and D, A and C until they are rounded, the
-// gradients' sums over pairs. Errors against float64 are about 3e-3 and 3e-6 (tests/test_wkv6_cuda.py). The order of all
-// sums is fixed: no atomics, the same bits in every run with the same number of segments.
+// gradients' sums over pairs. Errors against float64: about 2.5e-3 in bf16, 7e-6 in fp32 (tests/test_wkv6_cuda.py).
+// The order of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
 //
 // LIMITS. N = 64, T >= 1 (the tail is filled with tokens that change nothing: d = 1, the rest 0), sm_80 or newer with
 // 99 KB of shared memory a block; pointers aligned to 16 bytes (the binding checks); at most 2^31 - 1 blocks a launch.
@@ -81,7 +81,7 @@ template <typename IO>
 struct Tensors {
     const IO *r, *w, *k, *v, *u, *dy = nullptr;
     const float* start = nullptr;   // [head,segment,value,key] the state before (mirrored: gradient after) each segment
-    float* end = nullptr;           // [head,value,key] the state after the last (mirrored: the gradient before the first)
+    float* end = nullptr;           // [head,value,key] the state after the last (mirrored: gradient before the first)
     float *gains = nullptr, *decays = nullptr;  // of segments: [head,segment,value,key], [head,segment,key]
     uint4* saved = nullptr;         // [head,chunk,part,warp,key / 16,lane]: S before each chunk
     IO* out = nullptr;              // y (mirrored: dv)
@@ -207,7 +207,7 @@ struct GradientTiles : OutputTiles<PARTS> {
     Tile<PARTS, L> v;
     union {
         Tile<PARTS, N> S[STEPS];  // [value,key] before each step; then D after it
-        float dQK[2][L][N];       // then dQ, dK
+        float dQK[2][L][N + 8];   // then dQ, dK. (8: rows start 8 banks apart)
     };
     float C[STEPS][STEP][STEP];
     float SD[STEPS][WARPS][N];  // diag(S^T D): what 16 values each add
@@ -215,8 +215,8 @@ struct GradientTiles : OutputTiles<PARTS> {
 
 // ---------------------------------------------------------------------------------------------- the stages of a chunk
 
-// A chunk of one head's [B,T,H,N] -> tile, bf16 without waiting; x: its first token, stride: from one token to the next.
-// Of the chunk `tokens` exist; for the others there are zeros.
+// A chunk of one head's [B,T,H,N] -> tile, bf16 without waiting. x: its first token; stride: from one token to the
+// next; of the chunk `tokens` exist, for the others there are zeros.
 template <typename IO>
 __device__ void fetch(Tile<parts<IO>, L>& tile, const IO* x, int stride, int tokens) {
     constexpr int UNIT = std::is_same_v<IO, bf16> ? 8 : 4;  // numbers a thread fetches at once
@@ -242,6 +242,13 @@ __device__ void fetch_raw(void* tile, const IO* x, int stride, int tokens) {
         const int n = part * THREADS + threadIdx.x, t = n / (N / UNIT), column = n % (N / UNIT) * UNIT;
         cp_async16(static_cast<IO*>(tile) + n * UNIT, x + (t * stride + column), t < tokens);
     }
+}
+// Its lines of 128 bytes on their way from memory: what the next chunk fetches is then near.
+template <typename IO>
+__device__ void expect(const IO* x, int stride, int tokens) {
+    constexpr int UNIT = 128 / sizeof(IO), LINES = N / UNIT;
+    const int t = threadIdx.x / LINES;
+    if (t < lesser(tokens, L)) prefetch(x + (t * stride + threadIdx.x % LINES * UNIT));
 }
 template <typename IO>
 __device__ void write_out(const Tile<parts<IO>, L>& tile, IO* x, int stride, int tokens) {
@@ -285,7 +292,7 @@ __device__ void factors(Tiles& tiles, const float (&d)[STEP], int step, int j) {
     }
 }
 
-// A, summed over 32 keys: a lane has tokens t = i and i + 8 and 8 keys. With s going down from t, x is r u, then r, then
+// A, summed over 32 keys: a lane has tokens t = i and i + 8, and 8 keys. As s goes down from t, x is r u, then r, then
 // times one more d each time.
 template <typename Tiles>
 __device__ void pairs(Tiles& tiles, int step, int half) {
@@ -359,7 +366,7 @@ __device__ void product(Block (&x)[2], const Tile<PARTS, L>& rows, const Tile<PA
         for (int m = 0; m < 2; m++) add(x[m], f, take<right>(S, 16 * n, 32 * half + 16 * m));
     }
 }
-__device__ inline void put_sums(float (*to)[N], const Block (&x)[2], int step, int half) {
+__device__ inline void put_sums(float (*to)[N + 8], const Block (&x)[2], int step, int half) {
     const Lane lane;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -430,13 +437,14 @@ __device__ void diagonal(GradientTiles<PARTS>& tiles, const Block (&D)[4], int s
 
 // dr dk dw of 16 tokens, a key j a lane; returns what they add to du. at: the step's first token and this key in
 // [B,T,H,N]. The sums over pairs go down in t and, for each t, down in s; then, for all s < t,
-//     old = k_s d(s,t)      new_s = sum_(z>t) C_zs r_z d(t,z)      after t:  new_s <- new_s d_t + C_ts r_t
-// and at t = s what new_s has become is the sum in dk_s. X is gathered where d was, dQ where dQ is.
+//     old = k_s d(s,t)      newer_s = sum_(z>t) C_zs r_z d(t,z)      after t:  newer_s <- newer_s d_t + C_ts r_t
+// and at t = s newer_s is the sum in dk_s. The part of X that leaves the step waits where d was.
 template <typename IO>
-__device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x, int step, int j, int64_t at, int stride,
-                          int tokens) {
+__device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x, int step, int j, int64_t at,
+                          int stride, int tokens) {
     const IO(*w)[N] = reinterpret_cast<const IO(*)[N]>(&tiles.Q) + STEP * step;
-    float(*dQ)[N] = tiles.dQK[0] + STEP * step, (*dK)[N] = tiles.dQK[1] + STEP * step, (*X)[N] = tiles.d + STEP * step;
+    float(*dQ)[N + 8] = tiles.dQK[0] + STEP * step, (*dK)[N + 8] = tiles.dQK[1] + STEP * step;
+    float(*X)[N] = tiles.d + STEP * step;
     const float(*C)[STEP] = tiles.C[step];
     float k[STEP], d[STEP], newer[STEP];
     float leaving = 0.0f, before = 1.0f;
@@ -496,7 +504,8 @@ struct Traits {
 
 // So many blocks fit into the 227 KB of an H100's multiprocessor; registers must suffice for them too.
 template <Mode MODE, typename IO>
-__global__ void __launch_bounds__(THREADS, parts<IO> == 1 && MODE != GRADIENTS ? 3 : 2) wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
+__global__ void __launch_bounds__(THREADS, parts<IO> == 1 && MODE != GRADIENTS ? 3 : 2)
+wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
     using M = Traits<MODE, IO>;
     constexpr int PARTS = M::PARTS;
     typename M::Tiles& tiles = *reinterpret_cast<typename M::Tiles*>(dyn_smem());
@@ -530,6 +539,15 @@ __global__ void __launch_bounds__(THREADS, parts<IO> == 1 && MODE != GRADIENTS ?
         if constexpr (M::gradients) fetch<IO>(tiles.v, x.v + at, stride, tokens);
         fetch<IO>(tiles.in, (M::mirror ? x.dy : x.v) + at, stride, tokens);
         cp_async_commit();
+        if (n + 1 < count) {
+            const int64_t next = at + (M::mirror ? -L : L) * stride;
+            const int its_tokens = M::mirror ? L : lesser(sizes.T - token - L, L);
+            expect(x.w + next, stride, its_tokens);
+            if constexpr (MODE != LOCAL) expect(x.r + next, stride, its_tokens);
+            if constexpr (MODE != LOCAL_MIRRORED) expect(x.k + next, stride, its_tokens);
+            if constexpr (MODE != LOCAL_MIRRORED) expect(x.v + next, stride, its_tokens);
+            if constexpr (M::mirror) expect(x.dy + next, stride, its_tokens);
+        }
         float d[STEP];
         decays(d, x.w + at + its_at, stride, tokens - STEP * its_step);
         cp_async_wait<0>();
@@ -541,10 +559,10 @@ __global__ void __launch_bounds__(THREADS, parts<IO> == 1 && MODE != GRADIENTS ?
         }
         __syncthreads();  // Q, K, P, A are
 
-        uint4* saved = x.saved + (head * sizes.chunks() + chunk) * PARTS * WARPS * 4 * 32 + warp * 4 * 32 + threadIdx.x % 32;
+        const int64_t its_saved = ((head * sizes.chunks() + chunk) * PARTS * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
         Block dQ[2], dK[2];
         if constexpr (M::gradients) {
-            replay(tiles, saved, warp);
+            replay(tiles, x.saved + its_saved, warp);
             __syncthreads();
             product(dQ, tiles.in, tiles.S[its_step], its_step, half);
             __syncthreads();  // nobody needs S of others any more, nor dY
@@ -565,7 +583,7 @@ __global__ void __launch_bounds__(THREADS, parts<IO> == 1 && MODE != GRADIENTS ?
 #pragma unroll
                         for (int p = 0; p < PARTS; p++) {
                             const uint32_t(&s)[4] = before.part[p].x;
-                            saved[(p * WARPS * 4 + m) * 32] = {s[0], s[1], s[2], s[3]};
+                            x.saved[its_saved + (p * WARPS * 4 + m) * 32] = {s[0], s[1], s[2], s[3]};
                         }
                     }
                 }
@@ -603,8 +621,8 @@ __global__ void __launch_bounds__(THREADS, parts<IO> == 1 && MODE != GRADIENTS ?
 
 // ---------------------------------------------------------------------------------------------- joining segments
 
-// gains [head,segment,value,key] -> in its place the state before (mirrored: the gradient after) every segment. A thread
-// does four numbers of a head's state.
+// gains [head,segment,value,key] -> in its place the state before (mirrored: the gradient after) every segment. A
+// thread does four numbers of a head's state.
 __global__ void __launch_bounds__(THREADS)
 wkv6_scan_kernel(Sizes sizes, bool mirror, const float* state, const float* decays, float* gains) {
     const int64_t index = int64_t{blockIdx.x} * THREADS + threadIdx.x, segments = sizes.segments();
@@ -635,8 +653,8 @@ int run(Sizes sizes, Tensors<IO> x, const float* state, float* scratch, void* st
         int error = launch(wkv6_walk_kernel<ACROSS, IO>, sizes.cells() - sizes.heads(), THREADS,
                            Traits<ACROSS, IO>::smem, stream, sizes, x);
         if (error) return error;
-        error = launch(wkv6_scan_kernel, sizes.heads() * (N * N / 4 / THREADS), THREADS, 0, stream, sizes, MIRROR, state,
-                       static_cast<const float*>(x.decays), x.gains);
+        error = launch(wkv6_scan_kernel, sizes.heads() * (N * N / 4 / THREADS), THREADS, 0, stream, sizes, MIRROR,
+                       state, static_cast<const float*>(x.decays), x.gains);
         if (error) return error;
     }
     return launch(wkv6_walk_kernel<MODE, IO>, sizes.cells(), THREADS, Traits<MODE, IO>::smem, stream, sizes, x);
