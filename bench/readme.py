@@ -255,7 +255,7 @@ def damaged() -> str:
             f" (`bench/fuzz.py`): {runs['refused']} ended with one line, {runs['same_results']} had the results of the"
             f" undamaged file, in {runs['another_good_file']} the damage had made another good corpus, and"
             f" {runs['wrong']} crashed, hung, ran code, wrote elsewhere or took memory beyond twice the file and"
-            f" {runs['spare_mb']} MB. {files['flips']} checkpoints with a flipped bit and {files['cuts']} that were cut:"
+            f" {runs['spare_mb']} MB. {files['flips']} checkpoints with a flipped bit and {files['cuts']} cut ones:"
             f" {files['refused']} refused, {files['same_values']} loaded with the same values, {files['other_values']}"
             f" with others. {source([runs])}")
 
