@@ -1024,7 +1024,8 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
         raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
     try:
         check_names(pickled)
-        with warnings.catch_warnings(action="ignore"):                # of kinds of tensors that are refused below
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                           # of kinds of tensors that are refused below
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
