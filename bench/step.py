@@ -18,9 +18,10 @@ Their packages are optional; who cannot run has a row that says why in `failed`.
 | of a row | what |
 |---|---|
 | step, tokens_per_s | {ms: the median, low, high: 10 % and 90 %, n: steps}; tokens of the step over the median |
-| parts | ms of the median step, by what the operations of one profiled step take; on a GPU their kernels |
+| parts | ms of the median step, shared out as the operations of three profiled steps are; on a GPU, of their kernels |
 | | between: on a CPU Python and dispatch, on a GPU the time in which no kernel runs |
-| utilisation | 4 products (forward, recomputed, and two halves of a backward that has no dW) x 2 x the weights of the matrices x tokens/s, over 2 x the operations that a large product of this dtype reached in this run |
+| utilisation | 4 x the weights of the matrices x tokens/s (a forward, and a backward to the inputs alone; what is |
+| | recomputed does not count) over the operations/s of a large product of this dtype in this run |
 | peak | bytes of tensors at the step's peak, the model and the optimiser among them |
 | faster_than | tokens/s over those of the others, each under "<name> <dtype> <quant>" |
 
@@ -49,6 +50,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import pissa_rwkv as P
 
 RANK = 32
+PROFILED = 3                                                          # steps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KEY = ("name", "model", "bsz", "ctx", "dtype", "quant")
 
@@ -65,9 +67,13 @@ class Contestant(NamedTuple):
 class RandomRows(P.FullRows):
     """As many random tokens, all of them learnt."""
 
-    def tokens(self, number: int, vocab_size: int = 65536) -> Tensor:
+    def __init__(self, vocab_size: int, bsz: int, ctx_len: int, device: str):
+        super().__init__(bsz, ctx_len, device)
+        self.vocab_size = vocab_size
+
+    def tokens(self, number: int) -> Tensor:
         draw = torch.Generator().manual_seed(number)
-        return torch.randint(vocab_size, (self.bsz, self.ctx_len + 1), generator=draw).to(self.device)
+        return torch.randint(self.vocab_size, (self.bsz, self.ctx_len + 1), generator=draw).to(self.device)
 
     def batch(self, number: int) -> P.Batch:
         tokens = self.tokens(number)
@@ -88,7 +94,8 @@ def ours(model: str, bsz: int, ctx: int, dtype: str, quant: str, device: str) ->
     P.fill(rwkv, vram.random_tensors(arch, device), model, device, compute, P.left_in_file(rwkv, cfg))
     P.add_adapters(rwkv, cfg, {}, {})
     optimiser = P.ZeroAdamW(((n, p) for n, p in rwkv.named_parameters() if p.requires_grad), cfg)
-    run = P.Run(cfg, P.ONE_RANK, device, arch, None, RandomRows(bsz, ctx, device), None, rwkv, optimiser, {}, 1)
+    rows = RandomRows(arch.vocab_size, bsz, ctx, device)
+    run = P.Run(cfg, P.ONE_RANK, device, arch, None, rows, None, rwkv, optimiser, {}, 1)
     buffers = (optimiser.working, optimiser.master, optimiser.m, optimiser.v, optimiser.grad)
     return Contestant(lambda: P.train_step(run, 1e-5)["loss"],
                       lambda: [*rwkv.parameters(), *rwkv.buffers(), *buffers], run)
@@ -120,15 +127,17 @@ def with_peft(
     """As PEFT's documentation has it; adapters are fp32 there, whatever the model is in."""
     from peft import LoraConfig, get_peft_model
 
+    arch = vram.arch_of(model)
     adapters = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="pissa_niter_1",
                           target_modules=["r_proj", "k_proj", "v_proj", "o_proj", "ffn.key", "ffn.value"])
     with torch.device(device):
-        net = get_peft_model(make(vram.arch_of(model)).to(DTYPES[dtype]), adapters)
+        net = get_peft_model(make(arch).to(DTYPES[dtype]), adapters)
     net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     net.enable_input_require_grads()
     net.train()
     trained = [p for p in net.parameters() if p.requires_grad]
-    optimiser, rows = torch.optim.AdamW(trained, 1e-5, fused=True), RandomRows(bsz, ctx - 1, device)
+    optimiser = torch.optim.AdamW(trained, 1e-5, fused=True)
+    rows = RandomRows(arch.vocab_size, bsz, ctx - 1, device)
 
     def step() -> float:
         tokens = rows.tokens(0)
@@ -229,12 +238,13 @@ def parts_of(c: Contestant, ms: float, device: str) -> dict[str, float]:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with marked(c.run), profile(activities=activities) as prof:
         start = time.perf_counter()
-        c.step()
+        for _ in range(PROFILED):
+            c.step()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    parts = {part: us / 1e3 for part, us in by_part(prof.events(), device).items()}
-    scale = 1 if device == "cuda" else ms / (1e3 * seconds)           # the profiler does not slow down kernels
+    parts = {part: us / 1e3 / PROFILED for part, us in by_part(prof.events(), device).items()}
+    scale = 1 if device == "cuda" else ms / (1e3 * seconds / PROFILED)  # the profiler does not slow down kernels
     parts = {part: scale * t for part, t in parts.items()}
     return parts | {"between": ms - sum(parts.values())}
 
@@ -252,8 +262,8 @@ def product_ceiling(device: str, dtype: torch.dtype) -> float:
 
 def peak(c: Contestant, device: str) -> int:
     """Bytes of tensors at the peak of a step."""
-    storages = {id(s): s for s in (t.untyped_storage() for t in c.held())}
-    held = sum(P.allocated(s) for s in {s.data_ptr(): s for s in storages.values()}.values())
+    storages = {s.data_ptr(): s for s in (t.untyped_storage() for t in c.held())}
+    held = sum(map(P.allocated, storages.values()))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -289,7 +299,7 @@ def rows_of(shape: tuple[str, int, int], entries: list[tuple[str, str, str]], de
         step = wkv.spread(times[entry])
         rate = 1e3 * bsz * ctx / step["ms"]
         rows[entry] |= {"step": step, "tokens_per_s": rate, "product_flop_per_s": ceiling[entry[1]],
-                        "utilisation": 8 * matrix_parameters(vram.arch_of(model)) * rate / ceiling[entry[1]] / 2,
+                        "utilisation": 4 * matrix_parameters(vram.arch_of(model)) * rate / ceiling[entry[1]],
                         "peak": peak(c, device)}
         rows[entry] |= {"parts": parts_of(c, step["ms"], device)} if c.run else {}
     for entry in there:
