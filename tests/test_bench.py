@@ -259,6 +259,7 @@ def small(monkeypatch):
     arch = step.P.Arch("x070", 2, 64, 64, 128, 64, 1024, tuple((m, 32) for m in "agvw"))
     monkeypatch.setattr(vram, "arch_of", lambda name: arch)
     monkeypatch.setattr(step, "RANK", 8)
+    monkeypatch.setattr(step, "PROFILED", 1)
     monkeypatch.setattr(step, "product_ceiling", lambda device, dtype: 1e10)
 
 
