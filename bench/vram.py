@@ -96,8 +96,9 @@ def predict(name: str, cfg: P.Config) -> dict:
     return memory._asdict() | {"total": memory.total}
 
 
-def random_tensors(arch: P.Arch) -> dict[str, Tensor]:
-    """A model file's tensors in bf16; all blocks share one block's. Values that keep everything finite."""
+def random_tensors(arch: P.Arch, device: str = "cuda") -> dict[str, Tensor]:
+    """A model file's tensors in bf16, drawn on the device and kept on the host; all blocks share one block's. Values
+    that keep everything finite."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in P.RWKV(arch, P.wkv7_ref).named_parameters()}
     drawn, tensors = {}, {}
@@ -105,7 +106,7 @@ def random_tensors(arch: P.Arch) -> dict[str, Tensor]:
         kind = re.sub(r"blocks\.\d+", "block", name)
         if kind not in drawn:
             matrix = sum(n > 1 for n in shape) > 1
-            x = torch.randn(shape, device="cuda") / shape[-1] ** 0.5 if matrix else torch.rand(shape, device="cuda")
+            x = torch.randn(shape, device=device) / shape[-1] ** 0.5 if matrix else torch.rand(shape, device=device)
             drawn[kind] = (torch.ones_like(x) if re.search(r"ln\w*\.weight", name) else x).bfloat16().cpu()
         tensors[name] = drawn[kind]
     return tensors
@@ -121,7 +122,7 @@ def in_use() -> int:
 def measure(name: str, cfg: P.Config) -> dict:
     """Loads, adapts and trains on the GPU."""
     before = in_use()
-    cfg, device, dtype = P.setup(cfg)
+    cfg, _, device, dtype = P.setup(cfg)
     arch = arch_of(name)
     tensors = random_tensors(arch)
     torch.cuda.empty_cache()

@@ -21,6 +21,8 @@ import gpu  # noqa: E402
 import readme  # noqa: E402
 import record  # noqa: E402
 import sequential  # noqa: E402
+import step  # noqa: E402
+import vram  # noqa: E402
 import wkv  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------- the kernel
@@ -216,6 +218,101 @@ def test_its_steps_are_logged_limited_and_resumed(tmp_path, monkeypatch, capsys)
 def test_figures_are_short_and_labels_of_the_picture_do_not_overlap():
     assert [readme.short(x) for x in (0.01234, 12.34, 999.4, 1234.5)] == ["0.0123", "12.3", "999", "1234"]
     assert readme.apart([1.0, 8.0, 1.01, 1.02], 1.1) == pytest.approx([1.0, 8.0, 1.1, 1.21])
+
+
+# ---------------------------------------------------------------------------------------------------- the whole step
+
+
+class Plain(torch.nn.Module):
+    """A model of two matrices."""
+
+    def __init__(self, arch):
+        super().__init__()
+        self.emb, self.head = torch.nn.Embedding(arch.vocab_size, 64), torch.nn.Linear(64, arch.vocab_size)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.emb(input_ids))
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def plain(model, bsz, ctx, dtype, quant, device):
+    arch = vram.arch_of(model)
+    net, rows = Plain(arch), step.RandomRows(arch.vocab_size, bsz, ctx - 1, device)
+    optimiser = torch.optim.AdamW(net.parameters())
+
+    def one_step():
+        tokens = rows.tokens(0)
+        loss = net(tokens, tokens)
+        loss.backward()
+        optimiser.step()
+        return loss.item()
+
+    return step.Contestant(one_step, lambda: [*net.parameters()])
+
+
+def absent(*_):
+    raise ModuleNotFoundError("No module named 'peer'")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A model of two layers under the name of one of the table."""
+    arch = step.P.Arch("x070", 2, 64, 64, 128, 64, 1024, tuple((m, 32) for m in "agvw"))
+    monkeypatch.setattr(vram, "arch_of", lambda name: arch)
+    monkeypatch.setattr(step, "RANK", 8)
+    monkeypatch.setattr(step, "PROFILED", 1)
+    monkeypatch.setattr(step, "product_ceiling", lambda device, dtype: 1e10)
+
+
+def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
+    """Steps train; rates, ratios and parts belong together; a peer that is not there has a row that says so."""
+    monkeypatch.setattr(step, "MAKERS", {"pissa_rwkv": step.ours, "rwkv7-hf": plain, "fla": absent})
+    entries = [("pissa_rwkv", "fp32", "none"), ("pissa_rwkv", "bf16", "nf4"), ("rwkv7-hf", "fp32", "none"),
+               ("fla", "fp32", "none")]
+    monkeypatch.setitem(step.ENTRIES, "cpu", entries)
+    options = ["--device", "cpu", "--ctx", "16", "--seconds", "0.001", "--out", str(tmp_path), "--commit", "c"]
+    assert step.main(options) == 0
+    rows = record.load(tmp_path / "step-cpu.json")
+    assert [(row["name"], row["dtype"], row["quant"]) for row in rows] == entries
+    assert [row["failed"] for row in rows] == ["", "", "", "ModuleNotFoundError: No module named 'peer'"]
+    blocks = 2 * (4 * 64**2 + 2 * 64 * 128 + 8 * 32 * 64) - 2 * 32 * 64  # layer 0 lacks v1 v2
+    matrices = 1024 * 64 + blocks
+    for row in rows[:3]:
+        assert row["dtype"] == "bf16" or row["losses"][1] < row["losses"][0]
+        assert row["tokens_per_s"] == pytest.approx(16e3 / row["step"]["ms"]) and row["step"]["n"] >= 3
+        assert row["utilisation"] == pytest.approx(4 * matrices * row["tokens_per_s"] / 1e10)
+        assert row["faster_than"]["rwkv7-hf fp32 none"] == row["tokens_per_s"] / rows[2]["tokens_per_s"]
+    for row in rows[:2]:
+        assert tuple(row["parts"]) == step.PARTS and min(row["parts"].values()) > 0
+        assert sum(row["parts"].values()) == pytest.approx(row["step"]["ms"])
+    assert 4 * (2 * 1024 * 64 + blocks) < rows[0]["peak"] < 12 * (2 * 1024 * 64 + blocks) and rows[1]["peak"] > 0
+    assert "No module named 'peer'" in capsys.readouterr().out
+
+
+def test_operations_are_told_apart(small):
+    """Counted by name: each part has the operations that one knows to be its own, forward, recomputed and backward."""
+    c = step.ours("RWKV7-0.1B", 1, 16, "fp32", "none", "cpu")
+    with step.marked(c.run), step.profile(activities=[step.ProfilerActivity.CPU]) as prof:
+        c.step()
+    events = list(prof.events())
+    for e in events:
+        e.self_cpu_time_total = float(e.name in step.PRODUCTS)        # hence: how many products
+    products = step.by_part(events, "cpu")
+    matrices, layers = 6, 2
+    low_rank = 8 * layers - 2                                         # two factors each; layer 0 lacks v1 v2
+    assert products["base products"] == 3 * matrices * layers - layers  # (the last of a block is not computed again)
+    assert products["adapters"] == (2 * 2 + 4) * matrices * layers    # A, B twice; backward has dx, dA and dh, dB
+    assert products["low-rank"] == 3 * low_rank and products["head + loss"] == 2
+    assert products["WKV"] == products["elementwise"] == products["optimiser"] == 0
+    assert "forward" not in vars(c.run.model.blocks[0]) and "step" not in vars(c.run.optimiser)
+
+
+def test_shapes_and_sizes_of_the_step():
+    assert step.shapes("cpu", True) == [("RWKV7-0.1B", 1, 128)] and len(step.shapes("cuda", False)) == 10
+    assert {model for model, _, _ in step.shapes("cuda", True)} == {f"RWKV7-{size}" for size in ("0.4B", "1.5B", "2.9B")}
+    assert step.hf_sizes(vram.arch_of("RWKV7-1.5B")) == dict(
+        vocab_size=65536, hidden_size=2048, num_hidden_layers=24, intermediate_size=8192, head_dim=64,
+        decay_low_rank_dim=96, a_low_rank_dim=96, v_low_rank_dim=64, gate_low_rank_dim=256)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- the other programs
