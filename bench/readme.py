@@ -263,13 +263,14 @@ def damaged() -> str:
 
 def rank_kills() -> str:
     r = record.read("rank_kills")[-1]
-    return (f"{r['kills']} times one of 2 or 3 ranks was killed with SIGKILL at a random moment; the others ended"
-            f" within {r['others_ended_within_s']:.0f} s. {r['under_torchrun']} times torchrun's agent restarted all;"
-            f" {r['diverged_runs']} of these runs ended with other losses or files than the undisturbed one, to the"
-            f" bit. {r['kills'] - r['under_torchrun']} times the ranks were alone, {r['before_they_met']} times before"
-            f" they had met; else they named the lost one all but {r['unnamed_ranks']} times, and after going on with"
-            " another number of ranks losses differed by"
-            f" {r['loss_off_on_another_size']:.0e} at most. {r['failed_resumes']} restarts failed. {source([r])}")
+    alone = r["kills"] - r["under_torchrun"]
+    return (f"{r['kills']} times one of 2 or 3 ranks was killed with SIGKILL at a random moment"
+            f" (`python bench/reliability.py --rank_kills 100`): the others ended within {r['others_ended_within_s']:.0f}"
+            f" s, and {r['failed_resumes']} runs failed to go on. {r['under_torchrun']} were restarted by torchrun's"
+            f" agent: {r['diverged_runs']} had other losses or files than the undisturbed run, to the bit. In {alone} the"
+            f" ranks were alone; of these {r['before_they_met']} were hit before the ranks had met, {r['unnamed_ranks']}"
+            " of the others did not name the lost rank, and resumed on another number of ranks the losses differed by"
+            f" {r['loss_off_on_another_size']:.0e} at most. {source([r])}")
 
 
 def sharing() -> str:
