@@ -3862,7 +3862,7 @@ def main(argv: list[str] | None = None) -> int:
         print("pissa_rwkv: stopped before training began", file=sys.stderr)
         return 130
     if not is_first():                                                # where all found the same, one line is enough:
-        time.sleep(4)                                                 # torchrun ends the others when the first has
+        time.sleep(2)                                                 # torchrun ends the others when the first has
     print(f"pissa_rwkv: error: {error}", file=sys.stderr, flush=True)
     return 2
 

@@ -267,9 +267,9 @@ def rank_kills() -> str:
             " (`python bench/reliability.py --rank_kills 100`): the others ended within"
             f" {r['others_ended_within_s']:.0f} s, and {r['failed_resumes']} runs failed to go on."
             f" {r['under_torchrun']} were restarted by torchrun's agent: {r['diverged_runs']} had other losses or files"
-            f" than the undisturbed run, to the bit. In {r['kills'] - r['under_torchrun']} the ranks were alone; of these"
-            f" {r['before_they_met']} were hit before the ranks had met, {r['unnamed_ranks']} of the others did not name"
-            " the lost rank, and resumed on another number of ranks the losses differed by"
+            f" than the undisturbed run, to the bit. In {r['kills'] - r['under_torchrun']} the ranks were alone;"
+            f" of these {r['before_they_met']} were hit before the ranks had met, {r['unnamed_ranks']} of the others did"
+            " not name the lost rank, and resumed on another number of ranks the losses differed by"
             f" {r['loss_off_on_another_size']:.0e} at most. {source([r])}")
 
 

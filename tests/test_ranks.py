@@ -192,7 +192,7 @@ class Agreeing(reliability.threading.Thread):
 
 @pytest.mark.parametrize("options, error", [
     ("--load_model missing.pth", "--load_model missing.pth: no such file"),
-    ("--devices 3", "--devices 3, and 2 processes were started; leave the flag out")])
+    ("--devices 3", "--devices 3: torchrun started 2; it takes --nproc_per_node=3")])
 def test_wrong_input_gives_one_line_under_torchrun(options, error, place, tmp_path):
     log = tmp_path / "log"
     assert reliability.Agent(command(place, tmp_path / "out", 2, options), 2, log, restarts=0).failed()
