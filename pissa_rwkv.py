@@ -2997,6 +2997,8 @@ def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
         ranks = Unheard(0, max(world, cfg.devices))
     else:
         ranks = join(cfg, accelerator) if world > 1 else ONE_RANK
+        # (Agents of several nodes count restarts each for itself: one that only joined again has counted none.)
+        cfg = replace(cfg, resume=any(ranks.totals(cfg.resume)))
     precision = cfg.precision or ("bf16" if accelerator == "cuda" else "fp32")
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

@@ -268,8 +268,8 @@ def rank_kills() -> str:
             f" {r['others_ended_within_s']:.0f} s, and {r['failed_resumes']} runs failed to go on."
             f" {r['under_torchrun']} were restarted by torchrun's agent: {r['diverged_runs']} had other losses or files"
             f" than the undisturbed run, to the bit. In {r['kills'] - r['under_torchrun']} the ranks were alone;"
-            f" of these {r['before_they_met']} were hit before the ranks had met, {r['unnamed_ranks']} of the others did"
-            " not name the lost rank, and resumed on another number of ranks the losses differed by"
+            f" of these {r['before_they_met']} were hit before the ranks had met, {r['unnamed_ranks']} of the others"
+            " did not name the lost rank, and resumed on another number of ranks the losses differed by"
             f" {r['loss_off_on_another_size']:.0e} at most. {source([r])}")
 
 

@@ -221,6 +221,16 @@ def test_ranks_that_do_not_see_the_same_folder(place, tmp_path):
     assert "--resume: not all ranks find the same in --proj_dir" in log.read_text()
 
 
+def test_all_resume_where_one_was_restarted(place, tmp_path):
+    """Of two nodes the agent whose ranks failed counts a restart, the other may not."""
+    on(place, tmp_path / "out", 2, "--epoch_count 1")
+    argv, where = command(place, tmp_path / "out", 2, "--epoch_count 2"), reliability.meeting_place(2)
+    ranks = [reliability.start(argv, tmp_path / "log", RANK=str(rank), TORCHELASTIC_RESTART_COUNT=str(rank), **where)
+             for rank in range(2)]
+    assert [process.join(60) or process.exitcode for process in ranks] == [0, 0]
+    assert "resumed at step 2 of 4" in (tmp_path / "log").read_text()
+
+
 def test_what_changed_between_runs_is_said(place, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text((place / "data.jsonl").read_text())
     data = f"--data_file {tmp_path}/data.jsonl"
