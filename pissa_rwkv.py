@@ -3700,11 +3700,12 @@ class Rehearsal:
                 if rest in done and int(layer) < arch.n_layer - 1:
                     model.set_submodule(name, copy.deepcopy(done[rest]))
                 else:
-                    (name, start), = starts(model, [name], cfg, {}, ONE_RANK)
-                    add_adapter(model, name, start, cfg, {})
-                    done[rest] = model.get_submodule(name)
+                    for _, start in starts(model, [name], cfg, {}, ONE_RANK):
+                        add_adapter(model, name, start, cfg, {})
+                    done[rest], start = model.get_submodule(name), None
             trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
             optimiser = ZeroAdamW(trained, cfg, None, ranks, STAGE[cfg.strategy])
+            optimiser.part = ZeroAdamW.PART[device]                   # (it takes itself to be elsewhere)
             loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")      # (their place is counted when they are used)
             self.run = Run(cfg, ranks, "meta", arch, None, loader, None, model, optimiser, {}, 1)
         self.loading, self.held = self.peak.most, self.peak.live
@@ -3730,7 +3731,8 @@ class Rehearsal:
 
 
 def dry_run(
-    cfg: Config, arch: Arch, loader: Loader, epoch_steps: int, device: str, dtype: torch.dtype, ranks: Ranks
+    cfg: Config, arch: Arch, loader: Loader, epoch_steps: int, device: str, dtype: torch.dtype,
+    ranks: Ranks = ONE_RANK,
 ) -> None:
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded."""
     rehearsal = Rehearsal(cfg, arch, device, dtype, ranks)

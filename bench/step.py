@@ -220,7 +220,8 @@ def by_part(events: Iterable[FunctionEvent], device: str) -> dict[str, float]:
         elif e.name.startswith(NODE):
             part = of_node.get((e.fwd_thread, e.sequence_nr), part)
         if e.sequence_nr >= 0 and not is_backward(e):
-            of_node[e.thread, e.sequence_nr] = "low-rank" if (part, e.name in PRODUCTS) == ("elementwise", True) else part
+            low_rank = part == "elementwise" and e.name in PRODUCTS
+            of_node[e.thread, e.sequence_nr] = "low-rank" if low_rank else part
         parts[e.id] = part
         own = e.self_device_time_total if device == "cuda" else e.self_cpu_time_total
         if device == "cpu" and (e.name.startswith((MARK, NODE)) or e.name.endswith(("Backward", "Backward0"))):
@@ -281,13 +282,15 @@ def matrix_parameters(arch: P.Arch) -> int:
     return sum(p.numel() for n, p in named.items() if n != "emb.weight" and sum(size > 1 for size in p.shape) > 1)
 
 
-def rows_of(shape: tuple[str, int, int], entries: list[tuple[str, str, str]], device: str, seconds: float) -> list[dict]:
+def rows_of(
+    shape: tuple[str, int, int], entries: list[tuple[str, str, str]], device: str, seconds: float
+) -> list[dict]:
     """A row for each contestant of a shape."""
     (model, bsz, ctx), rows, there = shape, {}, {}
     ceiling = {dtype: product_ceiling(device, DTYPES[dtype]) for dtype in {dtype for _, dtype, _ in entries}}
     for entry in entries:
         name, dtype, quant = entry
-        rows[entry] = {"name": name, "model": model, "bsz": bsz, "ctx": ctx, "dtype": dtype, "quant": quant, "failed": ""}
+        rows[entry] = dict(name=name, model=model, bsz=bsz, ctx=ctx, dtype=dtype, quant=quant, failed="")
         try:
             there[entry] = MAKERS[name](model, bsz, ctx, dtype, quant, device)
             rows[entry]["losses"] = [there[entry].step() for _ in range(2)]   # they also warm up

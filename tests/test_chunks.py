@@ -264,6 +264,6 @@ def test_runs_in_chunks_have_the_losses_of_whole_ones(command, tmp_path, options
 def test_flags_that_do_nothing_say_so(command, capsys):
     for options in ("--chunk_ctx 8", "--chunk_grad full", "--train_type none --chunk_ctx 512"):
         P.check(P.parse(command(options, "x")))
-        assert "have no effect without --train_type infctx" in capsys.readouterr().out
+        assert "no effect without --train_type infctx" in capsys.readouterr().out
     P.check(P.parse(command("--train_type infctx --chunk_ctx 16 --chunk_grad full", "x")))
     assert "effect" not in capsys.readouterr().out

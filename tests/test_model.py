@@ -240,7 +240,7 @@ BAD_FILES = {  # what is wrong -> (how the file is made, what the error names)
     "missing key": (without("blocks.1.att.w2"), r"lacks blocks\.1\.att\.w2"),
     "missing v0 of layer 1": (without("blocks.1.att.v0"), r"lacks blocks\.1\.att\.v0$"),
     "missing head": (without("head.weight"), r"lacks head\.weight"),
-    "unknown key": (lambda t: t | {"blocks.1.att.time_state": torch.zeros(2)}, r"unknown blocks\.1\.att\.time_state$"),
+    "unknown key": (lambda t: t | {"blocks.1.att.time_stat": torch.zeros(2)}, r"unknown blocks\.1\.att\.time_stat$"),
     "unknown key that ends like layer 0's": (lambda t: t | {"blocks.1.att.v3": torch.zeros(2)}, r"unknown.*v3$"),
     "many": (without(*(f"blocks.1.att.x_{m}" for m in "rwkvag")), r"lacks blocks.*and 2 more"),
     "both": (lambda t: without("ln_out.bias")(t) | {"extra": torch.zeros(1)}, r"lacks ln_out.bias; has unknown extra"),

@@ -328,7 +328,7 @@ TOKENS = list(b"User: 3 + 4?\n\nAssistant:")
 def test_a_quantised_run_learns_as_well_and_merged_is_adapted(peft, quant, T, place, unquantised, capsys):
     run = finished(place, f"{peft}-{quant}-{T}", peft=peft, quant=quant, qpissa_iters=T, epoch_steps=30)
     said, wanted = capsys.readouterr().out, unquantised[peft].losses
-    assert sum(run.losses[-10:]) == pytest.approx(sum(wanted[-10:]), rel=0.02) and run.losses[-1] < 0.7 * run.losses[0]
+    assert sum(run.losses[-10:]) == pytest.approx(sum(wanted[-10:]), rel=0.02) and run.losses[-1] < 0.75 * run.losses[0]
     # the start is what the log says it is
     base, adapted = map(float, re.search(r"first batch: base ([\d.]+), with adapters ([\d.]+)", said).groups())
     assert adapted == pytest.approx(base, rel=0.1) and run.losses[0] == pytest.approx(adapted, abs=1e-5)
