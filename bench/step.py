@@ -3,7 +3,7 @@
     python bench/step.py --device cpu                                 # 0.1B, one row of 128 and of 512 tokens
     python bench/step.py                                              # on the GPU: 0.1B to 7.2B, 1 and 8 rows of 1024
     python bench/step.py --quick                                      # 0.4B, 1.5B, 2.9B; on a CPU 128 tokens alone
-    python bench/step.py --models RWKV7-1.5B --bsz 8 --ctx 4096 --seconds 20
+    python bench/step.py --models RWKV7-1.5B --bsz 8 --ctx 4096 --options rank=64
 
 WHAT IS MEASURED: `pissa_rwkv.train_step` at the setting of a user, that is rank 32 on every matrix, every block
 recomputed in backward, clipping and AdamW; on a model of the real shape with random weights and random tokens. Beside
@@ -52,7 +52,7 @@ import pissa_rwkv as P
 RANK = 32
 PROFILED = 3                                                          # steps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-KEY = ("name", "model", "bsz", "ctx", "dtype", "quant")
+KEY = ("name", "model", "bsz", "ctx", "dtype", "quant", "setting")
 
 
 class Contestant(NamedTuple):
@@ -84,13 +84,14 @@ class RandomRows(P.FullRows):
 # ------------------------------------------------------------------------------------------------- who takes part
 
 
-def ours(model: str, bsz: int, ctx: int, dtype: str, quant: str, device: str) -> Contestant:
+def ours(model: str, bsz: int, ctx: int, dtype: str, quant: str, device: str, options: dict) -> Contestant:
     cfg = P.Config(accelerator={"cuda": "gpu"}.get(device, device), precision=dtype, peft="pissa", rank=RANK,
                    svd_niter=1, ctx_len=ctx, micro_bsz=bsz, quant=quant)
-    cfg, _, device, compute = P.setup(cfg)
+    cfg, _, device, compute = P.setup(P.replace(cfg, **options))
     arch = vram.arch_of(model)
     with torch.device("meta"):
-        rwkv = P.RWKV(arch, P.load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
+        wkv7 = P.load_wkv(arch.version, arch.head_size, cfg.op, device)
+        rwkv = P.RWKV(arch, wkv7, cfg.grad_cp)
     P.fill(rwkv, vram.random_tensors(arch, device), model, device, compute, P.left_in_file(rwkv, cfg))
     P.add_adapters(rwkv, cfg, {}, {})
     optimiser = P.ZeroAdamW(((n, p) for n, p in rwkv.named_parameters() if p.requires_grad), cfg)
@@ -122,7 +123,8 @@ def hf_sizes(arch: P.Arch) -> dict[str, int]:
 
 
 def with_peft(
-    make: Callable[[P.Arch], torch.nn.Module], model: str, bsz: int, ctx: int, dtype: str, quant: str, device: str
+    make: Callable[[P.Arch], torch.nn.Module], model: str, bsz: int, ctx: int, dtype: str, quant: str, device: str,
+    options: dict,
 ) -> Contestant:
     """As PEFT's documentation has it; adapters are fp32 there, whatever the model is in."""
     from peft import LoraConfig, get_peft_model
@@ -203,8 +205,22 @@ def marked(run: P.Run) -> Iterable[None]:
         delattr(owner, name)
 
 
-def by_part(events: Iterable[FunctionEvent], device: str) -> dict[str, float]:
-    """Microseconds of every part but `between`: on a CPU of the operations themselves, on a GPU of their kernels.
+def on_cpu(e: FunctionEvent) -> float:
+    """Microseconds of an operation itself; of marks and nodes that is Python, and counts for `between`."""
+    is_python = e.name.startswith((MARK, NODE)) or e.name.endswith(("Backward", "Backward0"))
+    return 0.0 if is_python else e.self_cpu_time_total
+
+
+def on_gpu(e: FunctionEvent) -> float:
+    """Microseconds of the kernels that an operation launches itself."""
+    return e.self_device_time_total
+
+
+COST = {"cpu": on_cpu, "cuda": on_gpu}
+
+
+def by_part(events: Iterable[FunctionEvent], cost: Callable[[FunctionEvent], float]) -> dict[str, float]:
+    """What the operations of every part cost, of all parts but `between`.
 
     An operation belongs to the nearest one above it that tells; a node of backward, to the part of the operation that
     put it into the graph. (What a block recomputes lies inside a node, and inside a mark of its own.)
@@ -220,13 +236,9 @@ def by_part(events: Iterable[FunctionEvent], device: str) -> dict[str, float]:
         elif e.name.startswith(NODE):
             part = of_node.get((e.fwd_thread, e.sequence_nr), part)
         if e.sequence_nr >= 0 and not is_backward(e):
-            low_rank = part == "elementwise" and e.name in PRODUCTS
-            of_node[e.thread, e.sequence_nr] = "low-rank" if low_rank else part
+            of_node[e.thread, e.sequence_nr] = part
         parts[e.id] = part
-        own = e.self_device_time_total if device == "cuda" else e.self_cpu_time_total
-        if device == "cpu" and (e.name.startswith((MARK, NODE)) or e.name.endswith(("Backward", "Backward0"))):
-            continue                                                  # no operation: what it takes itself is Python
-        total["low-rank" if part == "elementwise" and e.name in PRODUCTS else part] += own
+        total["low-rank" if part == "elementwise" and e.name in PRODUCTS else part] += cost(e)
     return total
 
 
@@ -244,7 +256,7 @@ def parts_of(c: Contestant, ms: float, device: str) -> dict[str, float]:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    parts = {part: us / 1e3 / PROFILED for part, us in by_part(prof.events(), device).items()}
+    parts = {part: us / 1e3 / PROFILED for part, us in by_part(prof.events(), COST[device]).items()}
     scale = 1 if device == "cuda" else ms / (1e3 * seconds / PROFILED)  # the profiler does not slow down kernels
     parts = {part: scale * t for part, t in parts.items()}
     return parts | {"between": ms - sum(parts.values())}
@@ -283,16 +295,20 @@ def matrix_parameters(arch: P.Arch) -> int:
 
 
 def rows_of(
-    shape: tuple[str, int, int], entries: list[tuple[str, str, str]], device: str, seconds: float
+    shape: tuple[str, int, int], entries: list[tuple[str, str, str]], device: str, seconds: float, options: list[str]
 ) -> list[dict]:
-    """A row for each contestant of a shape."""
+    """A row for each contestant of a shape. options: NAME=VALUE, of our own."""
+    given = P.asdict(P.parse([word for pair in options for word in f"--{pair}".split("=", 1)]))
+    default = P.asdict(P.Config())
+    changed = {k: v for k, v in given.items() if v != default[k]}
     (model, bsz, ctx), rows, there = shape, {}, {}
     ceiling = {dtype: product_ceiling(device, DTYPES[dtype]) for dtype in {dtype for _, dtype, _ in entries}}
     for entry in entries:
         name, dtype, quant = entry
-        rows[entry] = dict(name=name, model=model, bsz=bsz, ctx=ctx, dtype=dtype, quant=quant, failed="")
+        rows[entry] = {"name": name, "model": model, "bsz": bsz, "ctx": ctx, "dtype": dtype, "quant": quant,
+                       "setting": " ".join(options) if name == "pissa_rwkv" else "", "failed": ""}
         try:
-            there[entry] = MAKERS[name](model, bsz, ctx, dtype, quant, device)
+            there[entry] = MAKERS[name](model, bsz, ctx, dtype, quant, device, changed)
             rows[entry]["losses"] = [there[entry].step() for _ in range(2)]   # they also warm up
         except Exception as error:  # other people's code may raise anything
             there.pop(entry, None)
@@ -332,6 +348,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ctx", nargs="+", type=int, help="likewise")
     p.add_argument("--names", nargs="+", choices=list(MAKERS), default=list(MAKERS), help="only these contestants")
     p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    p.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of pissa_rwkv, over the setting")
     p.add_argument("--seconds", type=float, default=20, help="for each contestant of a shape, at least three steps")
     p.add_argument("--threads", type=int, help="CPU threads; on a machine with other work 1 is steadier")
     p.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
@@ -350,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     entries = [e for e in ENTRIES[args.device] if e[0] in args.names and e[1] in args.dtypes]
     failed = 0
     for shape in sorted(wanted, key=lambda s: (list(vram.MODELS).index(s[0]), *s[1:])):
-        rows = rows_of(shape, entries, args.device, args.seconds)
+        rows = rows_of(shape, entries, args.device, args.seconds, args.options)
         print("{}, {} x {} tokens".format(*shape), *map(line, rows), sep="\n", flush=True)
         record.update(args.out / f"step-{args.device}.json", [row | about for row in rows], KEY)
         failed += any(row["failed"] for row in rows if row["name"] == "pissa_rwkv")

@@ -127,8 +127,7 @@ def test_wkv6_has_rows_of_its_own(tmp_path):
     assert [(row["op"], row["failed"], set(row["error"])) for row in timed] == [
         (op, "", {"y", "dr", "dw", "dk", "dv"}) for op in ("torch", "chunk")]  # fmt: skip
     assert timed[0]["rates"]["both"]["floor_ms"] == pytest.approx(1e3 * 14 * 16 * 64 * 4 / timed[0]["copy_bytes_per_s"])
-    fs = {op: load() for op, load in wkv.contestants.loaders("cpu", torch.float32, "wkv6").items()
-          if op not in ("cuda", "fla")}  # fmt: skip
+    fs = {op: load() for op, load in wkv.contestants.loaders("cpu", torch.float32, "wkv6").items() if op != "fla"}
     regimes = wkv.regime_rows(fs, (2, 20, 2), torch.float32, "cpu", wkv.RECURRENCES["wkv6"])
     assert {(row["op"], row["regime"]) for row in regimes} == {*itertools.product(fs, wkv.REGIMES[:4])}
     for row in regimes:
@@ -235,7 +234,7 @@ class Plain(torch.nn.Module):
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def plain(model, bsz, ctx, dtype, quant, device):
+def plain(model, bsz, ctx, dtype, quant, device, options):
     arch = vram.arch_of(model)
     net, rows = Plain(arch), step.RandomRows(arch.vocab_size, bsz, ctx - 1, device)
     optimiser = torch.optim.AdamW(net.parameters())
@@ -271,7 +270,7 @@ def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
                ("fla", "fp32", "none")]
     monkeypatch.setitem(step.ENTRIES, "cpu", entries)
     options = ["--device", "cpu", "--ctx", "16", "--seconds", "0.001", "--out", str(tmp_path), "--commit", "c"]
-    assert step.main(options) == 0
+    assert step.main([*options, "--options", "keep_products=1"]) == 0
     rows = record.load(tmp_path / "step-cpu.json")
     assert [(row["name"], row["dtype"], row["quant"]) for row in rows] == entries
     assert [row["failed"] for row in rows] == ["", "", "", "ModuleNotFoundError: No module named 'peer'"]
@@ -283,6 +282,7 @@ def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
         assert row["utilisation"] == pytest.approx(4 * matrices * row["tokens_per_s"] / 1e10)
         assert row["faster_than"]["rwkv7-hf fp32 none"] == row["tokens_per_s"] / rows[2]["tokens_per_s"]
     for row in rows[:2]:
+        assert row["setting"] == "keep_products=1"
         assert tuple(row["parts"]) == step.PARTS and min(row["parts"].values()) > 0
         assert sum(row["parts"].values()) == pytest.approx(row["step"]["ms"])
     assert 4 * (2 * 1024 * 64 + blocks) < rows[0]["peak"] < 12 * (2 * 1024 * 64 + blocks) and rows[1]["peak"] > 0
@@ -291,13 +291,10 @@ def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
 
 def test_operations_are_told_apart(small):
     """Counted by name: each part has the operations that one knows to be its own, forward, recomputed and backward."""
-    c = step.ours("RWKV7-0.1B", 1, 16, "fp32", "none", "cpu")
+    c = step.ours("RWKV7-0.1B", 1, 16, "fp32", "none", "cpu", {})
     with step.marked(c.run), step.profile(activities=[step.ProfilerActivity.CPU]) as prof:
         c.step()
-    events = list(prof.events())
-    for e in events:
-        e.self_cpu_time_total = float(e.name in step.PRODUCTS)        # hence: how many products
-    products = step.by_part(events, "cpu")
+    products = step.by_part(prof.events(), lambda e: e.name in step.PRODUCTS)
     matrices, layers = 6, 2
     low_rank = 8 * layers - 2                                         # two factors each; layer 0 lacks v1 v2
     assert products["base products"] == 3 * matrices * layers - layers  # (the last of a block is not computed again)
@@ -309,8 +306,7 @@ def test_operations_are_told_apart(small):
 
 def test_shapes_and_sizes_of_the_step():
     assert step.shapes("cpu", True) == [("RWKV7-0.1B", 1, 128)] and len(step.shapes("cuda", False)) == 10
-    quick = {model for model, _, _ in step.shapes("cuda", True)}
-    assert quick == {f"RWKV7-{size}" for size in ("0.4B", "1.5B", "2.9B")}
+    assert {model for model, _, _ in step.shapes("cuda", True)} == {"RWKV7-0.4B", "RWKV7-1.5B", "RWKV7-2.9B"}
     assert step.hf_sizes(vram.arch_of("RWKV7-1.5B")) == dict(
         vocab_size=65536, hidden_size=2048, num_hidden_layers=24, intermediate_size=8192, head_dim=64,
         decay_low_rank_dim=96, a_low_rank_dim=96, v_low_rank_dim=64, gate_low_rank_dim=256)  # fmt: skip
