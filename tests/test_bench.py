@@ -127,7 +127,8 @@ def test_wkv6_has_rows_of_its_own(tmp_path):
     assert [(row["op"], row["failed"], set(row["error"])) for row in timed] == [
         (op, "", {"y", "dr", "dw", "dk", "dv"}) for op in ("torch", "chunk")]  # fmt: skip
     assert timed[0]["rates"]["both"]["floor_ms"] == pytest.approx(1e3 * 14 * 16 * 64 * 4 / timed[0]["copy_bytes_per_s"])
-    fs = {op: load() for op, load in wkv.contestants.loaders("cpu", torch.float32, "wkv6").items() if op != "fla"}
+    fs = {op: load() for op, load in wkv.contestants.loaders("cpu", torch.float32, "wkv6").items()
+          if op not in ("cuda", "fla")}  # fmt: skip
     regimes = wkv.regime_rows(fs, (2, 20, 2), torch.float32, "cpu", wkv.RECURRENCES["wkv6"])
     assert {(row["op"], row["regime"]) for row in regimes} == {*itertools.product(fs, wkv.REGIMES[:4])}
     for row in regimes:
@@ -270,7 +271,7 @@ def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
                ("fla", "fp32", "none")]
     monkeypatch.setitem(step.ENTRIES, "cpu", entries)
     options = ["--device", "cpu", "--ctx", "16", "--seconds", "0.001", "--out", str(tmp_path), "--commit", "c"]
-    assert step.main([*options, "--options", "keep_products=1"]) == 0
+    assert step.main([*options, "--options", "weight_decay=0.1"]) == 0
     rows = record.load(tmp_path / "step-cpu.json")
     assert [(row["name"], row["dtype"], row["quant"]) for row in rows] == entries
     assert [row["failed"] for row in rows] == ["", "", "", "ModuleNotFoundError: No module named 'peer'"]
@@ -282,7 +283,7 @@ def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
         assert row["utilisation"] == pytest.approx(4 * matrices * row["tokens_per_s"] / 1e10)
         assert row["faster_than"]["rwkv7-hf fp32 none"] == row["tokens_per_s"] / rows[2]["tokens_per_s"]
     for row in rows[:2]:
-        assert row["setting"] == "keep_products=1"
+        assert row["setting"] == "weight_decay=0.1"
         assert tuple(row["parts"]) == step.PARTS and min(row["parts"].values()) > 0
         assert sum(row["parts"].values()) == pytest.approx(row["step"]["ms"])
     assert 4 * (2 * 1024 * 64 + blocks) < rows[0]["peak"] < 12 * (2 * 1024 * 64 + blocks) and rows[1]["peak"] > 0
