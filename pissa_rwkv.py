@@ -785,7 +785,6 @@ class TimeMix_x070(TimeMix):
     @torch.no_grad()
     def initialise(self) -> None:
         """Since May 2025."""
-        super().initialise()
         arch, C = self.arch, self.arch.n_embd
         rho, tau = arch.depth(self.layer)
         c = torch.arange(C)
@@ -802,6 +801,7 @@ class TimeMix_x070(TimeMix):
             self.get_parameter(f"{m}1").zero_()
             nn.init.orthogonal_(self.get_parameter(f"{m}2"), 0.1)
         self.k_k[:], self.k_a[:], self.r_k[:] = 0.71 - 0.1 * linear, 1.02, -0.04
+        super().initialise()
 
 
 class ChannelMix(nn.Module):
