@@ -384,6 +384,17 @@ def levers() -> str:
     return "\n".join(lines) + f"\n\n{source(rows[-1:])}"
 
 
+def steps() -> str:
+    """Whole optimiser steps on a CPU, beside a peer."""
+    rows = [r for r in record.read("step-cpu") if not r["failed"]]
+    peer = "rwkv7-hf fp32 none"
+    lines = ["| | tokens/s | times the peer in fp32 | memory, GB | utilisation |", "|---|---|---|---|---|"]
+    for r in rows:
+        lines.append(f"| {r['name']}, {r['dtype']}, {r['ctx']} tokens | {r['tokens_per_s']:.0f} |"
+                     f" {r['faster_than'][peer]:.2f} | {r['peak'] / 1e9:.2f} | {r['utilisation']:.0%} |")
+    return "\n".join(lines) + f"\n\n{source(rows)}"
+
+
 OPS = {  # what it needs, what it is; in README's order
     "cuda": ("a GPU and nvcc", "bf16: 32 tokens at a time on tensor cores; else RWKV-7 takes `cuda_precise`"),
     "cuda_precise": ("a GPU and nvcc", "the recurrence in fp32, state in registers"),
@@ -408,7 +419,7 @@ def which() -> str:
 
 TABLES = {
     README: (demo, options, sections, which, ops, learning, reliability, quants, qerror, int8, memory, levers, clients,
-             sharing, ranks, efficiency, rank_kills),
+             sharing, ranks, efficiency, rank_kills, steps),
     OPS_README: (measured, curve),
 }
 
