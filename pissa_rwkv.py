@@ -12,7 +12,7 @@ that matter most. In the end B A is added back, and the file is an ordinary mode
 The file follows a run; a section uses only what stands above it:
 
      1 configuration    the options, once: default, help; the processes       Config, parse, Ranks
-     2 the operator     the delta-rule memory as a recurrence               wkv7_ref, wkv6_ref
+     2 the operator     the memory as a recurrence, two kinds of it         wkv7_ref, wkv6_ref
      3 the model        time mixing, channel mixing, loading, detection     RWKV, TimeMix_x070, detect, fill
      4 frozen weights   how untrained matrices are held; nf4, int8          QUANT, FrozenLinear
      5 adapters         PiSSA, LoRA, Bone; state tuning                     ADAPTER, PiSSALinear, add_adapters
@@ -2980,8 +2980,8 @@ BAD_STEPS = 3                                                         # this man
 
 
 def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
-    """Joins the other processes; device and compute dtype. What torchrun says in the environment is read here and in
-    `is_first`. A job that it restarted resumes."""
+    """Joins the other processes; device and compute dtype. What torchrun says in the environment is read in this
+    section, and in `is_first`. A job that it restarted resumes."""
     world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     cfg = replace(cfg, resume=cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     if cfg.devices not in (0, here) and not cfg.dry_run:
