@@ -67,6 +67,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -97,7 +98,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 import wkv7_cuda
@@ -216,7 +217,8 @@ class Config:
     dist_timeout: float = opt(600.0, "seconds after which a process that does not answer ends the run")
     precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
     op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk or torch; the fastest that is there")
-    grad_cp: bool = opt(True, "keep only each block's input and compute the rest again in backward")
+    grad_cp: str = opt("1", "what backward finds: 1 each block's input, products, 0 all, or auto: as much as fits")
+    compile: bool = opt(False, "torch.compile: faster steps, the first of which takes a minute longer")
     emb_on_cpu: bool = opt(False, "leave the embedding in its file and fetch the rows of each micro-batch")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
     # results
@@ -252,7 +254,6 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
     "weight_decay_final": "weight decay is constant",
     "l2warp_sparse": "logits are never all held",
     "avg_loss": "a step's loss is always the mean over its learnt tokens",
-    "compile": "the operators are compiled already",
     **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
     "sft_split": "--data_file names the file",
 }
@@ -770,7 +771,7 @@ class TimeMix_x070(TimeMix):
         w = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2                                 # raw decay logit
         eta = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)                          # in-context learning rate
         g = torch.sigmoid(x_g @ self.g1) @ self.g2
-        if self.layer == 0:
+        if v_first is None:                                                               # this is the first layer
             v_first = v
         else:                                                                             # value residual
             v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
@@ -842,10 +843,12 @@ class ChannelMix_x052(ChannelMix):
     def new_mix(delta: Tensor, tau: float) -> Tensor:
         return delta**tau
 
+    def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.lerp(previous, x, self.time_mix_k), torch.lerp(previous, x, self.time_mix_r)
+
     def forward(self, x: Tensor, last: Tensor) -> Tensor:
         """x (B,T,C), last (B,C) -> the update (B,T,C)."""
-        previous = shift(x, last)
-        x_k, x_r = (torch.lerp(previous, x, m) for m in (self.time_mix_k, self.time_mix_r))
+        x_k, x_r = self.mix(x, shift(x, last))
         return torch.sigmoid(self.receptance(x_r)) * self.recall(x_k)
 
 
@@ -856,10 +859,8 @@ class ChannelMix_x060(ChannelMix_x052):
     def new_mix(delta: Tensor, tau: float) -> Tensor:
         return 1 - delta**tau**3
 
-    def forward(self, x: Tensor, last: Tensor) -> Tensor:
-        previous = shift(x, last)
-        x_k, x_r = (torch.lerp(x, previous, mu) for mu in (self.time_maa_k, self.time_maa_r))
-        return torch.sigmoid(self.receptance(x_r)) * self.recall(x_k)
+    def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.lerp(x, previous, self.time_maa_k), torch.lerp(x, previous, self.time_maa_r)
 
 
 class ChannelMix_x070(ChannelMix):
@@ -913,12 +914,40 @@ class Block(nn.Module):
         return x, v_first, BlockState(h[:, -1].clone(), S, h2[:, -1].clone())  # (a view would keep all of h)
 
 
-class RWKV(nn.Module):
-    """Tokens to hidden states; `head` turns these into logits."""
+Through = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Tensor, BlockState]]
 
-    def __init__(self, arch: Arch, wkv: Callable, grad_cp: bool = False):
+
+def keep_all(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
+    return block(x, *rest)
+
+
+def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
+    return checkpoint(block, x, *rest, use_reentrant=False)
+
+
+def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
+    """Besides the input what takes longest to compute, some 13 C numbers a token."""
+    contexts = partial(create_selective_checkpoint_contexts, partial(if_costly, x.shape[-1]))
+    return checkpoint(block, x, *rest, use_reentrant=False, context_fn=contexts)
+
+
+def if_costly(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    """Keeps what the operator gave, and sums of C products or more: those with a block's matrices."""
+    wide = op is torch.ops.aten.mm.default and inputs[0].shape[1] >= C
+    costly = wide or op.name().startswith("pissa_rwkv::wkv")
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --grad_cp: what a block keeps for backward, which computes the rest again. From fast and large to slow and small.
+GRAD_CP: dict[str, Through] = {"0": keep_all, "products": keep_products, "1": keep_input}
+
+
+class RWKV(nn.Module):
+    """Tokens to hidden states; `head` turns these into logits. Where gradients are wanted, `through` calls a block."""
+
+    def __init__(self, arch: Arch, wkv: Callable, grad_cp: str = "0"):
         super().__init__()
-        self.arch, self.grad_cp = arch, grad_cp
+        self.arch, self.through = arch, GRAD_CP[grad_cp]
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, i, wkv) for i in range(arch.n_layer))
         self.ln_out = nn.LayerNorm(arch.n_embd)
@@ -931,12 +960,9 @@ class RWKV(nn.Module):
         """tokens (B,T) -> what the head reads (B,T,C), and the state of every block after the last token."""
         x = self.blocks[0].ln0(self.emb(tokens.to(self.emb.weight.device)).to(self.head.weight))  # (B,T,C)
         states = states or self.first_states(len(tokens), x)
-        v_first, after = None, []
+        through, v_first, after = self.through if torch.is_grad_enabled() else keep_all, None, []
         for block, state in zip(self.blocks, states, strict=True):
-            if self.grad_cp and torch.is_grad_enabled():
-                x, v_first, state = checkpoint(block, x, v_first, state, use_reentrant=False)
-            else:
-                x, v_first, state = block(x, v_first, state)
+            x, v_first, state = through(block, x, v_first, state)
             after.append(state)
         return self.ln_out(x), after
 
@@ -2340,6 +2366,7 @@ class Loader:
         self.sampler = cfg.dataload or ("get" if one_text else "pad")
         self.mask = pick(MASK, "--loss_mask", cfg.loss_mask or ("qa" if answers else "pad"))
         self.learnt_of = lru_cache(maxsize=256)(self.learnt_of)
+        self.batch = lru_cache(maxsize=2 * cfg.accumulate_grad_batches)(self.batch)       # of a step and the next
         self.pass_rows, self.span = pick(SAMPLER, "--dataload", self.sampler)(corpus, cfg, self.learnable)
         self.bsz = 1 if self.sampler == "only" else cfg.micro_bsz
 
@@ -3062,6 +3089,7 @@ def check(cfg: Config) -> None:
     pick(STAGE, "--strategy", cfg.strategy)
     pick(TRAIN_TYPE, "--train_type", cfg.train_type)
     pick(CHUNK_GRAD, "--chunk_grad", cfg.chunk_grad)
+    pick(GRAD_CP | {"auto": None}, "--grad_cp", cfg.grad_cp)
     for part in cfg.train_parts:
         pick(dict.fromkeys(("auto", "emb", "head", "time", "ln")), "--train_parts", part)
     layer, lossy, everything = ADAPTER[cfg.peft].layer, QUANT[cfg.quant].lossy, EVERYTHING in parts_of(cfg)
@@ -3108,9 +3136,9 @@ def check(cfg: Config) -> None:
         raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install 'pissa_rwkv[wandb]'`")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
-    for option, (other, value) in BELONGS_TO.items():
-        if getattr(cfg, option) != getattr(Config, option) and getattr(cfg, other) != value:
-            say(f"--{option} has no effect without --{other} {value}")
+    for option, others in BELONGS_TO.items():
+        if getattr(cfg, option) != getattr(Config, option) and all(getattr(cfg, o) != v for o, v in others.items()):
+            say(f"--{option} has no effect without {' or '.join(f'--{o} {v}' for o, v in others.items())}")
     if cfg.lr_init < ADAPTER[cfg.peft].low_lr:
         say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
     if cfg.lr_init > layer.high_lr:
@@ -3118,10 +3146,11 @@ def check(cfg: Config) -> None:
             f" {layer.high_lr:g} is usual")
 
 
-BELONGS_TO = {  # option -> the other one that it needs, and its value
-    "lora_alpha": ("peft", "lora"), "lora_dropout": ("peft", "lora"), "bone_mode": ("peft", "bone"),
-    "svd_niter": ("peft", "pissa"), "mask_id": ("loss_mask", "se"), "decay_frac": ("lr_schedule", "wsd"),
-    "chunk_ctx": ("train_type", "infctx"), "chunk_grad": ("train_type", "infctx"), "vram_gb": ("dry_run", True),
+BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
+    "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
+    "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
+    "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
+    "vram_gb": {"dry_run": True, "grad_cp": "auto"},
 }
 STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}  # ZeRO's
 
@@ -3214,6 +3243,8 @@ def build(cfg: Config) -> Run | None:
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
     arch, tensors = begin(arch, tensors, cfg)
+    if cfg.grad_cp == "auto":
+        cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
     if cfg.dry_run:
         dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks)
         return None
@@ -3232,11 +3263,27 @@ def build(cfg: Config) -> Run | None:
     about_adapters, exact = adapt(model, cfg, loader, about, bool(resumed), ranks)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
+    model.through = compiled(model.through, device) if cfg.compile else model.through
     run = Run(cfg, ranks, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters,
               epoch_steps, step=cfg.epoch_begin * epoch_steps, loss_scale=2.0**16 if dtype == torch.float16 else 1.0)
     if resumed:
         restore(run, saved, resumed, old)
     return run
+
+
+def compiled(through: Through, device: str) -> Through:
+    """`through` by torch.compile, if that works here. What lies between two products becomes one kernel, and what
+    backward computes again is fused into it. The first step compiles, and the first whose rows have another length.
+    """
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as e:             # of the compiler's many parts, each has its own
+        say(f"--compile 1: torch.compile does not work here ({first_line(e)}); going on without, which is slower")
+        return through
+    # It warns that what keep_products does suits no block with in-place operations; ours has none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    say("torch.compile: the first step takes a minute")
+    return torch.compile(through)
 
 
 def from_whole_model(cfg: Config) -> Config:
@@ -3454,16 +3501,19 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
     """
     cfg, optimiser, ranks = run.cfg, run.optimiser, run.ranks
     numbers = range(run.step * run.batches, (run.step + 1) * run.batches)
-    batches = [run.loader.batch(i) for i in numbers[ranks.rank:: ranks.size]]
+    own = numbers[ranks.rank:: ranks.size]
+    batches = [run.loader.batch(i) for i in own]
     learnt, tokens = ranks.totals(sum(len(b.learnt) for b in batches), sum(b.inputs.numel() for b in batches))
     n, loss = max(1, int(learnt)), 0.0
     for batch in batches:
         for share in batch_losses(run.model, batch, n, cfg):
             if share.requires_grad:
                 (share * run.loss_scale).backward()
-            loss += share.item()
+            loss += share.detach().double()
         optimiser.sum_micro_batch()
-    loss, = ranks.totals(loss)
+    for i in own:                                                     # those of the next step, while a GPU still works
+        run.loader.batch(i + run.batches)
+    loss, = ranks.totals(float(loss))
     norm = optimiser.reduce() / run.loss_scale
     if math.isfinite(loss) and math.isfinite(norm):
         clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
@@ -3719,6 +3769,14 @@ class Rehearsal:
         other = OTHER[self.device].fixed + int(OTHER[self.device].share * max(self.peak.most, self.loading))
         return Memory(self.held - optimiser, optimiser, activations, self.loading, other)
 
+    def fastest(self, bsz: int, room: int) -> str:
+        """The first way of GRAD_CP with which a step takes at most `room` bytes; the last, where none does."""
+        for way, through in GRAD_CP.items():
+            self.run.model.through = through
+            if self.memory(bsz).total <= room:
+                return way
+        return way
+
     def largest_bsz(self, room: int) -> int:
         """The largest micro-batch that takes at most `room` bytes; 0: not even one row does."""
         taken = lru_cache(lambda bsz: self.memory(bsz).total)
@@ -3728,6 +3786,24 @@ class Rehearsal:
             bsz += (room - taken(bsz)) // max(1, taken(bsz + 1) - taken(bsz))
             bsz = min(max(bsz, fits + 1), too_many - 1)
         return fits
+
+
+def room_of(cfg: Config, device: str) -> int:
+    """Bytes of the device that a run can have; 0: unknown."""
+    if cfg.vram_gb or device != "cuda":
+        return int(cfg.vram_gb * 1e9)
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+def what_fits(cfg: Config, arch: Arch, bsz: int, device: str, dtype: torch.dtype, ranks: int) -> str:
+    """--grad_cp auto: the fastest that the device has room for."""
+    room = room_of(cfg, device)
+    if not room:
+        raise Fatal(f"--grad_cp auto: how much memory it may take is not known of a {device}; say so by --vram_gb")
+    rehearsal = Rehearsal(replace(cfg, grad_cp="1"), arch, device, dtype, Unheard(0, ranks))
+    chosen = rehearsal.fastest(bsz, room)
+    say(f"--grad_cp auto: {chosen}, {rehearsal.memory(bsz).total / 1e9:.2f} of {room / 1e9:.2f} GB")
+    return chosen
 
 
 def dry_run(
@@ -3748,11 +3824,8 @@ def dry_run(
         f"would hold {m.total / GB:.2f} GB on {where}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f}"
         f" adapters and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f}"
         f" other ({OTHER[device].what}); {(m.loading + m.other) / GB:.2f} while it is loaded")
-    room = cfg.vram_gb * GB
-    if not room and device == "cuda" and torch.cuda.is_available():
-        room = torch.cuda.get_device_properties(0).total_memory
-    if room:
-        say(f"of {room / GB:.1f} GB: the largest --micro_bsz that fits is {rehearsal.largest_bsz(int(room))}")
+    if room := room_of(cfg, device):
+        say(f"of {room / GB:.1f} GB: the largest --micro_bsz that fits is {rehearsal.largest_bsz(room)}")
 
 
 def make_binidx(cfg: Config) -> None:
@@ -3797,7 +3870,7 @@ def demo(cfg: Config) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise Fatal(f"--proj_dir {folder} is not empty; name another folder for the demonstration")
     common = replace(cfg, data_type="dummy", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=32, val_split=0.1,
-                     grad_cp=False, rank=8)
+                     grad_cp="0", rank=8)
     say("\n1. A base model of half a million parameters learns to answer questions about sums, spelling and sentences.")
     base = replace(common, peft="none", n_layer=2, n_embd=128, data_file="base", epoch_steps=300, warmup_steps=20,
                    lr_init=3e-3, lr_final=1.5e-4, proj_dir=str(folder / "base"))

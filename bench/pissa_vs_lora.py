@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     prose, code = texts(args.folder)
-    common = P.Config(data_type="utf-8", tokenizer="byte", vocab_size=256, ctx_len=256, micro_bsz=16, grad_cp=False,
+    common = P.Config(data_type="utf-8", tokenizer="byte", vocab_size=256, ctx_len=256, micro_bsz=16, grad_cp="0",
                       val_split=0.03, warmup_steps=5)
     base = P.replace(common, peft="none", n_layer=3, n_embd=128, data_file=str(prose), epoch_steps=args.base_steps,
                      lr_init=4e-3, lr_final=2e-4, proj_dir=str(args.folder / "base"))

@@ -34,7 +34,7 @@ RANKS, ITERATIONS, QUANT = (4, 8, 16, 32), (1, 2, 3, 4, 5), "nf4"
 def trained_base(folder: Path) -> dict[str, list[Tensor]]:
     """The demonstration's base, as `pissa_rwkv.demo` makes it: matrix type -> the matrices of its layers."""
     cfg = P.Config(data_type="dummy", data_file="base", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=32,
-                   val_split=0.1, grad_cp=False, peft="none", n_layer=2, n_embd=128, epoch_steps=300, warmup_steps=20,
+                   val_split=0.1, grad_cp="0", peft="none", n_layer=2, n_embd=128, epoch_steps=300, warmup_steps=20,
                    lr_init=3e-3, lr_final=1.5e-4, accelerator="cpu", proj_dir=str(folder))
     run = P.build(cfg)
     P.train(run)

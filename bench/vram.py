@@ -69,7 +69,7 @@ MODELS = {
 QUANTS = ("none", "int8", "nf4")
 STEPS = 4
 LEVERS = {  # what a setting is called -> the options that make it; from "all saved" to the defaults and beyond
-    "no checkpointing": {"grad_cp": False},
+    "no checkpointing": {"grad_cp": "0"},
     "the defaults": {},
     "embedding left in the file": {"emb_on_cpu": True},
     "double quantisation": {"quant": "nf4dq"},

@@ -47,7 +47,7 @@ def main() -> None:
     modes = {"cuda": ("cuda_precise", "cuda"), "cpu": ("cpu", "chunk_rounded")}[device]
     P.WKV["x070", "chunk_rounded"] = rounded_chunks
     with tempfile.TemporaryDirectory() as folder:
-        common = P.Config(data_type="dummy", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=16, grad_cp=False,
+        common = P.Config(data_type="dummy", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=16, grad_cp="0",
                           rank=8, precision="bf16")
         base = replace(common, peft="none", n_layer=2, n_embd=128, data_file="base", epoch_steps=300, warmup_steps=20,
                        lr_init=3e-3, lr_final=1.5e-4, precision="fp32", proj_dir=f"{folder}/base")

@@ -107,7 +107,7 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 def load_model(
-    path: Path, dtype: torch.dtype = torch.float32, wkv: Callable | None = None, grad_cp: bool = False
+    path: Path, dtype: torch.dtype = torch.float32, wkv: Callable | None = None, grad_cp: str = "0"
 ) -> RWKV:
     """A model file as the project loads it; wkv: the operator, by default the definition."""
     tensors = read_pth(path, "--load_model")

@@ -339,7 +339,7 @@ OPTIONS = [
     ("stray word", "m.pth", "m.pth"),
     ("not a whole number", "--rank many", "--rank|many"),
     ("not a number", "--lr_init fast", "--lr_init|fast"),
-    ("not a switch", "--grad_cp 2", "--grad_cp|2"),
+    ("not a switch", "--data_shuffle 2", "--data_shuffle|2"),
     ("value missing", "--rank", "--rank"),
     ("bad JSON", """--pissa_config '{"pissa_r": 8'""", "--pissa_config|JSON"),
     ("bad JSON on two lines", """--pissa_config '{"pissa_r": 8,\n"x'""", "--pissa_config|JSON"),

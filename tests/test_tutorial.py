@@ -248,8 +248,8 @@ def test_precision(value, dtype, train):
 def test_grad_cp(build, place):
     """1 keeps fewer bytes for backward and computes blocks twice; it is not accumulation, as the tutorial has it."""
     held, losses = [], []
-    for grad_cp in (0, 1):
-        run, kept = build(proj_dir=place / str(grad_cp), grad_cp=grad_cp), []
+    for grad_cp in "01":
+        run, kept = build(proj_dir=place / grad_cp, grad_cp=grad_cp), []
         batch = run.loader.batch(0)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
             losses += [loss.item() for loss in P.batch_losses(run.model, batch, len(batch.learnt), run.cfg)]

@@ -56,13 +56,13 @@ def loaded(cfg, tensors, arch, dtype):
 
 
 @pytest.mark.parametrize(("options", "dtype"), [
-    (dict(op="cpu"), torch.float32), (dict(grad_cp=False), torch.float32),
+    (dict(op="cpu"), torch.float32), (dict(grad_cp="0"), torch.float32),
     (dict(quant="nf4", ctx_len=100), torch.float32),
-    (dict(quant="int8", micro_bsz=5), torch.bfloat16), (dict(quant="nf4dq", grad_cp=False), torch.bfloat16),
-    (dict(peft="lora", emb_on_cpu=True), torch.bfloat16), (dict(peft="none", grad_cp=False), torch.float32),
+    (dict(quant="int8", micro_bsz=5), torch.bfloat16), (dict(quant="nf4dq", grad_cp="0"), torch.bfloat16),
+    (dict(peft="lora", emb_on_cpu=True), torch.bfloat16), (dict(peft="none", grad_cp="0"), torch.float32),
     (dict(peft="bone", quant="int8"), torch.float32), (dict(peft="bone", bone_mode="bat"), torch.float32),
     (dict(peft="state", quant="nf4", micro_bsz=5), torch.bfloat16),
-    (dict(peft="none", train_parts=("ln", "head"), quant="int8", grad_cp=False), torch.float32),
+    (dict(peft="none", train_parts=("ln", "head"), quant="int8", grad_cp="0"), torch.float32),
     (dict(micro_bsz=4, accumulate_grad_batches=2, train_parts=()), torch.bfloat16)], ids=str)
 def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypatch):
     """Real tensors, through the same functions: held, at the peak of loading, and at the peak of a step."""

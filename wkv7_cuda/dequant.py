@@ -3,8 +3,9 @@
     read = fused("nf4", read_nf4, levels, say)      # read(parts, shape, dtype) -> W: read_nf4, but faster on a GPU
 
 On CUDA `read` is the custom op `pissa_rwkv::read_nf4_cuda`, which torch.compile and FakeTensorMode know: nothing is
-built while they trace. Everywhere else, on the CPU and on meta tensors, it is the reader it was given, untouched; so it
-is on a GPU for which the kernel cannot be built, which is said once. The values are the same to the bit either way.
+built while they trace. Everywhere else, on the CPU and on meta tensors, it is the reader it was given, untouched (but
+torch.compile sees the op there too: it would write a long program for each matrix); so it is on a GPU for which the
+kernel cannot be built, which is said once. The values are the same to the bit either way.
 """
 
 import contextlib
@@ -43,9 +44,9 @@ def fused(
     """
     choose = choose or (lambda device: library_for(torch.cuda.get_device_capability(device), say))
 
-    @torch.library.custom_op(f"pissa_rwkv::read_{quant}_{device}", mutates_args=(), device_types=device)
+    @torch.library.custom_op(f"pissa_rwkv::read_{quant}_{device}", mutates_args=())
     def read_op(parts: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
-        library = choose(parts[0].device)
+        library = choose(parts[0].device) if parts[0].device.type == device else None
         if library is None:
             return plain(dict(zip(PARTS[quant], parts, strict=True)), torch.Size(shape), dtype)
         return dequantise(library, quant, parts, levels(parts[0].device), shape, dtype)
@@ -55,7 +56,7 @@ def fused(
         return parts[0].new_empty(shape, dtype=dtype)
 
     def read(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if parts["codes"].device.type == device:
+        if parts["codes"].device.type == device or torch.compiler.is_compiling():
             return read_op([parts[name] for name in PARTS[quant]], list(shape), dtype)
         return plain(parts, shape, dtype)
 

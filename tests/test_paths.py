@@ -1,0 +1,104 @@
+"""The ways a step can take are one step: what backward keeps, and what torch.compile makes of it."""
+
+import json
+import logging
+import shlex
+
+import pytest
+import torch
+from conftest import load_model, random_model
+
+import pissa_rwkv as P
+
+STEPS = 50
+RUNS = {  # what is trained -> options, what is compiled, and how far losses and norms may then be from eager ones
+    "x070 pissa": ("--dataload get", ["products", "1"], 1e-5),
+    "x070 pissa nf4, rows of two lengths": ("--quant nf4", ["products"], 1e-5),
+    "x060 everything, bf16": ("--dataload get --peft none --precision bf16", ["products"], 3e-2),
+    "x052 lora, rows in chunks": ("--dataload get --peft lora --train_type infctx --chunk_ctx 12", ["1"], 1e-5),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Bases of every version, and a text whose rows are of 24 and 12 tokens."""
+    folder = tmp_path_factory.mktemp("paths")
+    for version in P.TIME_MIX:
+        random_model(folder / f"{version}.pth", version=version)
+    texts = [f"line {i} of the text, and its rest" for i in range(10, 50)]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_record_of_compiling(monkeypatch):
+    """pytest would collect all that the compiler traces, which takes longer than to compile."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    torch._dynamo.reset()
+
+
+def curve(place, folder, name, options):
+    """The loss of every step, and the gradient's norm."""
+    assert P.main(shlex.split(
+        f"--load_model {place}/{name[:4]}.pth --data_file {place}/data.jsonl --proj_dir '{folder}' --op chunk --rank 4"
+        f" --ctx_len 24 --micro_bsz 2 --epoch_steps {STEPS} --lr_init 2e-4 --lr_final 2e-4 {options}")) == 0
+    rows = [json.loads(line) for line in (folder / "loss_data.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows], [row["grad_norm"] for row in rows]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_way_has_the_same_losses(name, place, tmp_path):
+    options, compiled, rel = RUNS[name]
+    eager = {way: curve(place, tmp_path / way, name, f"{options} --grad_cp {way}") for way in P.GRAD_CP}
+    losses, norms = eager["0"]
+    assert len(losses) == STEPS and sum(losses[-10:]) < sum(losses[:10])
+    assert eager["products"] == eager["1"] == eager["0"]
+    for way in compiled:
+        again, norms_again = curve(place, tmp_path / f"compiled {way}", name, f"{options} --grad_cp {way} --compile 1")
+        assert again == pytest.approx(losses, rel=rel)
+        # (Rounding can make another logit a position's largest, which L2Wrap pulls at.)
+        assert norms_again == pytest.approx(norms, rel=max(10 * rel, 1e-2))
+        assert norms_again != norms                                   # (so it was compiled)
+
+
+def test_without_a_compiler_it_goes_on(place, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no working C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    curve(place, tmp_path / "out", "x070", "--compile 1")
+    said = "--compile 1: torch.compile does not work here (no working C++ compiler); going on without"
+    assert said in capsys.readouterr().out
+
+
+def test_products_are_computed_once(place):
+    """What `products` keeps: a second forward pass makes no product with a matrix, and does not ask the operator."""
+    from collections import Counter
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.products = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                self.products[tuple(args[0].shape[1:]) + tuple(args[1].shape[1:])] += 1
+            elif "wkv" in func.name():
+                self.products[func.name()] += 1
+            return func(*args, **(kwargs or {}))
+
+    def made(way):
+        model = load_model(place / "x070.pth", wkv=P.WKV["x070", "chunk"](), grad_cp=way)
+        with Count() as count:
+            x, _ = model(torch.tensor([[3, 1, 4, 1, 5]]))
+            x.sum().backward()
+        return count.products
+
+    all_kept, products, recomputed = made("0"), made("products"), made("1")
+    C, F = 64, 256
+    for shape in ((C, C), (C, F)):
+        assert products[shape] == all_kept[shape] < recomputed[shape]
+    forward = next(name for name in all_kept if "backward" not in str(name) and "wkv" in str(name))
+    assert (all_kept[forward], products[forward], recomputed[forward]) == (2, 2, 4)
