@@ -7,7 +7,8 @@
 
 WHAT IS MEASURED: `pissa_rwkv.train_step` at the setting of a user, that is rank 32 on every matrix, every block
 recomputed in backward, clipping and AdamW; on a model of the real shape with random weights and random tokens. Beside
-it what one would use otherwise, with PiSSA by Hugging Face's PEFT, at the same rank, recomputing too:
+it the same with other options, whose names are in the row's, and what one would use otherwise, with PiSSA by Hugging
+Face's PEFT, at the same rank, recomputing too:
 
     rwkv7-hf    the package of that name, RWKV-7 in plain PyTorch     CPU
     fla         flash-linear-attention's RWKV-7                       GPU
@@ -22,10 +23,10 @@ Their packages are optional; who cannot run has a row that says why in `failed`.
 | | between: on a CPU Python and dispatch, on a GPU the time in which no kernel runs |
 | utilisation | 4 x the weights of the matrices x tokens/s (a forward, and a backward to the inputs alone; what is |
 | | recomputed does not count) over the operations/s of a large product of this dtype in this run |
-| peak | bytes of tensors at the step's peak, the model and the optimiser among them |
+| peak | bytes of tensors at the step's peak, the model and the optimiser among them; null where compiled for a CPU |
 | faster_than | tokens/s over those of the others, each under "<name> <dtype> <quant>" |
 
-Profiled are only the steps of our own code, whose functions have names that tell the parts apart.
+Profiled are only the steps of our own code as it stands, whose functions have names that tell the parts apart.
 """
 
 import argparse
@@ -62,6 +63,7 @@ class Contestant(NamedTuple):
     step: Callable[[], float]
     held: Callable[[], Iterable[Tensor]]
     run: P.Run | None = None                                          # of our own
+    compiled: bool = False
 
 
 class RandomRows(P.FullRows):
@@ -84,10 +86,15 @@ class RandomRows(P.FullRows):
 # ------------------------------------------------------------------------------------------------- who takes part
 
 
-def ours(model: str, bsz: int, ctx: int, dtype: str, quant: str, device: str, options: dict) -> Contestant:
+def ours(
+    name: str, model: str, bsz: int, ctx: int, dtype: str, quant: str, device: str, options: dict
+) -> Contestant:
+    """name: `pissa_rwkv`, and options of its own as on the command line."""
     cfg = P.Config(accelerator={"cuda": "gpu"}.get(device, device), precision=dtype, peft="pissa", rank=RANK,
                    svd_niter=1, ctx_len=ctx, micro_bsz=bsz, quant=quant)
+    options = changed(name.split()[1:]) | options
     cfg, _, device, compute = P.setup(P.replace(cfg, **options))
+    torch._dynamo.reset()                                             # (of another shape it would make one for any)
     arch = vram.arch_of(model)
     with torch.device("meta"):
         wkv7 = P.load_wkv(arch.version, arch.head_size, cfg.op, device)
@@ -95,11 +102,18 @@ def ours(model: str, bsz: int, ctx: int, dtype: str, quant: str, device: str, op
     P.fill(rwkv, vram.random_tensors(arch, device), model, device, compute, P.left_in_file(rwkv, cfg))
     P.add_adapters(rwkv, cfg, {}, {})
     optimiser = P.ZeroAdamW(((n, p) for n, p in rwkv.named_parameters() if p.requires_grad), cfg)
+    rwkv.through = P.compiled(rwkv.through, device) if cfg.compile else rwkv.through
     rows = RandomRows(arch.vocab_size, bsz, ctx, device)
     run = P.Run(cfg, P.ONE_RANK, device, arch, None, rows, None, rwkv, optimiser, {}, 1)
     buffers = (optimiser.working, optimiser.master, optimiser.m, optimiser.v, optimiser.grad)
     return Contestant(lambda: P.train_step(run, 1e-5)["loss"],
-                      lambda: [*rwkv.parameters(), *rwkv.buffers(), *buffers], run)
+                      lambda: [*rwkv.parameters(), *rwkv.buffers(), *buffers], run, cfg.compile)
+
+
+def changed(words: list[str]) -> dict:
+    """The options of a command line that differ from their defaults."""
+    given, default = P.asdict(P.parse(words)), P.asdict(P.Config())
+    return {k: v for k, v in given.items() if v != default[k]}
 
 
 def rwkv7_hf(arch: P.Arch) -> torch.nn.Module:
@@ -157,12 +171,16 @@ def with_peft(
     return Contestant(step, held)
 
 
-MAKERS = {"pissa_rwkv": ours, "rwkv7-hf": partial(with_peft, rwkv7_hf), "fla": partial(with_peft, fla)}
+COMPILED, FAST = "pissa_rwkv --compile 1", "pissa_rwkv --compile 1 --grad_cp products"
+OURS = ("pissa_rwkv", COMPILED, FAST, "pissa_rwkv --compile 1 --grad_cp 0")
+MAKERS = {name: partial(ours, name) for name in OURS} | {
+    "rwkv7-hf": partial(with_peft, rwkv7_hf), "fla": partial(with_peft, fla)}
 ENTRIES = {  # device -> who takes part in a shape: name, dtype, quant
-    "cpu": [("pissa_rwkv", "fp32", "none"), ("pissa_rwkv", "bf16", "none"), ("rwkv7-hf", "fp32", "none"),
-            ("rwkv7-hf", "bf16", "none")],
-    "cuda": [("pissa_rwkv", "bf16", "none"), ("pissa_rwkv", "bf16", "nf4"), ("fla", "bf16", "none")],
+    "cpu": [(name, dtype, "none") for name in ("pissa_rwkv", COMPILED, FAST, "rwkv7-hf") for dtype in DTYPES],
+    "cuda": [*((name, "bf16", "none") for name in OURS), ("pissa_rwkv", "bf16", "nf4"), (FAST, "bf16", "nf4"),
+             ("fla", "bf16", "none")],
 }
+QUICK = ("pissa_rwkv", FAST, "rwkv7-hf", "fla")                       # of them, with --quick on a GPU
 
 
 def shapes(device: str, quick: bool) -> list[tuple[str, int, int]]:
@@ -273,8 +291,8 @@ def product_ceiling(device: str, dtype: torch.dtype) -> float:
     return 2 * side**3 / statistics.median(times[1:])
 
 
-def peak(c: Contestant, device: str) -> int:
-    """Bytes of tensors at the peak of a step."""
+def peak(c: Contestant, device: str) -> int | None:
+    """Bytes of tensors at the peak of a step; None where that cannot be counted: in what is compiled for a CPU."""
     storages = {s.data_ptr(): s for s in (t.untyped_storage() for t in c.held())}
     held = sum(map(P.allocated, storages.values()))
     if device == "cuda":
@@ -282,6 +300,8 @@ def peak(c: Contestant, device: str) -> int:
         before = torch.cuda.memory_allocated()
         c.step()
         return held + torch.cuda.max_memory_allocated() - before
+    if c.compiled:
+        return None
     with P.Peak(device, c.held()) as counted:
         c.step()
     return held + counted.most
@@ -298,17 +318,15 @@ def rows_of(
     shape: tuple[str, int, int], entries: list[tuple[str, str, str]], device: str, seconds: float, options: list[str]
 ) -> list[dict]:
     """A row for each contestant of a shape. options: NAME=VALUE, of our own."""
-    given = P.asdict(P.parse([word for pair in options for word in f"--{pair}".split("=", 1)]))
-    default = P.asdict(P.Config())
-    changed = {k: v for k, v in given.items() if v != default[k]}
+    given = changed([word for pair in options for word in f"--{pair}".split("=", 1)])
     (model, bsz, ctx), rows, there = shape, {}, {}
     ceiling = {dtype: product_ceiling(device, DTYPES[dtype]) for dtype in {dtype for _, dtype, _ in entries}}
     for entry in entries:
         name, dtype, quant = entry
         rows[entry] = {"name": name, "model": model, "bsz": bsz, "ctx": ctx, "dtype": dtype, "quant": quant,
-                       "setting": " ".join(options) if name == "pissa_rwkv" else "", "failed": ""}
+                       "setting": " ".join(options) if name in OURS else "", "failed": ""}
         try:
-            there[entry] = MAKERS[name](model, bsz, ctx, dtype, quant, device, changed)
+            there[entry] = MAKERS[name](model, bsz, ctx, dtype, quant, device, given)
             rows[entry]["losses"] = [there[entry].step() for _ in range(2)]   # they also warm up
         except Exception as error:  # other people's code may raise anything
             there.pop(entry, None)
@@ -320,7 +338,7 @@ def rows_of(
         rows[entry] |= {"step": step, "tokens_per_s": rate, "product_flop_per_s": ceiling[entry[1]],
                         "utilisation": 4 * matrix_parameters(vram.arch_of(model)) * rate / ceiling[entry[1]],
                         "peak": peak(c, device)}
-        rows[entry] |= {"parts": parts_of(c, step["ms"], device)} if c.run else {}
+        rows[entry] |= {"parts": parts_of(c, step["ms"], device)} if c.run and not c.compiled else {}
     for entry in there:
         rows[entry]["faster_than"] = {" ".join(other): rows[entry]["tokens_per_s"] / rows[other]["tokens_per_s"]
                                       for other in there}
@@ -328,14 +346,15 @@ def rows_of(
 
 
 def line(row: dict) -> str:
-    who = f"  {row['name']:11}{row['dtype']:5}{row['quant']:5}"
+    who = f"  {row['name']:42}{row['dtype']:5}{row['quant']:5}"
     if row["failed"]:
         return who + row["failed"]
     ratios = ", ".join(f"{ratio:.2f} x {other}" for other, ratio in row["faster_than"].items()
                        if not other.startswith("pissa_rwkv"))
     parts = "".join(f"\n      {part:14}{ms:9.1f} ms {100 * ms / row['step']['ms']:4.0f} %"
                     for part, ms in row.get("parts", {}).items())
-    return (f"{who}{row['tokens_per_s']:9,.1f} tokens/s {row['step']['ms']:9.1f} ms {row['peak'] / 1e9:7.2f} GB"
+    memory = f"{row['peak'] / 1e9:7.2f} GB" if row["peak"] else " " * 10
+    return (f"{who}{row['tokens_per_s']:9,.1f} tokens/s {row['step']['ms']:9.1f} ms {memory}"
             f" {100 * row['utilisation']:4.0f} % of {row['product_flop_per_s']:.2g} FLOP/s  {ratios}{parts}")
 
 
@@ -364,13 +383,14 @@ def main(argv: list[str] | None = None) -> int:
     usual = shapes(args.device, args.quick)
     wanted = {(model, bsz, ctx) for model in args.models or {m for m, _, _ in usual}
               for bsz in args.bsz or {b for _, b, _ in usual} for ctx in args.ctx or {c for _, _, c in usual}}
-    entries = [e for e in ENTRIES[args.device] if e[0] in args.names and e[1] in args.dtypes]
+    names = [name for name in args.names if name in QUICK or args.device == "cpu" or not args.quick]
+    entries = [e for e in ENTRIES[args.device] if e[0] in names and e[1] in args.dtypes]
     failed = 0
     for shape in sorted(wanted, key=lambda s: (list(vram.MODELS).index(s[0]), *s[1:])):
         rows = rows_of(shape, entries, args.device, args.seconds, args.options)
         print("{}, {} x {} tokens".format(*shape), *map(line, rows), sep="\n", flush=True)
         record.update(args.out / f"step-{args.device}.json", [row | about for row in rows], KEY)
-        failed += any(row["failed"] for row in rows if row["name"] == "pissa_rwkv")
+        failed += any(row["failed"] for row in rows if row["name"] in ("pissa_rwkv", FAST))
     return int(failed > 0)
 
 

@@ -266,22 +266,24 @@ def small(monkeypatch):
 
 def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
     """Steps train; rates, ratios and parts belong together; a peer that is not there has a row that says so."""
-    monkeypatch.setattr(step, "MAKERS", {"pissa_rwkv": step.ours, "rwkv7-hf": plain, "fla": absent})
+    monkeypatch.setattr(step, "MAKERS", step.MAKERS | {"rwkv7-hf": plain, "fla": absent})
     entries = [("pissa_rwkv", "fp32", "none"), ("pissa_rwkv", "bf16", "nf4"), ("rwkv7-hf", "fp32", "none"),
-               ("fla", "fp32", "none")]
+               (step.FAST, "fp32", "none"), ("fla", "fp32", "none")]
     monkeypatch.setitem(step.ENTRIES, "cpu", entries)
     options = ["--device", "cpu", "--ctx", "16", "--seconds", "0.001", "--out", str(tmp_path), "--commit", "c"]
     assert step.main([*options, "--options", "weight_decay=0.1"]) == 0
     rows = record.load(tmp_path / "step-cpu.json")
     assert [(row["name"], row["dtype"], row["quant"]) for row in rows] == entries
-    assert [row["failed"] for row in rows] == ["", "", "", "ModuleNotFoundError: No module named 'peer'"]
+    assert [row["failed"] for row in rows] == ["", "", "", "", "ModuleNotFoundError: No module named 'peer'"]
     blocks = 2 * (4 * 64**2 + 2 * 64 * 128 + 8 * 32 * 64) - 2 * 32 * 64  # layer 0 lacks v1 v2
     matrices = 1024 * 64 + blocks
-    for row in rows[:3]:
+    for row in rows[:4]:
         assert row["dtype"] == "bf16" or row["losses"][1] < row["losses"][0]
         assert row["tokens_per_s"] == pytest.approx(16e3 / row["step"]["ms"]) and row["step"]["n"] >= 3
         assert row["utilisation"] == pytest.approx(4 * matrices * row["tokens_per_s"] / 1e10)
         assert row["faster_than"]["rwkv7-hf fp32 none"] == row["tokens_per_s"] / rows[2]["tokens_per_s"]
+    assert "parts" not in rows[3] and rows[3]["peak"] is None
+    assert rows[3]["losses"] == pytest.approx(rows[0]["losses"], rel=1e-5) and rows[3]["setting"] == "weight_decay=0.1"
     for row in rows[:2]:
         assert row["setting"] == "weight_decay=0.1"
         assert tuple(row["parts"]) == step.PARTS and min(row["parts"].values()) > 0
@@ -292,7 +294,7 @@ def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
 
 def test_operations_are_told_apart(small):
     """Counted by name: each part has the operations that one knows to be its own, forward, recomputed and backward."""
-    c = step.ours("RWKV7-0.1B", 1, 16, "fp32", "none", "cpu", {})
+    c = step.ours("pissa_rwkv", "RWKV7-0.1B", 1, 16, "fp32", "none", "cpu", {})
     with step.marked(c.run), step.profile(activities=[step.ProfilerActivity.CPU]) as prof:
         c.step()
     products = step.by_part(prof.events(), lambda e: e.name in step.PRODUCTS)
