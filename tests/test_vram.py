@@ -56,7 +56,8 @@ def loaded(cfg, tensors, arch, dtype):
 
 
 @pytest.mark.parametrize(("options", "dtype"), [
-    (dict(op="cpu"), torch.float32), (dict(grad_cp="0"), torch.float32),
+    (dict(op="cpu"), torch.float32), (dict(grad_cp="0"), torch.float32), (dict(grad_cp="products"), torch.bfloat16),
+    (dict(op="cpu", grad_cp="products", quant="nf4"), torch.float32),
     (dict(quant="nf4", ctx_len=100), torch.float32),
     (dict(quant="int8", micro_bsz=5), torch.bfloat16), (dict(quant="nf4dq", grad_cp="0"), torch.bfloat16),
     (dict(peft="lora", emb_on_cpu=True), torch.bfloat16), (dict(peft="none", grad_cp="0"), torch.float32),
@@ -104,6 +105,26 @@ def test_a_prediction_for_a_gpu_needs_none_and_adds_up():
     best, room = rehearsal.largest_bsz(15 * 10**8), 15 * 10**8
     assert rehearsal.memory(best).total <= room < rehearsal.memory(best + 1).total and best > 4
     assert rehearsal.largest_bsz(10**8) == 0
+
+
+def test_auto_keeps_as_much_as_fits(tmp_path, capsys):
+    cfg, arch = vram.setting("none", {"ctx_len": 256}), vram.arch_of("RWKV7-0.1B")
+    rehearsal, taken = P.Rehearsal(cfg, arch, "cuda", torch.bfloat16), {}
+    for way, rehearsal.run.model.through in P.GRAD_CP.items():
+        taken[way] = rehearsal.memory(1).total
+    assert taken["0"] > taken["products"] > taken["1"]
+    for way, room in (("0", taken["0"]), ("products", taken["0"] - 1), ("products", taken["products"]),
+                      ("1", taken["products"] - 1), ("1", 10**8)):
+        assert rehearsal.fastest(1, room) == way
+    kept = (taken["products"] - taken["1"]) / 1.03 / (256 * 768 * 2 * arch.n_layer)       # in rows of C numbers
+    assert 11 < kept < 15                                             # that of one block is there at the peak anyway
+    run = f"--load_model {random_model(tmp_path / 'base.pth')} --data_file {tmp_path}/d.txt --grad_cp auto --rank 4"
+    (tmp_path / "d.txt").write_text("a text " * 99)
+    assert P.main([*run.split(), "--accelerator", "gpu", "--vram_gb", "24", "--dry_run"]) == 0
+    assert re.search(r"--grad_cp auto: 0, 0\.\d\d of 24.00 GB\n(.*\n)*would hold", capsys.readouterr().out)
+    assert P.main([*run.split(), "--accelerator", "cpu", "--proj_dir", str(tmp_path / "out")]) == 2
+    assert "--grad_cp auto: how much memory it may take is not known of a cpu; say so by --vram_gb" in " ".join(
+        capsys.readouterr().err.split())
 
 
 def test_dry_run_for_a_card_that_is_not_here(tmp_path, capsys):
