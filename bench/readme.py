@@ -384,15 +384,26 @@ def levers() -> str:
     return "\n".join(lines) + f"\n\n{source(rows[-1:])}"
 
 
+STEP_PEER = {"cuda": "fla bf16 none", "cpu": "rwkv7-hf fp32 none"}    # whose speed is 1
+
+
 def steps() -> str:
-    """Whole optimiser steps on a CPU, beside a peer."""
-    rows = [r for r in record.read("step-cpu") if not r["failed"]]
-    peer = "rwkv7-hf fp32 none"
-    lines = ["| | tokens/s | times the peer in fp32 | memory, GB | utilisation |", "|---|---|---|---|---|"]
-    for r in rows:
-        lines.append(f"| {r['name']}, {r['dtype']}, {r['ctx']} tokens | {r['tokens_per_s']:.0f} |"
-                     f" {r['faster_than'][peer]:.2f} | {r['peak'] / 1e9:.2f} | {r['utilisation']:.0%} |")
-    return "\n".join(lines) + f"\n\n{source(rows)}"
+    """Whole optimiser steps, beside a peer."""
+    parts = [steps_table(device, record.read(f"step-{device}")) for device in STEP_PEER]
+    return "\n\n".join(part or "On a GPU: not yet measured." for part in parts)
+
+
+def steps_table(device: str, rows: list[dict]) -> str:
+    """Nothing where there are no rows; a memory that could not be counted stays empty."""
+    peer, lines = STEP_PEER[device], []
+    for r in (r for r in rows if not r["failed"] and not r["setting"]):
+        model, quant = r["model"].removeprefix("RWKV7-"), "" if r["quant"] == "none" else f" {r['quant']}"
+        times = f"{r['faster_than'][peer]:.2f}" if peer in r["faster_than"] else ""
+        memory = f"{r['peak'] / 1e9:.2f}" if r["peak"] else ""
+        lines.append(f"| {model}, {r['bsz']} x {r['ctx']} | `{r['name']}`, {r['dtype']}{quant} |"
+                     f" {r['tokens_per_s']:,.0f} | {times} | {memory} | {r['utilisation']:.0%} |")
+    head = f"| model, tokens | | tokens/s | times {' '.join(peer.split()[:2])} | memory, GB | utilisation |"
+    return "\n".join([head, "|---" * 6 + "|", *lines]) + f"\n\n{source(rows)}" if lines else ""
 
 
 OPS = {  # what it needs, what it is; in README's order
