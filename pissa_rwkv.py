@@ -918,7 +918,16 @@ Through = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Ten
 
 
 def keep_all(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    return block(x, *rest)
+    """Quantised matrices are made anew in backward, and not kept: eager code knows that, a compiler has to be told."""
+    if not torch.compiler.is_compiling():
+        return block(x, *rest)
+    contexts = partial(create_selective_checkpoint_contexts, unless_read)
+    return checkpoint(block, x, *rest, use_reentrant=False, context_fn=contexts)
+
+
+def unless_read(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    read = op.name().startswith("pissa_rwkv::read")
+    return CheckpointPolicy.MUST_RECOMPUTE if read else CheckpointPolicy.PREFER_SAVE
 
 
 def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:

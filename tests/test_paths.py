@@ -3,10 +3,12 @@
 import json
 import logging
 import shlex
+from collections import Counter
 
 import pytest
 import torch
 from conftest import load_model, random_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pissa_rwkv as P
 
@@ -71,23 +73,23 @@ def test_without_a_compiler_it_goes_on(place, tmp_path, monkeypatch, capsys):
     assert said in capsys.readouterr().out
 
 
+class Count(TorchDispatchMode):
+    """How often the operators are called, and products of each inner and outer width."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.products[args[1].shape] += 1
+        elif "wkv" in func.name():
+            self.products[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_products_are_computed_once(place):
     """What `products` keeps: a second forward pass makes no product with a matrix, and does not ask the operator."""
-    from collections import Counter
-
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.products = Counter()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten.mm.default:
-                self.products[tuple(args[0].shape[1:]) + tuple(args[1].shape[1:])] += 1
-            elif "wkv" in func.name():
-                self.products[func.name()] += 1
-            return func(*args, **(kwargs or {}))
 
     def made(way):
         model = load_model(place / "x070.pth", wkv=P.WKV["x070", "chunk"](), grad_cp=way)
@@ -100,5 +102,17 @@ def test_products_are_computed_once(place):
     C, F = 64, 256
     for shape in ((C, C), (C, F)):
         assert products[shape] == all_kept[shape] < recomputed[shape]
-    forward = next(name for name in all_kept if "backward" not in str(name) and "wkv" in str(name))
+    forward = "pissa_rwkv::wkv7_chunk"
     assert (all_kept[forward], products[forward], recomputed[forward]) == (2, 2, 4)
+
+
+@pytest.mark.parametrize("way", ["0", "1"])
+def test_a_compiled_step_makes_a_quantised_matrix_twice(way, place, tmp_path):
+    """Once in forward and once in backward, also where that computes the block again: it is not kept in between."""
+    cfg = P.Config(load_model=f"{place}/x070.pth", data_file=f"{place}/data.jsonl", proj_dir=str(tmp_path / "out"),
+                   dataload="get", ctx_len=24, micro_bsz=2, rank=4, op="chunk", quant="nf4", grad_cp=way, compile=True)
+    run = P.build(cfg)
+    P.train_step(run, 1e-4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+        P.train_step(run, 1e-4)
+    assert sum(e.name == "pissa_rwkv::read_nf4_cuda" for e in prof.events()) == 2 * 12
