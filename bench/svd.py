@@ -90,8 +90,9 @@ def main() -> None:
         timed(torch.randn(512, 512), 8, niter, 0)
     rows = []
     for kind, Ws in matrices.items():
-        rows += [{**row, **record.circumstances()} for row in rows_of(kind, Ws)]
-        for r in rows[-1 - len(NITERS):]:
+        found = [{**row, **record.circumstances()} for row in rows_of(kind, Ws)]
+        rows += found
+        for r in found:
             print("{matrix:<28} rank {rank:>3}, niter {niter:>2}: {seconds:8.4f} s, excess {excess:.1e}, off {off:.1e},"
                   " load {load}".format(**r), flush=True)
     print(record.save(record.RESULTS / "svd.json", rows))
