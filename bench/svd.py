@@ -1,6 +1,7 @@
 """The fast SVD of PiSSA's start: seconds and error against `--svd_niter` -> bench/results/svd.json
 
-    python bench/svd.py                                               # about three minutes on two CPU cores
+    python bench/svd.py                                               # about three minutes on two quiet CPU cores
+    python bench/svd.py --only "8192 x 2048"                          # these matrices again; other rows are kept
 
 Matrices: those of the demonstration's base, trained here (width 128, attention's and channel mixing's), and synthetic
 ones with the shapes of RWKV7-1.5B and singular values i^-0.3, i^-0.5, i^-0.8. A row is one kind of matrix, rank r and
@@ -18,6 +19,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import qerror
@@ -28,20 +30,19 @@ from torch import Tensor
 import pissa_rwkv as P
 
 RANKS, NITERS, DRAWS, THREADS = (8, 32, 128), (1, 2, 4, 8, 16), 3, 2
+BASE = ("base att", "base ffn")
 SHAPES = ((2048, 2048), (8192, 2048))                                 # of RWKV7-1.5B: att, and ffn.key
 
 
-def kinds(seed: int) -> dict[str, list[Tensor]]:
-    """Kind of matrix -> the matrices; all of a kind have one shape, or its transpose."""
+def base_matrices() -> dict[str, list[Tensor]]:
+    """The base's, in two kinds; all of a kind have one shape, or its transpose."""
     with tempfile.TemporaryDirectory() as folder:
         base = qerror.trained_base(Path(folder) / "base")
-    found = {f"base {part}": [W for name, Ws in base.items() if name.startswith(f"base {part}.") for W in Ws]
-             for part in ("att", "ffn")}  # fmt: skip
-    draw = torch.Generator().manual_seed(seed)
-    for shape in SHAPES:
-        for decay in qerror.DECAYS:
-            found[f"sigma i^-{decay}, {shape[0]} x {shape[1]}"] = [qerror.decaying(*shape, decay, draw)]
-    return found
+    return {kind: [W for name, Ws in base.items() if name.startswith(f"{kind}.") for W in Ws] for kind in BASE}
+
+
+def synthetic(outputs: int, inputs: int, decay: float, seed: int) -> list[Tensor]:
+    return [qerror.decaying(outputs, inputs, decay, torch.Generator().manual_seed(seed))]
 
 
 def timed(W: Tensor, rank: int, niter: int, seed: int) -> tuple[float, tuple[Tensor, Tensor, Tensor]]:
@@ -80,22 +81,26 @@ def rows_of(kind: str, Ws: list[Tensor]) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic matrices")
-    args = parser.parse_args()
+    parser.add_argument("--only", default="", help="measure the kinds whose name has this in it")
+    args = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
-    matrices = kinds(args.seed)
+    makers = {f"sigma i^-{decay}, {shape[0]} x {shape[1]}": partial(synthetic, *shape, decay, args.seed)
+              for shape in SHAPES for decay in qerror.DECAYS}  # fmt: skip
+    if any(args.only in kind for kind in BASE):
+        makers = {kind: lambda Ws=Ws: Ws for kind, Ws in base_matrices().items()} | makers
     for niter in (0, 1):                                              # the first call of a LAPACK is slow
         timed(torch.randn(512, 512), 8, niter, 0)
-    rows = []
-    for kind, Ws in matrices.items():
-        found = [{**row, **record.circumstances()} for row in rows_of(kind, Ws)]
-        rows += found
-        for r in found:
+    path = record.RESULTS / "svd.json"
+    for kind in (kind for kind in makers if args.only in kind):
+        rows = [{**row, **record.circumstances()} for row in rows_of(kind, makers[kind]())]
+        for r in rows:
             print("{matrix:<28} rank {rank:>3}, niter {niter:>2}: {seconds:8.4f} s, excess {excess:.1e}, off {off:.1e},"
                   " load {load}".format(**r), flush=True)
-    print(record.save(record.RESULTS / "svd.json", rows))
+        record.update(path, rows, ("matrix", "rank", "niter"))
+    print(path)
 
 
 if __name__ == "__main__":
