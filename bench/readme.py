@@ -252,6 +252,8 @@ def learning() -> str:
 def svd() -> str:
     """Time of the fast SVD and what it loses against the exact one; per shape, the worst of the spectra."""
     rows, niters = record.read("svd"), {}
+    if not rows:
+        return "Not yet measured: `python bench/svd.py`."
     for r in rows:
         niters.setdefault((r["matrix"].rpartition(", ")[2], r["rank"]), {}).setdefault(r["niter"], []).append(r)
     fast = sorted({r["niter"] for r in rows} - {0})
