@@ -29,6 +29,7 @@ from torch import Tensor
 import pissa_rwkv as P
 
 RANKS, ITERATIONS, QUANT = (4, 8, 16, 32), (1, 2, 3, 4, 5), "nf4"
+DECAYS = (0.3, 0.5, 0.8)
 
 
 def trained_base(folder: Path) -> dict[str, list[Tensor]]:
@@ -51,10 +52,13 @@ def synthetic(n: int = 512, seed: int = 0) -> dict[str, list[Tensor]]:
     outliers = gaussian.clone()
     outliers[:, torch.randperm(n, generator=draw)[:8]] *= 10
     matrices = {"gaussian": [gaussian], "outlier columns": [outliers]}
-    for decay in (0.3, 0.5, 0.8):
-        U, V = (torch.linalg.qr(torch.randn(n, n, generator=draw)).Q for _ in range(2))
-        matrices[f"sigma i^-{decay}"] = [U * torch.arange(1, n + 1.0).pow(-decay) @ V]
-    return matrices
+    return matrices | {f"sigma i^-{decay}": [decaying(n, n, decay, draw)] for decay in DECAYS}
+
+
+def decaying(outputs: int, inputs: int, decay: float, draw: torch.Generator) -> Tensor:
+    """A matrix (out,in), out >= in, with random directions and the singular values i^-decay."""
+    U, Vt = (torch.linalg.qr(torch.randn(rows, inputs, generator=draw)).Q for rows in (outputs, inputs))
+    return U * torch.arange(1, inputs + 1.0).pow(-decay) @ Vt
 
 
 def qpissa(W: Tensor, rank: int, T: int) -> Tensor:

@@ -5,7 +5,10 @@
 A table stands in README between `<!-- NAME -->` and `<!-- /NAME -->`; here a function of that name makes it.
 """
 
+import ast
 import re
+import statistics
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 import vram
 import wkv
 
+import merge
 import pissa_rwkv as P
 
 README, OPS_README = record.ROOT / "README.md", record.ROOT / "wkv7_cuda" / "README.md"
@@ -38,21 +42,98 @@ def options() -> str:
 
 def sections() -> str:
     """The numbered sections of the module, with the line each begins at."""
-    lines = ["| section | line | |", "|---|---|---|"]
+    lines = ["| section | line | what is there | the question it answers |", "|---|---|---|---|"]
     for number, line in enumerate((record.ROOT / "pissa_rwkv.py").read_text("utf-8").splitlines(), 1):
         if m := re.match(r"# (\d+)\. ([^.:]+)[.:] ?(.*)", line):
-            lines.append(f"| {m[1]} {m[2]} | [{number}](pissa_rwkv.py#L{number}) | {WHAT[int(m[1])]} |")
+            what, question = WHAT[int(m[1])]
+            lines.append(f"| {m[1]} {m[2]} | {place(number)} | {what} | {question} |")
     return "\n".join(lines)
 
 
+def place(number: int) -> str:
+    return f"[{number}](pissa_rwkv.py#L{number})"
+
+
 WHAT = {
-    1: "a command line from a dataclass", 2: "two recurrences, 15 lines each: a fading memory, and the delta rule",
-    3: "time mixing, channel mixing, state as an argument", 4: "nf4 and int8, bit by bit",
-    5: "the randomised SVD, PiSSA, QPiSSA, LoRA, Bone; state tuning",
-    6: "a reader for each kind of file; rows as spans of one stream", 7: "cross-entropy that never holds the logits",
-    8: "AdamW by hand on one flat buffer",
-    9: "atomic files, the merge formula", 10: "the loop, and resuming to the bit",
+    1: ("a command line from a dataclass", "How can options, their checks and README's table be written only once?"),
+    2: ("two recurrences, 15 lines each: a fading memory, and the delta rule",
+        "How does a memory of fixed size change what it holds under a key?"),
+    3: ("time mixing, channel mixing, state as an argument",
+        "What does a token pass through, and how does a file tell which model it is?"),
+    4: ("nf4 and int8, bit by bit", "How does a weight fit into four bits, and what is backward multiplied with?"),
+    5: ("the randomised SVD, PiSSA, QPiSSA, LoRA, Bone; state tuning",
+        "Where do A and B start, and why does that change nothing at first?"),
+    6: ("a reader for each kind of file; rows as spans of one stream",
+        "How do texts of any length become rows, and which of their tokens are learnt?"),
+    7: ("cross-entropy that never holds the logits", "How are 65536 logits a token used without being kept?"),
+    8: ("AdamW by hand on one flat buffer", "What does an optimiser hold, and how do several GPUs share it out?"),
+    9: ("atomic files, the merge formula", "How is a file never half written, and an adapter never merged into the"
+                                           " wrong base?"),
+    10: ("the loop, and resuming to the bit", "What is a step, and what must be saved so that the next one is the"
+                                              " same?"),
 }
+
+
+def order() -> str:
+    """What to read first, with lines and lengths as they are now."""
+    tree = ast.parse((record.ROOT / "pissa_rwkv.py").read_text("utf-8"))
+    found = {node.name: node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    lines, total = ["| | read | lines | and see |", "|---|---|---|---|"], 0
+    for step, (names, what) in enumerate(PATH.items(), 1):
+        nodes = [found[name] for name in names.split()]
+        length = sum(node.end_lineno - node.lineno + 1 for node in nodes)
+        links = ", ".join(f"[`{node.name}`](pissa_rwkv.py#L{node.lineno})" for node in nodes)
+        lines.append(f"| {step} | {links} | {length} | {what} |")
+        total += length
+    return "\n".join(lines) + f"\n\nThese are {total} lines, the mathematics of it."
+
+
+PATH = {  # names of the module, in an order to read them in -> what one sees there
+    "wkv6_ref wkv7_ref": "the memory, first as a sum, then with the delta rule: the right half of the picture",
+    "TimeMix TimeMix_x070": "how r, w, k, v, a, b come from tokens, and what a version adds to what all share",
+    "ChannelMix ChannelMix_x070 Block": "the other half of a layer, and how state goes from chunk to chunk",
+    "top_singular LoRALinear PiSSALinear": "the adapter, and how its start is found: the left half of the picture",
+    "HeadLoss": "a gradient written by hand",
+    "train_step": "one step in one screen",
+}
+
+
+def tutorial() -> str:
+    """The options of RWKV-PEFT and its PiSSA tutorial, and what they are called here."""
+    also = {f.metadata["also"]: f.name for f in fields(P.Config) if f.metadata["also"]}
+    same = [name for name in TUTORIAL.split() if name in P.Config.__dataclass_fields__ and name not in P.JSON_OPTIONS]
+    lines = ["| the tutorial's | here | |", "|---|---|---|", "| `python train.py` | `torchrun pissa_rwkv.py` | |",
+             f"| {flags(same)} | the same | what the base file tells need not be given |",
+             "| `--grad_cp` as accumulation | `--accumulate_grad_batches` | `--grad_cp` keeps less for backward |"]
+    lines += [f"| `--{theirs}` | `--{ours}` | either name works |" for theirs, ours in also.items()]
+    for option, keys in P.JSON_OPTIONS.items():
+        shown = {name: key for key, name in reversed(keys.items())}   # (of two keys for one option the first)
+        names = sorted(shown, key=[*keys.values()].index)
+        lines.append(f"| `--{option}`: {' '.join(f'`{shown[name]}`' for name in names)} | {flags(names)} |"
+                     " either works; JSON overrules |")
+    lines.append(f"| `--fla` | `--op {P.parse(['--fla']).op}` | either works |")
+    lines.append(f"| `--peft disha` | `--peft {P.parse(['--peft', 'disha']).peft}` | either works |")
+    stages = {stage: name for name, stage in P.STAGE.items() if name.startswith("zero")}
+    lines += [f"| `--strategy {name}` | `--strategy {stages[stage]}` | either works; no DeepSpeed is needed |"
+              for name, stage in P.STAGE.items() if name.startswith("deepspeed")]  # fmt: skip
+    for action in merge.parser()._actions:
+        if theirs := [f"`{name}`" for name in action.option_strings[1:] if action.dest != "help"]:
+            lines.append(f"| `merge.py`: {' '.join(theirs)} | `{action.option_strings[0]}` | any of them works |")
+    grouped = {}
+    for name, reason in P.WITHOUT_EFFECT.items():
+        grouped.setdefault(re.sub(r"(--\w+)", r"`\1`", reason), []).append(name)
+    lines += [f"| {flags(names)} | no effect | {reason} |" for reason, names in grouped.items()]
+    return "\n".join(lines)
+
+
+def flags(names: Iterable[str]) -> str:
+    return " ".join(f"`--{name}`" for name in names)
+
+
+TUTORIAL = """load_model proj_dir data_file n_layer n_embd micro_bsz epoch_save epoch_steps ctx_len pissa_config
+data_type vocab_size epoch_count epoch_begin pre_ffn head_qk lr_init lr_final warmup_steps beta1 beta2
+adam_eps accelerator devices precision strategy grad_cp my_testing dataload loss_mask fla op peft quant
+train_parts wandb lr_schedule"""
 
 
 def ops() -> str:
@@ -166,6 +247,42 @@ def learning() -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     before = next(r["before"] for r in rows if r["method"] == "pissa")
     return "\n".join(lines) + f"\n\nThe base has {before:.3f}. {source(rows)}"
+
+
+def svd() -> str:
+    """Time of the fast SVD and what it loses against the exact one; per shape, the worst of the spectra."""
+    rows, niters = record.read("svd"), {}
+    if not rows:
+        return "Not yet measured: `python bench/svd.py`."
+    for r in rows:
+        niters.setdefault((r["matrix"].rpartition(", ")[2], r["rank"]), {}).setdefault(r["niter"], []).append(r)
+    fast = sorted({r["niter"] for r in rows} - {0})
+    lines = ["| matrices | rank | " + " | ".join(f"`--svd_niter {n}`" for n in fast) + " | 0: exact |",
+             "|---" * (len(fast) + 3) + "|"]  # fmt: skip
+    for (shape, rank), of in niters.items():
+        cells = [f"{took(of[n])}, {worst(of[n], 'excess')}, {worst(of[n], 'off')}" for n in fast]
+        lines.append(f"| {shape} | {rank} | " + " | ".join(cells) + f" | {took(of[0])} |")
+    arch, rank, niter = vram.arch_of("RWKV7-1.5B"), P.Config.rank, P.Config.svd_niter
+    att, ffn = (niters[f"{out} x {arch.n_embd}", rank] for out in (arch.n_embd, arch.dim_ffn))
+    whole = {n: arch.n_layer * (4 * seconds(att[n]) + 2 * seconds(ffn[n])) for n in (0, niter)}
+    return "\n".join(lines) + (
+        f"\n\nSo the {6 * arch.n_layer} matrices of RWKV7-1.5B take some {short(whole[niter])} s with the default,"
+        f" {niter}, and {short(whole[0])} s with 0; at rank {rank} the default leaves at most"
+        f" {worst(att[niter] + ffn[niter], 'excess')} more than the exact SVD. {sources(rows)}")
+
+
+def seconds(rows: list[dict]) -> float:
+    return statistics.median(r["seconds"] for r in rows)
+
+
+def took(rows: list[dict]) -> str:
+    return f"{short(1e3 * seconds(rows))} ms"
+
+
+def worst(rows: list[dict], name: str) -> str:
+    """The largest of a share, in percent with two digits."""
+    x = 100 * max(r[name] for r in rows)
+    return f"{x:.2g}%" if x >= 0.01 else "< 0.01%"
 
 
 def quants() -> str:
@@ -429,8 +546,8 @@ def which() -> str:
 
 
 TABLES = {
-    README: (demo, options, sections, which, ops, learning, reliability, quants, qerror, int8, memory, levers, clients,
-             sharing, ranks, efficiency, rank_kills, steps),
+    README: (demo, options, sections, order, tutorial, which, ops, learning, svd, reliability, quants, qerror, int8,
+             memory, levers, clients, sharing, ranks, efficiency, rank_kills, steps),
     OPS_README: (measured, curve),
 }
 

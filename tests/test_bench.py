@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_cuda_on_cpu import CPU_FLAGS, SHADOW
@@ -328,3 +329,72 @@ def test_a_row_of_a_client(monkeypatch, tmp_path):
     row = clients.compare("rwkv", tmp_path, "x060", tokens, clients.reference(tmp_path, "x060", tokens))
     assert row["relative"] < 1e-5 and row["same"] == row["tokens"] == 8
     assert row["package"] == f"rwkv {importlib.metadata.version('rwkv')}" and (tmp_path / "model.st").exists()
+
+
+# ------------------------------------------------------------------------------------ the fast SVD, and the pictures
+
+
+def test_rows_of_the_fast_svd(tmp_path, monkeypatch, capsys):
+    """Beside a spectrum that is known: what is left and what is off are what numpy finds for the same factors."""
+    import svd
+
+    for name, small in dict(RANKS=(2, 6, 99), NITERS=(1, 4), DRAWS=2, THREADS=1, SHAPES=((40, 24),)).items():
+        monkeypatch.setattr(svd, name, small)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    svd.main(["--only", "i^-0.5"])
+    svd.main(["--only", "i^-0.8"])  # rows of the first are kept
+    rows = record.read("svd")
+    assert [(r["matrix"], r["rank"], r["niter"]) for r in rows] == [
+        *itertools.product([f"sigma i^-{decay}, 40 x 24" for decay in (0.5, 0.8)], (2, 6), (0, 1, 4))]
+    (W,), sigma = svd.synthetic(40, 24, 0.5, 0), np.arange(1, 25.0) ** -0.5
+    U, s, Vt = np.linalg.svd(W.double().numpy(), full_matrices=False)
+    assert s == pytest.approx(sigma, rel=1e-5)
+    for row in rows[:6]:
+        assert row["seconds"] > 0 and row["shape"] == [40, 24]
+        if row["niter"] == 0:
+            assert row["excess"] == row["off"] == 0
+            continue
+        r = row["rank"]
+        best = U[:, :r] * s[:r] @ Vt[:r]
+        excess, off = [], []
+        for seed in range(2):
+            u, t, v = svd.P.top_singular(W, r, row["niter"], torch.Generator().manual_seed(seed))
+            BA = (u * t @ v).double().numpy()
+            excess.append(np.linalg.norm(W.double().numpy() - BA) / np.sqrt((sigma[r:] ** 2).sum()) - 1)
+            off.append(np.linalg.norm(BA - best) / np.sqrt((sigma[:r] ** 2).sum()))
+        assert row["excess"] == pytest.approx(max(excess), rel=0.01, abs=2e-6)
+        assert row["off"] == pytest.approx(max(off), rel=0.01, abs=1e-5)
+    assert rows[1]["excess"] > rows[2]["excess"] >= -1e-6 and rows[1]["off"] > rows[2]["off"]
+
+
+def test_what_the_memory_of_the_picture_holds():
+    """By outer products in float64: one rule sums up what a key was given, the other holds what it was given last."""
+    import drawings
+
+    k, k2 = (x.double().numpy() for x in drawings.KEYS.values())
+    v, v2, v3 = (x.double().numpy() for x in drawings.VALUES.values())
+    for token, old in ((drawings.sum_up, 1), (drawings.replace, 0)):
+        after, read = drawings.memories(token)
+        S = np.outer(v, k)
+        assert after[0].numpy() == pytest.approx(S, abs=1e-6)
+        S = S + np.outer(v2 - (1 - old) * S @ k2, k2)
+        assert after[1].numpy() == pytest.approx(S, abs=1e-6)
+        S = S + np.outer(v3 - (1 - old) * S @ k, k)
+        assert after[2].numpy() == pytest.approx(S, abs=1e-6)
+        assert read.numpy() == pytest.approx(S @ k, abs=1e-6)
+        assert read.numpy() == pytest.approx(v3 + old * v, abs=1e-3)  # (the two keys overlap a little)
+
+
+def test_the_picture_for_readers(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import drawings
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    parts = drawings.taken_apart(W, 16)
+    sigma = np.linalg.svd(W.double().numpy(), compute_uv=False)
+    assert parts["W_res"].double().norm().item() == pytest.approx(np.sqrt((sigma[16:] ** 2).sum()), rel=1e-5)
+    torch.testing.assert_close(parts["W_res"] + parts["B"] @ parts["A"], W)
+    first = drawings.reading_picture(W).read_bytes()
+    assert first.startswith(b"<?xml") and first.count(b"<image") == 10 and len(first) < 150_000
+    assert drawings.reading_picture(W).read_bytes() == first

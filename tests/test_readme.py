@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,25 @@ def test_every_type_sampler_and_mask_has_its_line():
     for flag, table in (("data_type", P.CORPUS), ("dataload", P.SAMPLER), ("loss_mask", P.MASK)):
         rows = README[README.index(f"| `--{flag}` |"):].split("\n\n")[0].partition("\n")[2]
         assert set(re.findall(r"^\| `([\w-]+)` \|", rows, re.M)) == set(table)
+
+
+def test_the_tutorial_s_options_have_a_row_and_work():
+    """Every flag stands on the left once; where another option stands beside it, the parser takes both for the same."""
+    import readme
+    from test_tutorial import FLAGS
+
+    assert set(readme.TUTORIAL.split()) == set(FLAGS)
+    rows = [line.split(" | ") for line in readme.tutorial().splitlines()[3:]]
+    named = [name for left, *_ in rows for name in re.findall(r"`--(\w+)`", left)]
+    also = [f.metadata["also"] for f in fields(P.Config) if f.metadata["also"]]
+    assert set(FLAGS) | set(also) | set(P.WITHOUT_EFFECT) | set(P.JSON_OPTIONS) <= set(named)
+    assert [name for name in named if named.count(name) > 1] == ["grad_cp"] * 2  # (it has a remark of its own)
+    actions = [*P.parser()._actions, *merge.parser()._actions]
+    pairs = {(theirs, ours) for left, right, what in rows if what.startswith(("either name", "any of"))
+             for theirs in re.findall(r"--\w+", left) for ours in re.findall(r"--\w+", right)}
+    assert len(pairs) == len(also) + 5
+    for pair in pairs:
+        assert any(set(pair) <= set(action.option_strings) for action in actions), pair
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`--(\w+)", README))))
