@@ -2858,7 +2858,8 @@ DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not on
     "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
     "epoch_loss": is_number, "loss_scale": is_number, "scale": is_number,
     "dtype": "float32 bfloat16 float16".split().__contains__,
-    "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "quant": is_text, "mode": is_text, "config": lambda x: isinstance(x, dict),
+    "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text,
+    "config": lambda x: isinstance(x, dict),
 }
 
 
@@ -3615,10 +3616,11 @@ def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Past(NamedTuple):
-    """What is kept of the text that a model has read."""
+    """What is kept of a text that a model has read."""
 
     states: list[BlockState] | None = None
-    seen: tuple[Tensor, Tensor] | None = None                         # head_qk looks back at it: x (1,T,C), tokens (1,T)
+    seen: tuple[Tensor, Tensor] | None = None                         # head_qk looks back at x (1,T,C), tokens (1,T)
+    unread: str = ""                                                  # how the text goes on
 
 
 @torch.no_grad()
@@ -3659,41 +3661,41 @@ def generate(
 
 # ------------------------------------------------------------------------------- talking to what was trained: --chat
 
-NOT_IN_CHAT = ("data_file", "val_file", "make_binidx", "dry_run", "resume", "auto_merge", "devices")
-TURN = re.compile(rb"\n(System|User|Assistant):")                     # where somebody else speaks (see learn_assistant)
+TOLD = {"peft": "peft", "quant": "quant", "rank": "rank", "bone_mode": "mode"}  # option -> what a file calls it
+NOT_IN_CHAT = ("data_file", "val_file", "make_binidx", "dry_run", "resume", "auto_merge")
+TURN = re.compile(rb"\n(System|User|Assistant):")                     # somebody else speaks: see learn_assistant
 
 
-def told(cfg: Config, given: set[str]) -> Config:
-    """The options as the adapter file tells them. One of `given` that says something else is an error."""
+def chat_config(cfg: Config, given: set[str]) -> Config:
+    """The options of --chat, with what the adapter file tells; one of `given` that says something else is an error."""
+    pick(ADAPTER, "--peft", cfg.peft)
+    if odd := [name for name in NOT_IN_CHAT if getattr(cfg, name) != getattr(Config, name)]:
+        raise Fatal(f"--{odd[0]} is not for --chat, which only talks; leave one of them out")
+    if cfg.devices > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Fatal("--chat is for one process: start it with python, without --devices")
+    cfg = replace(from_whole_model(cfg), train_parts=())              # so that every matrix is frozen and may be codes
+    if not cfg.load_model:
+        raise Fatal("--load_model is missing: the model that --chat talks to")
+    if not cfg.adapter_load:
+        if "peft" in given and not ADAPTER[cfg.peft].whole or cfg.adapter_init:
+            raise Fatal("--adapter_load is missing: the rwkv-<N>.pth of the adapters that --chat is to put on the base")
+        return replace(cfg, peft="none")
     _, about = read_described(cfg.adapter_load, "--adapter_load")
-    known = {option: about[item] for option, item in (("peft", "peft"), ("quant", "quant"), ("rank", "rank"),
-                                                      ("bone_mode", "mode")) if item in about}
-    method = pick(ADAPTER, f"{cfg.adapter_load}: peft", known.get("peft", cfg.peft))
-    if method.layer.unsaid_scale is None and {"rank", "scale"} <= about.keys():
-        known["lora_alpha"] = float(f"{about['scale'] * about['rank']:.12g}")  # (rounded: alpha / rank * rank may not be alpha)
-    for option, value in known.items():
+    told = {option: about[item] for option, item in TOLD.items() if item in about}
+    layer = pick(ADAPTER, f"{cfg.adapter_load}: peft", told.get("peft", cfg.peft)).layer
+    if layer.unsaid_scale is None and {"rank", "scale"} <= about.keys():
+        told["lora_alpha"] = float(f"{about['scale'] * about['rank']:.12g}")  # (32 / 7 * 7 is not 32)
+    for option, value in told.items():
         flag = getattr(cfg, option)
         if flag != value and (option in given or flag != getattr(Config, option)):
             raise Fatal(f"--{option} {flag}: {cfg.adapter_load} was made with {option} {value}; leave the flag out")
-    return replace(cfg, **known)
-
-
-def to_talk_to(cfg: Config, given: set[str]) -> tuple[RWKV, ByteTokenizer]:
-    """The model of --load_model, held as --quant says, with the adapters of --adapter_load, and its tokenizer."""
-    if odd := given & {*NOT_IN_CHAT}:
-        raise Fatal(f"--{min(odd)}: that is not for --chat, which only talks; leave one of the two out")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise Fatal("--chat is for one process; start it with python instead of torchrun")
-    cfg = from_whole_model(cfg)
-    if not cfg.load_model:
-        raise Fatal("--chat: --load_model is missing, the model to talk to")
-    if not cfg.adapter_load and (found := given & {"peft", "adapter_init"}) and not ADAPTER[cfg.peft].whole:
-        raise Fatal(f"--{min(found)}: --chat finds the adapters by --adapter_load, a rwkv-<N>.pth; it is missing")
-    cfg = told(cfg, given) if cfg.adapter_load else replace(cfg, peft="none")
     beside = Path(cfg.adapter_load).with_name("init_pissa.pth")
-    if ADAPTER[cfg.peft].layer.taken and not cfg.adapter_init and beside.exists():
-        cfg = replace(cfg, adapter_init=str(beside))
-    cfg = replace(cfg, train_parts=())                                # so that every matrix is frozen and may be codes
+    init = cfg.adapter_init or (str(beside) if layer.taken and beside.exists() else "")
+    return replace(cfg, **told, adapter_init=init)
+
+
+def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
+    """The model to talk to, held as --quant says, with its adapters; and its tokenizer."""
     check(cfg)
     cfg, ranks, device, dtype = setup(cfg)
     tensors = read_pth(cfg.load_model, "--load_model")
@@ -3724,64 +3726,54 @@ def spoken(text: bytes) -> int:
     return len(own) - len(decoder.getstate()[0])
 
 
-class Conversation:
-    """Questions and answers, each read once: what the model keeps of them is `past`, as if it had read a document of
-    training data up to there, and `unread`, how that goes on."""
+def answer(
+    model: RWKV, tokenizer: ByteTokenizer, question: str, past: Past, draw: torch.Generator, cfg: Config,
+    write: Callable[[str], Any],
+) -> Past:
+    """Writes the answer as it comes, until the document ends, another turn begins, or Ctrl-C is pressed.
 
-    def __init__(self, model: RWKV, tokenizer: ByteTokenizer, cfg: Config):
-        self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
-        self.draw = torch.Generator().manual_seed(cfg.random_seed)
-        self.forget()
-
-    def forget(self) -> None:
-        self.past, self.unread = Past(), ""
-
-    def answer(self, question: str, write: Callable[[str], Any]) -> None:
-        """Writes the answer as it comes, until the document ends or another turn begins, or Ctrl-C is pressed.
-
-        What the model wrote beyond is not kept: `past` goes back to where all that it read was the answer's.
-        """
-        cfg, turn = self.cfg, self.tokenizer.encode(self.unread + chat(question, "").rstrip())
-        text, end, kept = b"", 0, None
-        tokens = tokens_of(self.model, turn, self.past, self.draw, cfg.sample_top_p, cfg.sample_temperature)
-        with contextlib.suppress(KeyboardInterrupt):
-            for new, past in itertools.islice(tokens, cfg.sample_len):
-                if end == len(text):
-                    kept = past, end
-                text += self.tokenizer.token_bytes(new) if new else b""
-                shown, end = end, spoken(text) if new else len(text.rstrip())
-                write(text[shown:end].decode(errors="replace"))
-                if not new or TURN.search(text):
-                    break
-        if kept:                                                      # (else it was stopped while it read)
-            self.past, self.unread = kept[0], text[kept[1]: end].decode(errors="replace") + "\n\n"
+    What the model wrote beyond is not kept: the past returned is that of a document of training data up to here.
+    """
+    turn, text, end, kept = tokenizer.encode(past.unread + chat(question, "").rstrip()), b"", 0, None
+    with contextlib.suppress(KeyboardInterrupt):
+        tokens = tokens_of(model, turn, past, draw, cfg.sample_top_p, cfg.sample_temperature)
+        for new, before in itertools.islice(tokens, cfg.sample_len):
+            if end == len(text):                                      # all that was read is the answer's own
+                kept = before, end
+            text += tokenizer.token_bytes(new) if new else b""
+            shown, end = end, spoken(text) if new else len(text.rstrip())
+            write(text[shown:end].decode(errors="replace"))
+            if not new or TURN.search(text):
+                break
+    if not kept:                                                      # stopped before it had read the question
+        return past
+    return kept[0]._replace(unread=text[kept[1]: end].decode(errors="replace") + "\n\n")
 
 
 def talk(cfg: Config, given: set[str]) -> None:
-    """--chat: a line of the standard input is a question. Nothing is written to a file."""
-    conversation, watched = Conversation(*to_talk_to(cfg, given), cfg), sys.stdin.isatty()
+    """--chat: every line of the standard input is a question. Nothing is written to any file."""
+    (model, tokenizer), watched = load_chat(chat_config(cfg, given)), sys.stdin.isatty()
+    past, draw, write = Past(), torch.Generator().manual_seed(cfg.random_seed), partial(print, end="", flush=True)
     if watched:
-        say("/reset forgets what was said, /exit or Ctrl-D ends; Ctrl-C stops an answer")
+        say("/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer")
     while True:
         try:
             question = input("User: " if watched else "").strip()
         except UnicodeDecodeError as e:
-            raise Fatal(f"--chat: the question is no text in {e.encoding} ({e.reason})") from None
+            raise Fatal(f"--chat: the question is no {e.encoding} text (byte {e.start}: {e.reason})") from None
         except (EOFError, KeyboardInterrupt):
             question = "/exit"
-            print()
         if question == "/exit":
-            return
+            return write("\n" if watched else "")
         if question == "/reset":
-            conversation.forget()
+            past = Past()
         elif question:
-            write = partial(print, end="", flush=True)
             write("Assistant:")
             try:
-                conversation.answer(question, write)
-            except Fatal as e:                                        # it is one that this model cannot read
-                write(f" [{e}]")
-            print(flush=True)
+                past = answer(model, tokenizer, question, past, draw, cfg, write)
+            except Fatal as e:                                        # the model has no token for it
+                write(f" ({e})")
+            write("\n\n" if watched else "\n")
 
 
 class Peak(TorchDispatchMode):
