@@ -3723,7 +3723,7 @@ def spoken(text: bytes) -> int:
     own = (text[: m.start()] if (m := TURN.search(text)) else head if may_be_turn else text).rstrip()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(own)
-    return len(own) - len(decoder.getstate()[0])
+    return len(own[: len(own) - len(decoder.getstate()[0])].rstrip())
 
 
 def answer(
@@ -3768,9 +3768,11 @@ def talk(cfg: Config, given: set[str]) -> None:
         if question == "/reset":
             past = Past()
         elif question:
-            write("Assistant:")
             try:
+                write("Assistant:")
                 past = answer(model, tokenizer, question, past, draw, cfg, write)
+            except KeyboardInterrupt:                                 # before or after it was answered
+                pass
             except Fatal as e:                                        # the model has no token for it
                 write(f" ({e})")
             write("\n\n" if watched else "\n")
