@@ -20,7 +20,7 @@ The file follows a run; a section uses only what stands above it:
      7 loss             cross-entropy without all the logits; chunks        HeadLoss, batch_losses
      8 optimiser        AdamW on one flat buffer, shared out; schedules     ZeroAdamW, lr_at
      9 files            written whole or not at all; merging                save, merge
-    10 training         the loop, resuming, generating, the demonstration   build, train, generate, main
+    10 training         the loop, resuming, talking, the demonstration      build, train, generate, main
 
 Names. Parameters are called as in the files of the RWKV world; locals bear the letters of the papers.
 
@@ -58,6 +58,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import codecs
+import contextlib
 import copy
 import difflib
 import errno
@@ -229,8 +231,10 @@ class Config:
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
     auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch", "merge")
     sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
-    sample_len: int = opt(100, "tokens of that sample")
-    sample_top_p: float = opt(0.5, "nucleus of that sample; 0 takes the likeliest token always")
+    sample_len: int = opt(100, "tokens of that sample, or of an answer of --chat, at most")
+    sample_top_p: float = opt(0.5, "nucleus of what is written; 0 takes the likeliest token always")
+    sample_temperature: float = opt(1.0, "of what is written: below 1 likely tokens are taken more often")
+    chat: bool = opt(False, "talk to load_model, or to it with adapter_load: a line is a question, /exit ends")
     wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`); WANDB_MODE=offline needs no network")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
     vram_gb: float = opt(0.0, "dry_run: size of the card to fill, in 10^9 bytes; that of the GPU at hand")
@@ -280,6 +284,13 @@ def parser() -> Parser:
         p.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
     p.add_argument("--fla", type=switch, nargs="?", const=True, default=False, help=argparse.SUPPRESS)
     return p
+
+
+def said(argv: list[str]) -> set[str]:
+    """The options that a command line names, with whatever value."""
+    p = parser()
+    p.set_defaults(**{f.name: None for f in fields(Config)})
+    return {name for name, value in vars(p.parse_known_args(argv)[0]).items() if value is not None}
 
 
 def switch(text: str) -> bool:
@@ -2875,11 +2886,16 @@ def is_count(x: Any) -> bool:
     return is_number(x) and isinstance(x, int)
 
 
+def is_text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
 DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
     "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
     "epoch_loss": is_number, "loss_scale": is_number, "scale": is_number,
     "dtype": "float32 bfloat16 float16".split().__contains__,
-    "quant": lambda x: isinstance(x, str), "config": lambda x: isinstance(x, dict),
+    "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text,
+    "config": lambda x: isinstance(x, dict),
 }
 
 
@@ -3113,9 +3129,10 @@ def check(cfg: Config) -> None:
             raise Fatal(f"--{name} {getattr(cfg, name)}: a number from 0 to below 1 is wanted")
     if not 0 < cfg.decay_frac <= 1:
         raise Fatal(f"--decay_frac {cfg.decay_frac}: a share above 0 and up to 1 is wanted")
-    if not cfg.adam_eps > 0:
-        raise Fatal(f"--adam_eps {cfg.adam_eps}: a number above 0 is wanted")
-    if not cfg.data_file and cfg.data_type != "dummy":
+    for name in ("adam_eps", "sample_temperature"):
+        if not getattr(cfg, name) > 0:
+            raise Fatal(f"--{name} {getattr(cfg, name)}: a number above 0 is wanted")
+    if not cfg.data_file and cfg.data_type != "dummy" and not cfg.chat:
         raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
     if not cfg.load_model and not everything:
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
@@ -3314,15 +3331,7 @@ def adapt(
     if resumed or (cfg.epoch_begin and not load_path):
         init_path = str(folder / "init_pissa.pth") if method.layer.taken else ""
         load_path = "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
-    init, about_init = read_described(init_path, "pissa_init") if init_path else ({}, {})
-    load, about_load = read_described(load_path, "adapter_load") if load_path else ({}, {})
-    for path, found in ((init_path, about_init), (load_path, about_load)):
-        compare(path, found, about)
-    if "init" in about_load:
-        compare(init_path, about_init, {"init": about_load["init"]})
-    if about_load.get("rank") == cfg.rank:                            # (another one is refused with both shapes)
-        described = method.layer.describe(cfg)
-        compare(load_path, about_load, {item: described[item] for item in ("scale", "mode") if item in described})
+    init, load = read_adapters(cfg, init_path, load_path, about)
     compares = not load and not resumed and bool(to_freeze(model, cfg))
     before = first_loss(model, loader) if compares else 0.0
     take_parts(model, method, load, load_path)
@@ -3336,6 +3345,23 @@ def adapt(
         if ranks.rank == 0 and init_path != str(folder / "init_pissa.pth"):
             save(folder / "init_pissa.pth", taken, about | about_adapters)
     return about_adapters, load
+
+
+def read_adapters(
+    cfg: Config, init_path: str, load_path: str, about: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """init_pissa.pth and rwkv-<N>.pth of an earlier run, or nothing; both have to be of this base and of this --peft.
+    """
+    init, about_init = read_described(init_path, "pissa_init") if init_path else ({}, {})
+    load, about_load = read_described(load_path, "adapter_load") if load_path else ({}, {})
+    for path, found in ((init_path, about_init), (load_path, about_load)):
+        compare(path, found, about)
+    if "init" in about_load:
+        compare(init_path, about_init, {"init": about_load["init"]})
+    if about_load.get("rank") == cfg.rank:                            # (another one is refused with both shapes)
+        described = ADAPTER[cfg.peft].layer.describe(cfg)
+        compare(load_path, about_load, {item: described[item] for item in ("scale", "mode") if item in described})
+    return init, load
 
 
 def take_parts(model: RWKV, method: Method, load: dict[str, Tensor], path: str) -> None:
@@ -3615,7 +3641,7 @@ def examine(run: Run, log: Logger, epoch: int, loss: float) -> None:
     say(line)
     if cfg.sample_prompt and run.ranks.rank == 0:
         say(cfg.sample_prompt + generate(run.model, run.tokenizer, cfg.sample_prompt, cfg.sample_len, cfg.sample_top_p,
-                                         cfg.random_seed))
+                                         cfg.random_seed, cfg.sample_temperature))
 
 
 def saved_after(run: Run, epoch: int) -> bool:
@@ -3648,26 +3674,167 @@ def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
     return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held)
 
 
+class Past(NamedTuple):
+    """What is kept of a text that a model has read."""
+
+    states: list[BlockState] | None = None
+    seen: tuple[Tensor, Tensor] | None = None                         # head_qk looks back at x (1,T,C), tokens (1,T)
+    unread: str = ""                                                  # how the text goes on
+
+
 @torch.no_grad()
-def generate(model: RWKV, tokenizer: ByteTokenizer, prompt: str, length: int, top_p: float = 0.0, seed: int = 0) -> str:
-    """What the model writes after `prompt`, up to `length` tokens or the end of the document; top_p 0 is greedy."""
-    was_training, draw = model.training, torch.Generator().manual_seed(seed)
-    model.eval()
-    tokens, states, out = tokenizer.encode(prompt) or [0], None, []
-    while len(out) < length:
-        read = torch.tensor([tokens], device=model.head.weight.device)
-        x, states = model(read, states)
+def tokens_of(
+    model: RWKV, tokens: list[int], past: Past, draw: torch.Generator, top_p: float, temperature: float
+) -> Iterator[tuple[int, Past]]:
+    """What the model writes after `tokens`, which go on from `past`: token after token without end, each with the past
+    that it was drawn from. Only what is new is read. top_p 0 is greedy."""
+    device, V = model.head.weight.device, model.arch.vocab_size
+    if max(tokens) >= V:
+        raise Fatal(f"token {max(tokens)} of that text is outside the model's vocabulary of {V}; is it --tokenizer's?")
+    while True:
+        read = torch.tensor([tokens], device=device)
+        x, states = model(read, past.states)
+        if model.arch.head_qk and past.seen:
+            x, read = (torch.cat(both, 1) for both in zip(past.seen, (x, read), strict=True))
         p = model.next_logits(x, read)[0].float().softmax(-1).cpu()                       # (V)
         p, order = p.sort(descending=True)
         p[1:][p.cumsum(0)[:-1] >= top_p] = 0                                              # the likeliest, up to top_p
-        new = order[torch.multinomial(p, 1, generator=draw)].item()
-        if new == 0:
-            break
-        out.append(new)
-        # The states remember what was read, but head_qk looks back at every token.
-        tokens, states = ([*tokens, new], None) if model.arch.head_qk else ([new], states)
+        new = order[torch.multinomial((p / p[0]) ** (1 / temperature), 1, generator=draw)].item()
+        past = Past(states, (x, read) if model.arch.head_qk else None)
+        yield new, past
+        tokens = [new]
+
+
+def generate(
+    model: RWKV, tokenizer: ByteTokenizer, prompt: str, length: int, top_p: float = 0.0, seed: int = 0,
+    temperature: float = 1.0,
+) -> str:
+    """What the model writes after `prompt`, up to `length` tokens or the end of the document."""
+    was_training, draw = model.training, torch.Generator().manual_seed(seed)
+    model.eval()
+    written = tokens_of(model, tokenizer.encode(prompt) or [0], Past(), draw, top_p, temperature)
+    text = tokenizer.decode(itertools.takewhile(bool, (new for new, _ in itertools.islice(written, length))))
     model.train(was_training)
-    return tokenizer.decode(out)
+    return text
+
+
+# ------------------------------------------------------------------------------- talking to what was trained: --chat
+
+TOLD = {"peft": "peft", "quant": "quant", "rank": "rank", "bone_mode": "mode"}  # option -> what a file calls it
+NOT_IN_CHAT = ("data_file", "val_file", "make_binidx", "dry_run", "resume", "auto_merge")
+TURN = re.compile(rb"\n(System|User|Assistant):")                     # somebody else speaks: see learn_assistant
+
+
+def chat_config(cfg: Config, given: set[str]) -> Config:
+    """The options of --chat, with what the adapter file tells; one of `given` that says something else is an error."""
+    pick(ADAPTER, "--peft", cfg.peft)
+    if odd := [name for name in NOT_IN_CHAT if getattr(cfg, name) != getattr(Config, name)]:
+        raise Fatal(f"--{odd[0]} is not for --chat, which only talks; leave one of them out")
+    if cfg.devices > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Fatal("--chat is for one process: start it with python, without --devices")
+    cfg = replace(from_whole_model(cfg), train_parts=())              # so that every matrix is frozen and may be codes
+    if not cfg.load_model:
+        raise Fatal("--load_model is missing: the model that --chat talks to")
+    if not cfg.adapter_load:
+        if "peft" in given and not ADAPTER[cfg.peft].whole or cfg.adapter_init:
+            raise Fatal("--adapter_load is missing: the rwkv-<N>.pth of the adapters that --chat is to put on the base")
+        return replace(cfg, peft="none")
+    _, about = read_described(cfg.adapter_load, "--adapter_load")
+    told = {option: about[item] for option, item in TOLD.items() if item in about}
+    layer = pick(ADAPTER, f"{cfg.adapter_load}: peft", told.get("peft", cfg.peft)).layer
+    if layer.unsaid_scale is None and {"rank", "scale"} <= about.keys():
+        told["lora_alpha"] = float(f"{about['scale'] * about['rank']:.12g}")  # (32 / 7 * 7 is not 32)
+    for option, value in told.items():
+        flag = getattr(cfg, option)
+        if flag != value and (option in given or flag != getattr(Config, option)):
+            raise Fatal(f"--{option} {flag}: {cfg.adapter_load} was made with {option} {value}; leave the flag out")
+    beside = Path(cfg.adapter_load).with_name("init_pissa.pth")
+    init = cfg.adapter_init or (str(beside) if layer.taken and beside.exists() else "")
+    return replace(cfg, **told, adapter_init=init)
+
+
+def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
+    """The model to talk to, held as --quant says, with its adapters; and its tokenizer."""
+    check(cfg)
+    cfg, ranks, device, dtype = setup(cfg)
+    tensors = read_pth(cfg.load_model, "--load_model")
+    arch = detect(tensors, cfg.load_model)
+    check_arch(cfg, arch)
+    tokenizer = load_tokenizer(cfg, arch.vocab_size)
+    about = {"version": arch.version, "base": fingerprint(tensors)}
+    init, load = read_adapters(cfg, cfg.adapter_init, cfg.adapter_load, about)
+    arch, tensors = begin(arch, tensors, cfg)
+    with torch.device("meta"):
+        model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device))
+    fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
+    take_parts(model, ADAPTER[cfg.peft], load, cfg.adapter_load)
+    names = list(to_freeze(model, cfg))
+    for name, start in progress(starts(model, names, cfg, init, ranks), "adapters", len(names)):
+        add_adapter(model, name, start, cfg, load)
+    return model.eval(), tokenizer
+
+
+def spoken(text: bytes) -> int:
+    """Of an answer that is being written, the bytes that surely are its own: whole characters, but no white space at
+    its end, and no line that is another's turn or may become one."""
+    head, newline, line = text.rpartition(b"\n")
+    may_be_turn = newline and any(role.startswith(line) for role in (b"System:", b"User:", b"Assistant:"))
+    own = (text[: m.start()] if (m := TURN.search(text)) else head if may_be_turn else text).rstrip()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(own)
+    return len(own[: len(own) - len(decoder.getstate()[0])].rstrip())
+
+
+def answer(
+    model: RWKV, tokenizer: ByteTokenizer, question: str, past: Past, draw: torch.Generator, cfg: Config,
+    write: Callable[[str], Any],
+) -> Past:
+    """Writes the answer as it comes, until the document ends, another turn begins, or Ctrl-C is pressed.
+
+    What the model wrote beyond is not kept: the past returned is that of a document of training data up to here.
+    """
+    turn, text, end, kept = tokenizer.encode(past.unread + chat(question, "").rstrip()), b"", 0, None
+    with contextlib.suppress(KeyboardInterrupt):
+        tokens = tokens_of(model, turn, past, draw, cfg.sample_top_p, cfg.sample_temperature)
+        for new, before in itertools.islice(tokens, cfg.sample_len):
+            if end == len(text):                                      # all that was read is the answer's own
+                kept = before, end
+            text += tokenizer.token_bytes(new) if new else b""
+            shown, end = end, spoken(text) if new else len(text.rstrip())
+            write(text[shown:end].decode(errors="replace"))
+            if not new or TURN.search(text):
+                break
+    if not kept:                                                      # stopped before it had read the question
+        return past
+    return kept[0]._replace(unread=text[kept[1]: end].decode(errors="replace") + "\n\n")
+
+
+def talk(cfg: Config, given: set[str]) -> None:
+    """--chat: every line of the standard input is a question. Nothing is written to any file."""
+    (model, tokenizer), watched = load_chat(chat_config(cfg, given)), sys.stdin.isatty()
+    past, draw, write = Past(), torch.Generator().manual_seed(cfg.random_seed), partial(print, end="", flush=True)
+    if watched:
+        say("/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer")
+    while True:
+        try:
+            question = input("User: " if watched else "").strip()
+        except UnicodeDecodeError as e:
+            raise Fatal(f"--chat: the question is no {e.encoding} text (byte {e.start}: {e.reason})") from None
+        except (EOFError, KeyboardInterrupt):
+            question = "/exit"
+        if question == "/exit":
+            return write("\n" if watched else "")
+        if question == "/reset":
+            past = Past()
+        elif question:
+            try:
+                write("Assistant:")
+                past = answer(model, tokenizer, question, past, draw, cfg, write)
+            except KeyboardInterrupt:                                 # before or after it was answered
+                pass
+            except Fatal as e:                                        # the model has no token for it
+                write(f" ({e})")
+            write("\n\n" if watched else "\n")
 
 
 class Peak(TorchDispatchMode):
@@ -3916,7 +4083,8 @@ def demo(cfg: Config) -> None:
         said = generate(model, run.tokenizer, chat(question, ""), 24).strip()
         say(f"   {question}  ->  {said}" + ("" if said == answer else f"  (right: {answer})"))
     say("\nNext, your own model and data:\n"
-        "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge")
+        "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge\n"
+        f"Or ask it yourself:\n   python pissa_rwkv.py --chat --load_model {merged}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3924,6 +4092,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         cfg = parse(argv)
+        if cfg.chat:
+            talk(cfg, said(argv))
+            return 0
         if cfg.make_binidx or cfg.dry_run:                            # what one process does alone
             if is_first():
                 make_binidx(cfg) if cfg.make_binidx else build(cfg)
