@@ -121,7 +121,7 @@ class Fatal(Exception):
 def pick(table: dict[str, Any], flag: str, name: str) -> Any:
     """The row `name` of a table, or an error that lists the rows there are."""
     if name not in table:
-        raise Fatal(f"{flag} {name}: no such choice; there is {', '.join(map(repr, table))}{nearest(name, table)}")
+        raise Fatal(f"{flag} {name}: no such choice; there is {', '.join(map(repr, filter(None, table)))}{nearest(name, table)}")
     return table[name]
 
 
@@ -196,7 +196,7 @@ class Config:
     adam_eps: float = opt(1e-8, "Adam's epsilon")
     weight_decay: float = opt(0.0, "decoupled weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
-    layerwise_lr: bool = opt(True, "learning rate x2 for time_decay, x3 for time_first")
+    layerwise_lr: bool = opt(True, "learning rate x2 for the decay: w0, before RWKV-7 time_decay")
     # adapters
     peft: str = opt("pissa", "what is trained: pissa, lora, bone (disha), state, or none (no adapters: everything)")
     rank: int = opt(32, "rank of the adapters")
@@ -209,7 +209,7 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
-    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, time, ln; auto: time ln, of none all")
+    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, ln, time (RWKV-5, 6); auto: time ln, of none all")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start, 1 to 5; more lessen quantisation's error")
     # the machine
@@ -225,7 +225,7 @@ class Config:
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
     # results
     proj_dir: str = opt("out", "folder of the results")
-    epoch_save: int = opt(1, "save after every so many epochs, and after the last", least=1)
+    epoch_save: int = opt(1, "save after the first of every so many epochs, and after the last", least=1)
     save_steps: int = opt(0, "also write what --resume needs every so many steps")
     keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", least=1)
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
@@ -471,8 +471,8 @@ ONE_RANK = Ranks()
 
 
 # ======================================================================================================================
-# 2. The WKV operator: a memory S that maps keys to values. Every token makes it fade and writes to it; in RWKV-7 what
-#    was stored under a key is taken out first. The definitions are here; `wkv7_cuda/` computes the same faster.
+# 2. The WKV operator: a memory S that maps keys to values. Every token makes it fade and writes to it; in RWKV-7 it also
+#    takes out what the memory answers to the key. The definitions are here; `wkv7_cuda/` computes the same faster.
 # ======================================================================================================================
 
 
@@ -483,11 +483,11 @@ def wkv7_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s
         S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
         y_t = S_t r_t
 
+    With a = -kappa and b = kappa eta the second summand erases: of what S answers to kappa, of length 1, the share eta.
     Takes r w k v a b (B,T,H,N), w the raw decay logit, and the state S_0 (B,H,N value,N key).
     Returns y (B,T,H,N) in the inputs' dtype, and S_T like S_0.
     """
-    dtype = y_dtype = r.dtype
-    dtype = torch.promote_types(dtype, torch.float32)
+    y_dtype, dtype = r.dtype, torch.promote_types(r.dtype, torch.float32)
     r, w, k, v, a, b = (x.to(dtype) for x in (r, w, k, v, a, b))
     d = torch.exp(-math.exp(-0.5) * torch.sigmoid(w))                                     # (B,T,H,N)
     S, ys = state.to(dtype), []
@@ -642,7 +642,7 @@ class TimeMix(nn.Module):
         parameters_of(self, self.shapes() | ({"time_state": (H, N, N)} if arch.time_state else {}))
         for name in self.maps:
             self.add_module(name, Linear(A, C) if name == "output" else Linear(C, A))
-        self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)
+        self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)           # (of y as it is; RWKV-LM has 1e-5, of y / 8)
 
     def heads(self, x: Tensor) -> Tensor:
         """(...,A) -> (...,H,N)"""
@@ -925,7 +925,7 @@ class Block(nn.Module):
         return x, v_first, BlockState(h[:, -1].clone(), S, h2[:, -1].clone())  # (a view would keep all of h)
 
 
-Through = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Tensor, BlockState]]
+RunBlock = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Tensor, BlockState]]
 
 
 def keep_all(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
@@ -959,15 +959,16 @@ def if_costly(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> Ch
 
 
 # --grad_cp: what a block keeps for backward, which computes the rest again. From fast and large to slow and small.
-GRAD_CP: dict[str, Through] = {"0": keep_all, "products": keep_products, "1": keep_input}
+GRAD_CP: dict[str, RunBlock] = {"0": keep_all, "products": keep_products, "1": keep_input}
 
 
 class RWKV(nn.Module):
-    """Tokens to hidden states; `head` turns these into logits. Where gradients are wanted, `through` calls a block."""
+    """Tokens to hidden states; `head` turns these into logits. Where gradients are wanted, blocks are called through
+    `run_block`."""
 
     def __init__(self, arch: Arch, wkv: Callable, grad_cp: str = "0"):
         super().__init__()
-        self.arch, self.through = arch, GRAD_CP[grad_cp]
+        self.arch, self.run_block = arch, GRAD_CP[grad_cp]
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, i, wkv) for i in range(arch.n_layer))
         self.ln_out = nn.LayerNorm(arch.n_embd)
@@ -980,9 +981,10 @@ class RWKV(nn.Module):
         """tokens (B,T) -> what the head reads (B,T,C), and the state of every block after the last token."""
         x = self.blocks[0].ln0(self.emb(tokens.to(self.emb.weight.device)).to(self.head.weight))  # (B,T,C)
         states = states or self.first_states(len(tokens), x)
-        through, v_first, after = self.through if torch.is_grad_enabled() else keep_all, None, []
+        run_block, after = self.run_block if torch.is_grad_enabled() else keep_all, []
+        v_first = None                                                # (of these tokens, so no part of the state)
         for block, state in zip(self.blocks, states, strict=True):
-            x, v_first, state = through(block, x, v_first, state)
+            x, v_first, state = run_block(block, x, v_first, state)
             after.append(state)
         return self.ln_out(x), after
 
@@ -1192,7 +1194,7 @@ def fill(
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Names a model by its contents: names, shapes, and up to 1024 values spread over every tensor."""
+    """Names a model by its contents: names, shapes, and some thousand values spread over every tensor."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         flat = tensors[name].reshape(-1)
@@ -1327,7 +1329,8 @@ def read_nf4(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def hold_nf4dq(W: Tensor, dtype: torch.dtype) -> Parts:
-    """4.127 bits a weight: nf4 with its absmax quantised as well (bitsandbytes' double quantisation, to the bit).
+    """4 + 8/64 + 32/(64 256) = 4.127 bits a weight: nf4 with its absmax quantised as well (bitsandbytes' double
+    quantisation, to the bit).
 
         offset = mean of absmax,  absmax_max = max |absmax - offset| of 256 in a row;
         absmax_code = the dynamic level nearest to (absmax - offset) / absmax_max
@@ -1362,7 +1365,8 @@ class Quant(NamedTuple):
         return self.read(self.hold(W, dtype), W.shape, dtype)
 
     def merged_as(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """What makes of W what is merged into; a matrix that was not quantised is merged as before it was rounded."""
+        """What makes of W what an adapter is merged into. Quantised: the very matrix that training multiplied with, or
+        the adapter would mend errors that are not there. Else fp32: what the compute dtype rounded off comes back."""
         return partial(self.through, dtype=dtype if self.lossy else torch.float32)
 
 
@@ -1809,23 +1813,29 @@ def starts(
     if init and layer.taken:
         yield from ((name, saved_start(in_memory(model, name), name, cfg, init)) for name in names)
         return
+
+    def room(name: str) -> Start:
+        W = model.get_submodule(name).weight
+        empty = {x: torch.empty(shape, dtype=torch.promote_types(W.dtype, torch.float32))
+                 for x, shape in layer.shapes(W.shape, cfg).items()}
+        return Start({x: empty[x].clone() for x in layer.taken}, empty)
+
+    def received(owner: int, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {x: ranks.copy_from(owner, t.to(device).contiguous()) for x, t in part.items()}
+
     for at in range(0, len(names), ranks.size):
         group, mine = names[at: at + ranks.size], None
         if ranks.rank < len(group):
             name = group[ranks.rank]
-            seed = hashlib.sha256(f"{cfg.random_seed} {name}".encode()).digest()
-            draw = torch.Generator().manual_seed(int.from_bytes(seed[:7]))
-            mine = new_start(in_memory(model, name), dtype, cfg, draw)
+            mine = new_start(in_memory(model, name), dtype, cfg, seeded(name, cfg))
         for owner, name in enumerate(group):
-            if owner == ranks.rank:
-                start = mine
-            else:
-                W = model.get_submodule(name).weight
-                empty = {x: torch.empty(shape, dtype=torch.promote_types(W.dtype, torch.float32))
-                         for x, shape in layer.shapes(W.shape, cfg).items()}
-                start = Start({x: empty[x].clone() for x in layer.taken}, empty)
-            yield name, Start(*({x: ranks.copy_from(owner, t.to(device).contiguous()) for x, t in part.items()}
-                                for part in start))
+            start = mine if owner == ranks.rank else room(name)
+            yield name, Start(received(owner, start.taken), received(owner, start.trained))
+
+
+def seeded(name: str, cfg: Config) -> torch.Generator:
+    digest = hashlib.sha256(f"{cfg.random_seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))  # (it takes seeds below 2^63)
 
 
 @torch.no_grad()
@@ -1885,6 +1895,7 @@ def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: s
 #        tokens   5 6 7 8 0 | 5 6 0 | 9 7 0        3 documents (0 ends each), starts = 0 5 8 11
 #        ctx_len 3, pad     5 6 7 8 | 8 0 | 5 6 0 | 9 7 0     a row of n tokens predicts n-1; windows share one token
 #        ctx_len 3, get     e.g. 7 8 0 5 | 6 0 9 7            any 4 tokens in a row
+#        mask qa            all of them: a document in which a mask finds nothing is learnt whole
 # ======================================================================================================================
 
 
@@ -2285,6 +2296,7 @@ def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]
     """Every document once a pass, long ones cut into several rows; only rows that teach nothing are left out."""
     ctx, length = cfg.ctx_len, np.diff(corpus.starts)
     cuts = np.maximum(0, -(-(length - 1) // ctx))                     # rows of each document; one token has none
+    # In the example above: length 5 3 3, cuts 2 1 1, document 0 0 1 2, start 0 3 5 8, stop 4 5 8 11.
     document = np.repeat(np.arange(len(length)), cuts)
     start = corpus.starts[document] + ctx * (np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts))
     stop = np.minimum(start + ctx + 1, corpus.starts[document + 1])
@@ -2329,15 +2341,18 @@ def learn_all(text: bytes, cfg: Config) -> list[tuple[int, int]]:
 
 def learn_assistant(text: bytes, cfg: Config) -> list[tuple[int, int]]:
     """What an assistant writes: from behind `Assistant:` to the next line that a role begins, or the document's end."""
-    roles = [*re.finditer(rb"^(System|User|Assistant):", text, re.M)]
-    ends = [*(role.start() for role in roles), len(text)][1:]
-    return [(role.end(), end) for role, end in zip(roles, ends, strict=True) if role[1] == b"Assistant"]
+    return between(re.compile(rb"^(System|User|Assistant):", re.M), b"Assistant:", text)
 
 
 def learn_between(text: bytes, cfg: Config) -> list[tuple[int, int]]:
     """From behind each `mask1` string of --mask_id up to the next `mask0` string."""
     on, off = mask_strings(cfg)
-    marks = [*re.finditer(re.escape(on) + b"|" + re.escape(off), text)]
+    return between(re.compile(re.escape(on) + b"|" + re.escape(off)), on, text)
+
+
+def between(mark: re.Pattern, on: bytes, text: bytes) -> list[tuple[int, int]]:
+    """From behind each mark that is `on` to where the next mark begins, or the text ends."""
+    marks = [*mark.finditer(text)]
     ends = [*(m.start() for m in marks), len(text)][1:]
     return [(m.end(), end) for m, end in zip(marks, ends, strict=True) if m[0] == on]
 
@@ -2385,6 +2400,7 @@ class Loader:
         answers = data_type_of(cfg, cfg.data_file) in ("sft", "dummy")
         self.sampler = cfg.dataload or ("get" if one_text else "pad")
         self.mask = pick(MASK, "--loss_mask", cfg.loss_mask or ("qa" if answers else "pad"))
+        self.learnt_whole: set[int] = set()                           # documents in which the mask finds nothing
         self.learnt_of = lru_cache(maxsize=256)(self.learnt_of)
         self.batch = lru_cache(maxsize=2 * cfg.accumulate_grad_batches)(self.batch)       # of a step and the next
         self.pass_rows, self.span = pick(SAMPLER, "--dataload", self.sampler)(corpus, cfg, self.learnable)
@@ -2398,7 +2414,10 @@ class Loader:
         begins, learnt = ends - [len(p) for p in pieces], np.zeros(len(tokens), bool)
         for start, stop in self.mask(b"".join(pieces), self.cfg):
             learnt |= (begins < stop) & (ends > start)
-        return learnt if learnt[1:].any() else np.ones(len(tokens), bool)
+        if not learnt[1:].any():
+            self.learnt_whole.add(document)
+            learnt[:] = True
+        return learnt
 
     def learnt(self, start: int, stop: int) -> np.ndarray:
         """Which tokens of a span are learnt. Documents are looked at whole, wherever the span cuts them."""
@@ -2433,7 +2452,9 @@ class Loader:
         single = int((length < 2).sum())
         return (f"{len(length):,} documents, {length.sum():,} tokens, {self.pass_rows:,} rows a pass ({self.sampler}),"
                 f" {share:.1%} of the targets learnt"
-                + (f"; {single:,} documents of one token skipped" if single else ""))
+                + (f"; {single:,} documents of one token skipped" if single else "")
+                + (f"; {len(self.learnt_whole):,} documents have nothing for --loss_mask and are learnt whole"
+                   if self.learnt_whole else ""))
 
 
 # ======================================================================================================================
@@ -2636,6 +2657,9 @@ class Buckets:
         self.begin()
 
 
+LEARN_FASTER = ("att.w0", "att.time_decay")                           # twice as fast, as in RWKV-LM
+
+
 class ZeroAdamW:
     """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer and shared out over ranks
     as ZeRO does (arXiv 1910.02054).
@@ -2667,7 +2691,7 @@ class ZeroAdamW:
 
         def kind(item: tuple[str, nn.Parameter]) -> tuple[float, float]:
             name, p = item
-            scale = next((s for part, s in LAYERWISE_LR.items() if part in name and cfg.layerwise_lr), 1.0)
+            scale = 2.0 if cfg.layerwise_lr and name.endswith(LEARN_FASTER) else 1.0
             matrix = name.endswith((".weight", ".lora_A", ".lora_B", ".disha")) and sum(n > 1 for n in p.shape) > 1
             return scale, cfg.weight_decay if matrix else 0.0
 
@@ -2791,9 +2815,6 @@ class ZeroAdamW:
         self.publish()
 
 
-LAYERWISE_LR = {"time_decay": 2.0, "time_first": 3.0}
-
-
 def cos_decay(done: float, cfg: Config) -> float:
     return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -2838,10 +2859,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
             os.fsync(file.fileno())
         for age in reversed(range(keep - 1)):
             if aged(path, age).exists():
-                link = part.with_suffix(".link")                      # so that there is always one called `path`
-                link.unlink(missing_ok=True)
-                os.link(aged(path, age), link)
-                os.replace(link, aged(path, age + 1))
+                make_older(aged(path, age), aged(path, age + 1))
         os.replace(part, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -2855,6 +2873,17 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
                  errno.EFBIG: "the file exceeds the size limit set here"}
         why = known.get(getattr(cause, "errno", None), first_line(cause))
         raise Fatal(f"cannot write {path}: {why}; an earlier {path.name} is left as it was") from None
+
+
+def make_older(path: Path, older: Path) -> None:
+    """Calls a file `older`, by a second name, so that there always is one called `path`; by a new name, where the disk
+    knows no second ones."""
+    link = older.with_name(f".{older.name}.{os.getpid()}.link")
+    try:
+        os.link(path, link)
+    except OSError:
+        link = path
+    os.replace(link, older)
 
 
 def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None, keep: int = 1) -> None:
@@ -2892,7 +2921,7 @@ def is_text(x: Any) -> bool:
 
 DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
     "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
-    "epoch_loss": is_number, "loss_scale": is_number, "scale": is_number,
+    "epoch_loss": is_number, "loss_scale": is_number, "scaled_at": is_count, "rows": is_count, "scale": is_number,
     "dtype": "float32 bfloat16 float16".split().__contains__,
     "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text,
     "config": lambda x: isinstance(x, dict),
@@ -3029,6 +3058,7 @@ def merge_files(
 
 PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BAD_STEPS = 3                                                         # this many without a finite loss end the run
+SCALE_GROWS = 2000                                                    # fp16: after so many good steps, as torch does
 
 
 def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
@@ -3124,9 +3154,11 @@ def check(cfg: Config) -> None:
             raise Fatal(f"--{f.name} {value}: {f'at least {least} is wanted' if least else 'it cannot be negative'}")
         if isinstance(value, float) and not math.isfinite(value):
             raise Fatal(f"--{f.name} {value}: a finite number is wanted")
-    for name in ("beta1", "beta2", "lora_dropout", "val_split", "sample_top_p"):
-        if not 0 <= getattr(cfg, name) < 1 + (name == "sample_top_p"):
+    for name in ("beta1", "beta2", "lora_dropout", "val_split"):
+        if not 0 <= getattr(cfg, name) < 1:
             raise Fatal(f"--{name} {getattr(cfg, name)}: a number from 0 to below 1 is wanted")
+    if not 0 <= cfg.sample_top_p <= 1:
+        raise Fatal(f"--sample_top_p {cfg.sample_top_p}: a number from 0 to 1 is wanted")
     if not 0 < cfg.decay_frac <= 1:
         raise Fatal(f"--decay_frac {cfg.decay_frac}: a share above 0 and up to 1 is wanted")
     for name in ("adam_eps", "sample_temperature"):
@@ -3137,9 +3169,11 @@ def check(cfg: Config) -> None:
     if not cfg.load_model and not everything:
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
     if layer.taken and bool(cfg.adapter_load) > bool(cfg.adapter_init):
-        raise Fatal(f"pissa_load {cfg.adapter_load} needs pissa_init too: the init_pissa.pth of the same run")
+        raise Fatal(f"--adapter_load {cfg.adapter_load} (pissa_load) needs --adapter_init (pissa_init) too: the"
+                    " init_pissa.pth of the same run")
     if cfg.adapter_init and not layer.taken:
-        raise Fatal(f"pissa_init {cfg.adapter_init}: --peft {cfg.peft} takes nothing out of a matrix; leave it out")
+        raise Fatal(f"--adapter_init {cfg.adapter_init} (pissa_init): --peft {cfg.peft} takes nothing out of a matrix;"
+                    " leave it out")
     if cfg.val_file and cfg.val_split:
         raise Fatal(f"--val_split {cfg.val_split}: --val_file {cfg.val_file} is held out already; give one of them")
     if lossy and everything:
@@ -3200,6 +3234,7 @@ class Run:
     epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
     epoch_good: int = 0                                               # and their number
     loss_scale: float = 1.0                                           # fp16: its gradients would underflow
+    scaled_at: int = 0                                                # the step before which it was changed last
     bad_steps: int = 0
 
     @property
@@ -3231,8 +3266,6 @@ def open_folder(cfg: Config) -> Path:
         probe.unlink()
     except OSError as e:
         raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
-    for leftover in folder.glob(".*.part"):                           # of a run that was killed while it wrote
-        leftover.unlink(missing_ok=True)
     epochs = {p.name: re.fullmatch(r"rwkv-(\d+)\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
     held = [name for name, m in epochs.items() if m and int(m[1]) >= cfg.epoch_begin]
     if cfg.resume and held and not (folder / "resume.pth").exists():
@@ -3241,6 +3274,8 @@ def open_folder(cfg: Config) -> Path:
     held += [] if cfg.epoch_begin else [n for n in ("resume.pth", "init_pissa.pth") if (folder / n).exists()]
     if held and not cfg.resume:
         raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
+    for leftover in (*folder.glob(".*.part"), *folder.glob(".*.link")):  # of a run that was killed while it wrote
+        leftover.unlink(missing_ok=True)
     return folder
 
 
@@ -3264,7 +3299,8 @@ def build(cfg: Config) -> Run | None:
         held_out = read_corpus(cfg, cfg.val_file, tokenizer)
     loader = Loader(corpus, tokenizer, cfg)
     if held_out:
-        held_out = Loader(held_out, tokenizer, replace(cfg, dataload="pad", data_shuffle=False))
+        held_out = Loader(held_out, tokenizer, replace(cfg, data_file=cfg.val_file or cfg.data_file, dataload="pad",
+                                                       data_shuffle=False))
     say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
@@ -3282,34 +3318,34 @@ def build(cfg: Config) -> Run | None:
         model = model.to_empty(device="cpu").initialise().to(device, dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
-    saved, resumed, old = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
-    found = old.get("step", -1)
+    path, state, described = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
+    found = described.get("step", -1)
     if ranks.totals(found) != [found * ranks.size]:
         raise Fatal(f"--resume: not all ranks find the same in --proj_dir {folder}; it must lie on a disk that all see")
-    about_adapters, exact = adapt(model, cfg, loader, about, bool(resumed), ranks)
+    about_adapters, exact = adapt(model, cfg, loader, about, bool(state), ranks)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
-    model.through = compiled(model.through, device) if cfg.compile else model.through
+    model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
     run = Run(cfg, ranks, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters,
               epoch_steps, step=cfg.epoch_begin * epoch_steps, loss_scale=2.0**16 if dtype == torch.float16 else 1.0)
-    if resumed:
-        restore(run, saved, resumed, old)
+    if state:
+        restore(run, path, state, described)
     return run
 
 
-def compiled(through: Through, device: str) -> Through:
-    """`through` by torch.compile, if that works here. What lies between two products becomes one kernel, and what
+def compiled(run_block: RunBlock, device: str) -> RunBlock:
+    """`run_block` by torch.compile, if that works here. What lies between two products becomes one kernel, and what
     backward computes again is fused into it. The first step compiles, and the first whose rows have another length.
     """
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
     except Exception as e:             # of the compiler's many parts, each has its own
         say(f"--compile 1: torch.compile does not work here ({first_line(e)}); going on without, which is slower")
-        return through
+        return run_block
     # It warns that what keep_products does suits no block with in-place operations; ours has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     say("torch.compile: the first step takes a minute")
-    return torch.compile(through)
+    return torch.compile(run_block)
 
 
 def from_whole_model(cfg: Config) -> Config:
@@ -3342,8 +3378,12 @@ def adapt(
     about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
     if taken:
         about_adapters |= {"init": fingerprint(taken)}
-        if ranks.rank == 0 and init_path != str(folder / "init_pissa.pth"):
-            save(folder / "init_pissa.pth", taken, about | about_adapters)
+        own = folder / "init_pissa.pth"
+        if ranks.rank == 0 and init_path != str(own):
+            if own.exists():
+                raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
+                            " another one; name another --proj_dir")
+            save(own, taken, about | about_adapters)
     return about_adapters, load
 
 
@@ -3385,28 +3425,32 @@ def first_loss(model: RWKV, loader: Loader) -> float:
     return sum(loss.item() for loss in batch_losses(model.eval(), batch, max(1, len(batch.learnt)), loader.cfg))
 
 
-def restore(run: Run, path: Path, saved: dict[str, Tensor], old: dict[str, Any]) -> None:
+def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:
     """Sets a run to where resume.pth was written."""
-    fields = ("step", "epoch_loss", "epoch_good", "loss_scale")
+    counters = ("step", "epoch_loss", "epoch_good", "loss_scale")
     shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
-    compare(path, old, run.about | {"trained": run.optimiser.layout()})
-    if not {*fields, "config"} <= old.keys() or not {*shapes, "rng"} <= saved.keys() or any(
-            saved[name].shape != shape for name, shape in shapes.items()):
+    compare(path, described, run.about | {"trained": run.optimiser.layout()})
+    if not {*counters, "config"} <= described.keys() or not {*shapes, "rng"} <= state.keys() or any(
+            state[name].shape != shape for name, shape in shapes.items()):
         raise Fatal(f"{path}: not what this program writes for --resume")
-    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := old["config"].get(k, v)) != v]
+    before = described["config"]
+    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := before.get(k, v)) != v]
     if changed:
         say(f"resuming with changes: {', '.join(changed)}")
-    run.optimiser.load(saved)
-    for item in fields:
-        setattr(run, item, old[item])
-    before = old.get("epoch_steps", run.epoch_steps)
-    if before != run.epoch_steps:                                     # the same part of an epoch, and so of the data
-        run.step = run.step * run.epoch_steps // before
-        say(f"an epoch had {before} steps and has {run.epoch_steps} now: step {old['step']} is step {run.step}")
-    if len(saved["rng"]) == run.ranks.size:
-        torch.set_rng_state(saved["rng"][run.ranks.rank].clone())     # (a view would crash torch)
-        if "rng_cuda" in saved and run.device == "cuda":
-            torch.cuda.set_rng_state(saved["rng_cuda"][run.ranks.rank].clone())
+    run.optimiser.load(state)
+    for item in counters:
+        setattr(run, item, described[item])
+    run.scaled_at = described.get("scaled_at", run.step)
+    old_steps, old_rows = described.get("epoch_steps", run.epoch_steps), described.get("rows", run.rows)
+    if old_steps != run.epoch_steps:                                  # the same part of an epoch, and so of the data
+        run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
+        say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is step {run.step}")
+    elif old_rows != run.rows:
+        say(f"a step had {old_rows} rows and has {run.rows} now: the data go on at row {run.step * run.rows}")
+    if len(state["rng"]) == run.ranks.size:
+        torch.set_rng_state(state["rng"][run.ranks.rank].clone())     # (a view would crash torch)
+        if "rng_cuda" in state and run.device == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"][run.ranks.rank].clone())
     say(f"resumed at step {run.step} of {run.steps}")
     if run.step > run.cfg.epoch_begin * run.epoch_steps and run.step % run.epoch_steps == 0:
         finish_epoch(run, run.step // run.epoch_steps - 1)            # it may have been killed before that was done
@@ -3420,6 +3464,9 @@ def config_of(run: Run) -> dict[str, Any]:
 
 def save_resume(run: Run) -> None:
     """All that a run needs to go on as if it had never stopped. The file before it is kept as resume.1.pth, and so on.
+
+    To the bit so with the same device, threads, number of ranks, and without --compile: optimiser and random state are
+    in this file, the data follow from `step`, what is frozen from the base and init_pissa.pth.
     """
     state = run.optimiser.state() | {"rng": run.ranks.collect(torch.get_rng_state()[None])}
     if run.device == "cuda":
@@ -3427,7 +3474,8 @@ def save_resume(run: Run) -> None:
     if run.ranks.rank == 0:
         save(run.folder / "resume.pth", state, run.about | {
             "step": run.step, "epoch_steps": run.epoch_steps, "epoch_loss": run.epoch_loss,
-            "epoch_good": run.epoch_good, "loss_scale": run.loss_scale, "config": config_of(run),
+            "epoch_good": run.epoch_good, "loss_scale": run.loss_scale, "scaled_at": run.scaled_at, "rows": run.rows,
+            "config": config_of(run),
             "trained": run.optimiser.layout()}, keep=run.cfg.keep)
 
 
@@ -3554,6 +3602,8 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
         clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
         optimiser.step(lr, clip / run.loss_scale)
         run.bad_steps = 0
+        if run.loss_scale > 1 and run.step - run.scaled_at >= SCALE_GROWS:
+            run.loss_scale, run.scaled_at = 2 * run.loss_scale, run.step
     else:
         optimiser.clear()
         skip(run, loss)
@@ -3563,12 +3613,12 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
 def skip(run: Run, loss: float) -> None:
     """Says which rows gave no finite gradient. In fp16 that is mostly the loss scale's doing: it is halved first."""
     if run.loss_scale > 1 and math.isfinite(loss):
-        run.loss_scale /= 2
+        run.loss_scale, run.scaled_at = run.loss_scale / 2, run.step
         say(f"step {run.step}: a gradient overflowed in fp16; skipped, and the loss scale is now {run.loss_scale:g}")
         return
     run.bad_steps += 1
     say(f"step {run.step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; the step is skipped and"
-        f" nothing changed (rows {run.step * run.rows} to {(run.step + 1) * run.rows - 1} of the data)")
+        f" nothing changed (rows {run.step * run.rows} to {(run.step + 1) * run.rows - 1} that were read)")
     if run.bad_steps == BAD_STEPS:
         raise Fatal(f"{BAD_STEPS} steps in a row, up to step {run.step}, had no finite loss and gradient; what was"
                     " saved before is good; lower --lr_init, or look at those rows")
@@ -3588,8 +3638,9 @@ def evaluate(model: RWKV, loader: Loader, ranks: Ranks = ONE_RANK) -> float:
     return total / max(1, learnt)
 
 
-def train(run: Run) -> None:
-    """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample."""
+def train(run: Run) -> bool:
+    """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Whether it
+    came to its end: it may be asked to stop."""
     cfg = run.cfg
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
@@ -3618,9 +3669,10 @@ def train(run: Run) -> None:
                 examine(run, log, epoch, loss)
         if run.step < run.steps:
             save_resume(run)
-            say(f"stopped after step {run.step - 1}; --resume goes on from here")
-            return
+            say(f"stopped before step {run.step}; --resume goes on from here")
+            return False
     say(f"done: {run.folder}")
+    return True
 
 
 def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
@@ -3947,8 +3999,8 @@ class Rehearsal:
 
     def fastest(self, bsz: int, room: int) -> str:
         """The first way of GRAD_CP with which a step takes at most `room` bytes; the last, where none does."""
-        for way, through in GRAD_CP.items():
-            self.run.model.through = through
+        for way, run_block in GRAD_CP.items():
+            self.run.model.run_block = run_block
             if self.memory(bsz).total <= room:
                 return way
         return way
@@ -4051,7 +4103,8 @@ def demo(cfg: Config) -> None:
     base = replace(common, peft="none", n_layer=2, n_embd=128, data_file="base", epoch_steps=300, warmup_steps=20,
                    lr_init=3e-3, lr_final=1.5e-4, proj_dir=str(folder / "base"))
     run = build(base)
-    train(run)
+    if not train(run):
+        return
     say(f"   exact answers to held-out questions: {exact_match(run.model, run.held_out, run.device):.1%}")
     file, results = str(folder / "base" / "rwkv-0.pth"), {}
     for number, peft, more in ((2, "pissa", dict(auto_merge=True)), (3, "lora", dict(lora_alpha=8.0))):
@@ -4059,7 +4112,8 @@ def demo(cfg: Config) -> None:
         run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5,
                             lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), **more))
         before = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
-        train(run)
+        if not train(run):
+            return
         after = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
         results[peft] = before, after, run
     before, _, run = results["pissa"]

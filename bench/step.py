@@ -102,7 +102,7 @@ def ours(
     P.fill(rwkv, vram.random_tensors(arch, device), model, device, compute, P.left_in_file(rwkv, cfg))
     P.add_adapters(rwkv, cfg, {}, {})
     optimiser = P.ZeroAdamW(((n, p) for n, p in rwkv.named_parameters() if p.requires_grad), cfg)
-    rwkv.through = P.compiled(rwkv.through, device) if cfg.compile else rwkv.through
+    rwkv.run_block = P.compiled(rwkv.run_block, device) if cfg.compile else rwkv.run_block
     rows = RandomRows(arch.vocab_size, bsz, ctx, device)
     run = P.Run(cfg, P.ONE_RANK, device, arch, None, rows, None, rwkv, optimiser, {}, 1)
     buffers = (optimiser.working, optimiser.master, optimiser.m, optimiser.v, optimiser.grad)

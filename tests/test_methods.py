@@ -103,7 +103,7 @@ def test_values_and_gradients_are_those_of_the_matrices_written_out(method, quan
     with torch.no_grad():
         for p in trained.values():
             p.add_(0.1 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
-    model.through = P.GRAD_CP[{"int8": "1", "nf4": "products"}.get(quant, "0")]
+    model.run_block = P.GRAD_CP[{"int8": "1", "nf4": "products"}.get(quant, "0")]
     loss_of(model).backward()
 
     copies = {n: p.detach().clone().requires_grad_() for n, p in trained.items()}

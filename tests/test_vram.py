@@ -110,7 +110,7 @@ def test_a_prediction_for_a_gpu_needs_none_and_adds_up():
 def test_auto_keeps_as_much_as_fits(tmp_path, capsys):
     cfg, arch = vram.setting("none", {"ctx_len": 256}), vram.arch_of("RWKV7-0.1B")
     rehearsal, taken = P.Rehearsal(cfg, arch, "cuda", torch.bfloat16), {}
-    for way, rehearsal.run.model.through in P.GRAD_CP.items():
+    for way, rehearsal.run.model.run_block in P.GRAD_CP.items():
         taken[way] = rehearsal.memory(1).total
     assert taken["0"] > taken["products"] > taken["1"]
     for way, room in (("0", taken["0"]), ("products", taken["0"] - 1), ("products", taken["products"]),
