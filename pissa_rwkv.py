@@ -121,7 +121,8 @@ class Fatal(Exception):
 def pick(table: dict[str, Any], flag: str, name: str) -> Any:
     """The row `name` of a table, or an error that lists the rows there are."""
     if name not in table:
-        raise Fatal(f"{flag} {name}: no such choice; there is {', '.join(map(repr, filter(None, table)))}{nearest(name, table)}")
+        names = [row for row in table if row]                         # ('' is what stands for the usual one)
+        raise Fatal(f"{flag} {name}: no such choice; there is {', '.join(map(repr, names))}{nearest(name, names)}")
     return table[name]
 
 
@@ -209,7 +210,7 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
-    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, ln, time (RWKV-5, 6); auto: time ln, of none all")
+    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, ln, time (not in RWKV-7); auto: time ln, or all")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start, 1 to 5; more lessen quantisation's error")
     # the machine
@@ -471,8 +472,8 @@ ONE_RANK = Ranks()
 
 
 # ======================================================================================================================
-# 2. The WKV operator: a memory S that maps keys to values. Every token makes it fade and writes to it; in RWKV-7 it also
-#    takes out what the memory answers to the key. The definitions are here; `wkv7_cuda/` computes the same faster.
+# 2. The WKV operator: a memory S that maps keys to values. Every token makes it fade and writes to it; in RWKV-7 it
+#    also takes out what the memory answers to the key. The definitions are here; `wkv7_cuda/` computes the same faster.
 # ======================================================================================================================
 
 
@@ -3174,6 +3175,9 @@ def check(cfg: Config) -> None:
     if cfg.adapter_init and not layer.taken:
         raise Fatal(f"--adapter_init {cfg.adapter_init} (pissa_init): --peft {cfg.peft} takes nothing out of a matrix;"
                     " leave it out")
+    if cfg.epoch_begin and cfg.adapter_init and not cfg.adapter_load:
+        raise Fatal(f"--adapter_init {cfg.adapter_init}: --epoch_begin {cfg.epoch_begin} takes the init_pissa.pth of"
+                    " --proj_dir; leave it out")
     if cfg.val_file and cfg.val_split:
         raise Fatal(f"--val_split {cfg.val_split}: --val_file {cfg.val_file} is held out already; give one of them")
     if lossy and everything:
@@ -3444,7 +3448,7 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
     old_steps, old_rows = described.get("epoch_steps", run.epoch_steps), described.get("rows", run.rows)
     if old_steps != run.epoch_steps:                                  # the same part of an epoch, and so of the data
         run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
-        say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is step {run.step}")
+        say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
     elif old_rows != run.rows:
         say(f"a step had {old_rows} rows and has {run.rows} now: the data go on at row {run.step * run.rows}")
     if len(state["rng"]) == run.ranks.size:
@@ -3639,8 +3643,8 @@ def evaluate(model: RWKV, loader: Loader, ranks: Ranks = ONE_RANK) -> float:
 
 
 def train(run: Run) -> bool:
-    """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Whether it
-    came to its end: it may be asked to stop."""
+    """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Returns
+    whether it came to its end, and was not asked to stop."""
     cfg = run.cfg
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
