@@ -210,7 +210,7 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
-    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, ln, time (not in RWKV-7); auto: time ln, or all")
+    train_parts: tuple = opt(("auto",), "also trained: names with emb head ln time (in RWKV-7 none); auto: time ln")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start, 1 to 5; more lessen quantisation's error")
     # the machine
@@ -3384,7 +3384,7 @@ def adapt(
         about_adapters |= {"init": fingerprint(taken)}
         own = folder / "init_pissa.pth"
         if ranks.rank == 0 and init_path != str(own):
-            if own.exists():
+            if own.exists() and cfg.epoch_begin:
                 raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
                             " another one; name another --proj_dir")
             save(own, taken, about | about_adapters)

@@ -6,8 +6,8 @@ from torch import nn
 
 from pissa_rwkv import Config, Fatal, ZeroAdamW, check, lr_at
 
-SHAPES = {"a.lora_A": (3, 5), "ln.weight": (5,), "b.weight": (2, 3), "time_decay": (4, 2), "x_r": (1, 1, 6),
-          "time_first": (7,)}
+SHAPES = {"a.lora_A": (3, 5), "ln.weight": (5,), "b.weight": (2, 3), "att.time_decay": (4, 2), "x_r": (1, 1, 6),
+          "att.w0": (7,), "time_decay_w1": (4, 3)}
 DECAYED = ("a.lora_A", "b.weight")  # the matrices that a linear map multiplies with
 
 
@@ -81,7 +81,7 @@ def test_clipping_is_torchs():
 def test_layerwise_learning_rates_and_decay_are_by_name_and_shape(layerwise_lr):
     cfg = Config(weight_decay=0.1, layerwise_lr=layerwise_lr)
     mine, theirs = parameters(), parameters()
-    scales = {"time_decay": 2.0, "time_first": 3.0} if layerwise_lr else {}
+    scales = {"att.time_decay": 2.0, "att.w0": 2.0} if layerwise_lr else {}
     optimiser, oracle = ZeroAdamW(mine.items(), cfg), peer(theirs, cfg, scales)
     for wanted in gradients(5):
         backward(mine, wanted)
