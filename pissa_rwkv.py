@@ -4142,7 +4142,8 @@ def demo(cfg: Config) -> None:
         say(f"   {question}  ->  {said}" + ("" if said == answer else f"  (right: {answer})"))
     say("\nNext, your own model and data:\n"
         "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge\n"
-        f"Or ask it yourself:\n   python pissa_rwkv.py --chat --load_model {merged}")
+        "Or ask questions like these yourself (it knows single ones: type /reset between two):\n"
+        f"   python pissa_rwkv.py --chat --load_model {merged}")
 
 
 def main(argv: list[str] | None = None) -> int:

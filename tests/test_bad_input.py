@@ -233,6 +233,9 @@ def write_runs():
     }.items():
         shutil.copytree("run", f"run-{name}", ignore=shutil.ignore_patterns("resume.1.pth"))  # nothing to fall back on
         write(Path(f"run-{name}/resume.pth"))
+    tensors = P.read_pth("run/rwkv-0.pth", "")
+    describe_anew("run-method.pth", tensors, peft="dora")
+    describe_anew("run-rank.pth", tensors, rank=0)
     # As RWKV-PEFT writes them: without a description.
     Path("plain").mkdir()
     for name in ("init_pissa.pth", "rwkv-0.pth"):
@@ -544,6 +547,33 @@ RESULTS = [
     ("none after nothing", "--peft none --epoch_begin 1", "rwkv-0.pth|no such file"),
     ("adapters of LoRA", "--adapter_load run-lora/rwkv-0.pth --adapter_init run/init_pissa.pth", "run-lora/|peft lora"),
 ]
+CHATS = [
+    ("nothing to talk to", "--load_model ''", "--load_model"),
+    ("a corpus", "--data_file d.jsonl", "--data_file|--chat"),
+    ("dry run", "--dry_run", "--dry_run|--chat"),
+    ("going on", "--resume", "--resume|--chat"),
+    ("several processes", "--devices 2", "--devices|one process"),
+    ("a temperature of 0", "--sample_temperature 0", "--sample_temperature 0|above 0"),
+    ("another version", "--version x060", "--version x060|x070"),
+    ("no adapters of a method", "--peft pissa", "--adapter_load"),
+    ("only what was taken out", "--adapter_init run/init_pissa.pth", "--adapter_load"),
+    ("an unknown method", "--peft dora", "--peft dora|'pissa'"),
+    ("no such adapters", "--adapter_load nope.pth", "nope.pth|no such file"),
+    ("adapters of another base", f"--load_model another.pth {LOAD}", "run/init_pissa.pth|base"),
+    ("PiSSA without its init", "--adapter_load run-no-init/rwkv-0.pth", "run-no-init/rwkv-0.pth|init_pissa.pth"),
+    ("another init", f"{LOAD} --adapter_init run-seed/init_pissa.pth", "run-seed/init_pissa.pth|init"),
+    ("an init for LoRA", "--adapter_load run-lora/rwkv-0.pth --adapter_init run/init_pissa.pth", "pissa_init|lora"),
+    ("another rank", f"{LOAD} --rank 32", "--rank 32|run/rwkv-0.pth|rank 4"),
+    ("another rank in JSON", """--pissa_config '{"pissa_load": "run/rwkv-0.pth", "pissa_r": 5}'""", "--rank 5|rank 4"),
+    ("another method", f"{LOAD} --peft lora", "--peft lora|run/rwkv-0.pth|pissa"),
+    ("another method, the usual one", "--adapter_load run-lora/rwkv-0.pth --peft pissa", "--peft pissa|peft lora"),
+    ("another quant", f"{LOAD} --quant nf4", "--quant nf4|run/rwkv-0.pth|quant none"),
+    ("another alpha", "--adapter_load run-lora/rwkv-0.pth --lora_alpha 8", "--lora_alpha 8|32.0"),
+    ("undescribed adapters of unsaid rank", "--adapter_load plain/rwkv-0.pth", "plain/|[4, 64]|--rank"),
+    ("described by a method that is none", "--adapter_load run-method.pth", "run-method.pth|dora|'pissa'"),
+    ("described by a rank of 0", "--adapter_load run-rank.pth", "run-rank.pth|rank 0"),
+    ("a model as adapters", "--adapter_load m.pth", "m.pth|pissa_init"),
+]
 MERGES = [
     ("nothing", "", "--type"),
     ("unknown type", "--type dora", "--type|dora"),
@@ -599,6 +629,11 @@ def test_bad_input(place, capfd, options, words):
 @pytest.mark.parametrize(("options", "words"), rows(NEW_MODEL))
 def test_bad_new_model(place, capfd, options, words):
     run(place, capfd, options, words, NEW)
+
+
+@pytest.mark.parametrize(("options", "words"), rows(CHATS))
+def test_bad_chat(place, capfd, options, words):
+    check_line(place, capfd, lambda: P.main(shlex.split(f"--chat --load_model m.pth --op torch {options}")), words)
 
 
 @pytest.mark.parametrize(("options", "words"), rows(MERGES))

@@ -1,11 +1,13 @@
 """The demonstration, in full: README's first command does what README says one should see."""
 
+import io
 import re
+import sys
 
 import pissa_rwkv as P
 
 
-def test_demonstration(tmp_path, capfd):
+def test_demonstration(tmp_path, capfd, monkeypatch):
     assert P.main(["--proj_dir", str(tmp_path / "out"), "--accelerator", "cpu"]) == 0
     text = capfd.readouterr().out
     exact = {name: float(share) for name, share in re.findall(r"(base|pissa|lora) +\d\.\d+ +(\d+\.\d)%", text)}
@@ -17,3 +19,9 @@ def test_demonstration(tmp_path, capfd):
     names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.pth")}
     assert {"base/rwkv-0.pth", "pissa/rwkv-0.pth", "pissa/init_pissa.pth", "pissa/rwkv-0-merged.pth"} <= names
     assert "torchrun pissa_rwkv.py --load_model" in text
+    # Its last line is a command that works as printed, and that answers what was asked in step 4 as it was answered.
+    command = re.search(r"python pissa_rwkv.py (--chat .*)", text)[1].split()
+    asked = re.findall(r"^   (.+)  ->  (.+?)(?:  \(right: .*\))?$", text, re.M)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{question}\n/reset\n" for question, _ in asked)))
+    assert len(asked) == 4 and P.main([*command, "--accelerator", "cpu", "--sample_top_p", "0"]) == 0
+    assert re.findall(r"^Assistant: (.+)$", capfd.readouterr().out, re.M) == [answer for _, answer in asked]

@@ -1,5 +1,6 @@
 """README says nothing that does not run: its commands, its ten lines, its tables."""
 
+import io
 import re
 import shlex
 import sys
@@ -59,6 +60,7 @@ def test_commands_run(tmp_path, monkeypatch):
     """Every command but those that install, shrunk, in README's order: what one writes the next reads."""
     monkeypatch.chdir(tmp_path)
     random_model(tmp_path / "M.pth")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n/exit\n" * 9))       # of those that talk
     (tmp_path / "chats.jsonl").write_text('{"text": "User: Hi\\n\\nAssistant: Hello!"}\n' * 4)
     commands = [line for block in blocks("bash") for line in block.splitlines() if ".venv" not in line]
     assert len(commands) >= 2
