@@ -142,14 +142,28 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
-def opt(default: Any, help: str, also: str = "", least: float = 0) -> Any:
-    """One option: default, help, one more name it goes by, and the least that a number may be."""
-    return field(default=default, metadata={"help": help, "also": also, "least": least})
+def opt(default: Any, help: str, also: str = "", within: str = "[0,inf)") -> Any:
+    """One option: default, which says its type too (0 a whole number, 0.0 any), help, one more name it goes by, and the
+    interval in which a number has to be."""
+    return field(default=default, metadata={"help": help, "also": also, "within": within})
+
+
+def is_within(x: float, interval: str) -> bool:
+    """Whether x is in an interval like [0,1), which has 0 and lacks 1."""
+    low, high = map(float, interval[1:-1].split(","))
+    return low < x < high or (interval[0] == "[" and x == low) or (interval[-1] == "]" and x == high)
+
+
+def in_words(interval: str) -> str:
+    low, high = interval[1:-1].split(",")
+    lower = f"a number {'from' if interval[0] == '[' else 'above'} {low}"
+    return lower + (" on" if high == "inf" else f" to {'below ' * (interval[-1] == ')')}{high}")
 
 
 @dataclass
 class Config:
-    """What one run does. An empty string or 0 means: taken from the base file, the data or the machine."""
+    """What one run does. An empty string or 0 means what stands behind the semicolon of a help: mostly that it is taken
+    from the base file, the data or the machine; without one it means none."""
 
     # the base model
     load_model: str = opt("", "base model, a .pth of RWKV-7, 6 or 5; without one, --peft none pretrains a new model")
@@ -166,7 +180,7 @@ class Config:
     data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family, base or shift")
     data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img or dummy; read off data_file")
     sft_fields: tuple = opt(("question", "answer"), "sft: the fields that become user and assistant", "sft_field")
-    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square; tokens 1 to 255", "my_img_size", least=1)
+    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square", "my_img_size", within="[1,inf)")
     tokenizer: str = opt("", "world or byte; world where the vocabulary has 65536 tokens")
     vocab_file: str = opt("", "the World vocabulary; found in the `rwkv` package")
     dataload: str = opt("", "sampler: pad, only or get; pad, and get where the corpus is one long document")
@@ -174,27 +188,27 @@ class Config:
     mask_id: str = opt("", 'se: JSON {"mask1": learn after this string, "mask0": and no more from this one on}')
     data_shuffle: bool = opt(True, "pad, only: a new order in every pass")
     val_file: str = opt("", "corpus held out for validation, of the type of data_file")
-    val_split: float = opt(0.0, "share of the corpus held out for validation, taken from its end")
+    val_split: float = opt(0.0, "share of the corpus held out for validation, taken from its end", within="[0,1)")
     make_binidx: str = opt("", "only convert this .jsonl (of --data_type jsonl or sft) into binidx, then stop")
     # the length of the run
-    ctx_len: int = opt(1024, "tokens of a training row", least=1)
+    ctx_len: int = opt(1024, "tokens of a training row", within="[1,inf)")
     train_type: str = opt("normal", "normal: a row at once; infctx: in chunks that pass on their state")
     chunk_ctx: int = opt(0, "infctx: tokens of a chunk (0: 512); memory follows it instead of ctx_len")
     chunk_grad: str = opt("truncated", "infctx: gradients reach back in the chunk (truncated) or over the row (full)")
-    micro_bsz: int = opt(4, "rows of a micro-batch", least=1)
-    accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step", least=1)
+    micro_bsz: int = opt(4, "rows of a micro-batch", within="[1,inf)")
+    accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step", within="[1,inf)")
     epoch_steps: int = opt(0, "optimiser steps of an epoch; one pass over the corpus")
-    epoch_count: int = opt(1, "epochs of this run", least=1)
+    epoch_count: int = opt(1, "epochs of this run", within="[1,inf)")
     epoch_begin: int = opt(0, "number of the first epoch; above 0 it goes on from rwkv-<N-1>.pth of proj_dir")
     # the optimiser
     lr_init: float = opt(2e-5, "learning rate after warm-up")
     lr_final: float = opt(2e-5, "learning rate at the end")
     lr_schedule: str = opt("cos_decay", "cos_decay (cosine), or wsd (constant, then linear over the last part)")
-    decay_frac: float = opt(0.2, "wsd: the share of the run that decays")
+    decay_frac: float = opt(0.2, "wsd: the share of the run that decays", within="(0,1]")
     warmup_steps: int = opt(0, "linear warm-up")
-    beta1: float = opt(0.9, "Adam's decay of the first moment")
-    beta2: float = opt(0.99, "Adam's decay of the second moment")
-    adam_eps: float = opt(1e-8, "Adam's epsilon")
+    beta1: float = opt(0.9, "Adam's decay of the first moment", within="[0,1)")
+    beta2: float = opt(0.99, "Adam's decay of the second moment", within="[0,1)")
+    adam_eps: float = opt(1e-8, "Adam's epsilon", within="(0,inf)")
     weight_decay: float = opt(0.0, "decoupled weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
     layerwise_lr: bool = opt(True, "learning rate x2 for the decay: w0, before RWKV-7 time_decay")
@@ -203,7 +217,7 @@ class Config:
     rank: int = opt(32, "rank of the adapters")
     svd_niter: int = opt(4, "PiSSA: power iterations of the fast SVD; 0 is the exact SVD")
     lora_alpha: float = opt(32.0, "LoRA: its output is scaled by alpha / rank")
-    lora_dropout: float = opt(0.0, "LoRA: dropout on its input")
+    lora_dropout: float = opt(0.0, "LoRA: dropout on its input", within="[0,1)")
     bone_mode: str = opt("bone", "bone: bone, or bat, whose update is multiplied with the matrix")
     adapter_load: str = opt("", "start from these adapters, a rwkv-<N>.pth")
     adapter_init: str = opt("", "PiSSA: the init_pissa.pth that belongs to adapter_load")
@@ -212,7 +226,7 @@ class Config:
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
     train_parts: tuple = opt(("auto",), "also trained: names with emb head ln time (in RWKV-7 none); auto: time ln")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
-    qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start, 1 to 5; more lessen quantisation's error")
+    qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start; more lessen its error", within="[1,5]")
     # the machine
     accelerator: str = opt("", "gpu or cpu; gpu where there is one")
     devices: int = opt(0, "processes, a device each, that plain python starts; torchrun says so by --nproc_per_node")
@@ -226,15 +240,15 @@ class Config:
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
     # results
     proj_dir: str = opt("out", "folder of the results")
-    epoch_save: int = opt(1, "save after the first of every so many epochs, and after the last", least=1)
+    epoch_save: int = opt(1, "save after the first of every so many epochs, and after the last", within="[1,inf)")
     save_steps: int = opt(0, "also write what --resume needs every so many steps")
-    keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", least=1)
+    keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", within="[1,inf)")
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
     auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch", "merge")
     sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
     sample_len: int = opt(100, "tokens of that sample, or of an answer of --chat, at most")
-    sample_top_p: float = opt(0.5, "nucleus of what is written; 0 takes the likeliest token always")
-    sample_temperature: float = opt(1.0, "of what is written: below 1 likely tokens are taken more often")
+    sample_top_p: float = opt(0.5, "nucleus of what is written; 0 takes the likeliest token always", within="[0,1]")
+    sample_temperature: float = opt(1.0, "of what is written: below 1 the likely comes oftener", within="(0,inf)")
     chat: bool = opt(False, "talk to load_model, or to it with adapter_load: a line is a question, /exit ends")
     wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`); WANDB_MODE=offline needs no network")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
@@ -3138,33 +3152,28 @@ def launch(cfg: Config, argv: list[str]) -> None:
 
 def check(cfg: Config) -> None:
     """Everything that is wrong with the options by themselves, before any file is touched."""
-    pick(ADAPTER, "--peft", cfg.peft)
-    pick(QUANT, "--quant", cfg.quant)
-    pick(dict.fromkeys(BONE_MODES), "--bone_mode", cfg.bone_mode)
-    pick(SCHEDULE, "--lr_schedule", cfg.lr_schedule)
-    pick(STAGE, "--strategy", cfg.strategy)
-    pick(TRAIN_TYPE, "--train_type", cfg.train_type)
-    pick(CHUNK_GRAD, "--chunk_grad", cfg.chunk_grad)
-    pick(GRAD_CP | {"auto": None}, "--grad_cp", cfg.grad_cp)
+    check_choices(cfg)
+    for f in fields(cfg):
+        value, within = getattr(cfg, f.name), f.metadata["within"]
+        if isinstance(value, (int, float)) and not is_within(value, within):
+            raise Fatal(f"--{f.name} {value}: {in_words(within)} is wanted")
+    check_together(cfg)
+    hint(cfg)
+
+
+def check_choices(cfg: Config) -> None:
+    tables = {"peft": ADAPTER, "quant": QUANT, "bone_mode": dict.fromkeys(BONE_MODES), "lr_schedule": SCHEDULE,
+              "strategy": STAGE, "train_type": TRAIN_TYPE, "chunk_grad": CHUNK_GRAD,
+              "grad_cp": GRAD_CP | {"auto": None}}
+    for option, table in tables.items():
+        pick(table, f"--{option}", getattr(cfg, option))
     for part in cfg.train_parts:
         pick(dict.fromkeys(("auto", "emb", "head", "time", "ln")), "--train_parts", part)
+
+
+def check_together(cfg: Config) -> None:
+    """Options that are missing, and such as contradict each other."""
     layer, lossy, everything = ADAPTER[cfg.peft].layer, QUANT[cfg.quant].lossy, EVERYTHING in parts_of(cfg)
-    for f in fields(cfg):
-        value, least = getattr(cfg, f.name), f.metadata["least"]
-        if isinstance(value, (int, float)) and not value >= least:
-            raise Fatal(f"--{f.name} {value}: {f'at least {least} is wanted' if least else 'it cannot be negative'}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise Fatal(f"--{f.name} {value}: a finite number is wanted")
-    for name in ("beta1", "beta2", "lora_dropout", "val_split"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise Fatal(f"--{name} {getattr(cfg, name)}: a number from 0 to below 1 is wanted")
-    if not 0 <= cfg.sample_top_p <= 1:
-        raise Fatal(f"--sample_top_p {cfg.sample_top_p}: a number from 0 to 1 is wanted")
-    if not 0 < cfg.decay_frac <= 1:
-        raise Fatal(f"--decay_frac {cfg.decay_frac}: a share above 0 and up to 1 is wanted")
-    for name in ("adam_eps", "sample_temperature"):
-        if not getattr(cfg, name) > 0:
-            raise Fatal(f"--{name} {getattr(cfg, name)}: a number above 0 is wanted")
     if not cfg.data_file and cfg.data_type != "dummy" and not cfg.chat:
         raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
     if not cfg.load_model and not everything:
@@ -3183,8 +3192,6 @@ def check(cfg: Config) -> None:
     if lossy and everything:
         raise Fatal(f"--quant {cfg.quant}: --peft {cfg.peft} trains every matrix, and only frozen ones are quantised;"
                     " --train_parts says what else to train")
-    if not 1 <= cfg.qpissa_iters <= 5:
-        raise Fatal(f"--qpissa_iters {cfg.qpissa_iters}: a number from 1 to 5 is wanted")
     if cfg.qpissa_iters > 1 and not (layer.taken and lossy):
         raise Fatal(f"--qpissa_iters {cfg.qpissa_iters} fits PiSSA's start to a quantised base, and this is --peft"
                     f" {cfg.peft} with --quant {cfg.quant}")
@@ -3200,14 +3207,19 @@ def check(cfg: Config) -> None:
         raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install 'pissa_rwkv[wandb]'`")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
+
+
+def hint(cfg: Config) -> None:
+    """Says what is allowed and hardly meant."""
+    method = ADAPTER[cfg.peft]
     for option, others in BELONGS_TO.items():
         if getattr(cfg, option) != getattr(Config, option) and all(getattr(cfg, o) != v for o, v in others.items()):
             say(f"--{option} has no effect without {' or '.join(f'--{o} {v}' for o, v in others.items())}")
-    if cfg.lr_init < ADAPTER[cfg.peft].low_lr:
+    if cfg.lr_init < method.low_lr:
         say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
-    if cfg.lr_init > layer.high_lr:
+    if cfg.lr_init > method.layer.high_lr:
         say(f"--lr_init {cfg.lr_init:g} is high for --peft {cfg.peft}, which moves the main directions of a matrix;"
-            f" {layer.high_lr:g} is usual")
+            f" {method.layer.high_lr:g} is usual")
 
 
 BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
@@ -3296,16 +3308,7 @@ def build(cfg: Config) -> Run | None:
     if ranks.rank == 0 and not cfg.dry_run:
         open_folder(cfg)
     tokenizer = load_tokenizer(cfg, arch.vocab_size)
-    corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
-    if cfg.val_split:
-        corpus, held_out = split(corpus, cfg.val_split)
-    if cfg.val_file:
-        held_out = read_corpus(cfg, cfg.val_file, tokenizer)
-    loader = Loader(corpus, tokenizer, cfg)
-    if held_out:
-        held_out = Loader(held_out, tokenizer, replace(cfg, data_file=cfg.val_file or cfg.data_file, dataload="pad",
-                                                       data_shuffle=False))
-    say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
+    loader, held_out = load_data(cfg, tokenizer)
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
     arch, tensors = begin(arch, tensors, cfg)
@@ -3314,12 +3317,7 @@ def build(cfg: Config) -> Run | None:
     if cfg.dry_run:
         dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks)
         return None
-    with torch.device("meta"):
-        model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
-    if tensors:
-        fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
-    else:
-        model = model.to_empty(device="cpu").initialise().to(device, dtype)
+    model = load_model(cfg, arch, tensors, device, dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     path, state, described = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
@@ -3335,6 +3333,30 @@ def build(cfg: Config) -> Run | None:
     if state:
         restore(run, path, state, described)
     return run
+
+
+def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | None]:
+    """The corpus and what is held out, if anything is."""
+    corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
+    if cfg.val_split:
+        corpus, held_out = split(corpus, cfg.val_split)
+    if cfg.val_file:
+        held_out = read_corpus(cfg, cfg.val_file, tokenizer)
+    loader = Loader(corpus, tokenizer, cfg)
+    if held_out:
+        in_order = replace(cfg, data_file=cfg.val_file or cfg.data_file, dataload="pad", data_shuffle=False)
+        held_out = Loader(held_out, tokenizer, in_order)
+    say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
+    return loader, held_out
+
+
+def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> RWKV:
+    """The base; without tensors a new model."""
+    with torch.device("meta"):
+        model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
+    if tensors:
+        return fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
+    return model.to_empty(device="cpu").initialise().to(device, dtype)
 
 
 def compiled(run_block: RunBlock, device: str) -> RunBlock:
@@ -3820,9 +3842,7 @@ def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
     about = {"version": arch.version, "base": fingerprint(tensors)}
     init, load = read_adapters(cfg, cfg.adapter_init, cfg.adapter_load, about)
     arch, tensors = begin(arch, tensors, cfg)
-    with torch.device("meta"):
-        model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device))
-    fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
+    model = load_model(cfg, arch, tensors, device, dtype)
     take_parts(model, ADAPTER[cfg.peft], load, cfg.adapter_load)
     names = list(to_freeze(model, cfg))
     for name, start in progress(starts(model, names, cfg, init, ranks), "adapters", len(names)):

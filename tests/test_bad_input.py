@@ -395,7 +395,7 @@ OPTIONS = [
     ("chunks longer than rows", "--train_type infctx --chunk_ctx 9", "--chunk_ctx 9|--ctx_len 8"),
     ("negative chunks", "--train_type infctx --chunk_ctx -1", "--chunk_ctx -1"),
     ("negative save_steps", "--save_steps -1", "--save_steps -1"),
-    ("negative lr", "--lr_init -1", "--lr_init -1|negative"),
+    ("negative lr", "--lr_init -1", "--lr_init -1|from 0 on"),
     ("lr that is no number", "--lr_init nan", "--lr_init nan"),
     ("infinite lr", "--lr_final inf", "--lr_final inf"),
     ("clipping at no number", "--grad_clip nan", "--grad_clip nan"),
