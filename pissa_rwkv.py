@@ -1459,7 +1459,8 @@ class Adapter(nn.Module):
     none: it is how a method holds matrices that it leaves alone.
 
     A kind of adapter says what its numbers are and where they start (`shapes`, `start`), what of W is frozen then
-    (`left`), and what they add: to y, the short way (`forward`), and to W, when it is merged (`delta`).
+    (`left`), and what they add: to y, the short way (`forward`), and to W, when it is merged (`delta`). For files it
+    says besides whether their numbers fit a matrix (`fits`, `ranks`), and what else describes them (`describe`).
     """
 
     names: tuple[str, ...] = ()                                       # of its parameters
@@ -2347,6 +2348,7 @@ def windows(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) 
     return max(1, len(corpus.tokens) // cfg.ctx_len), span
 
 
+# (Loader makes a batch of one row of `only`.)
 SAMPLER: dict[str, Callable[..., Rows]] = {"pad": documents, "only": documents, "get": windows}
 
 
@@ -2565,7 +2567,8 @@ def full(model: RWKV, chunks: list[Batch], n: int) -> Iterator[Tensor]:
 
 
 CHUNK_GRAD: dict[str, Callable[[RWKV, list[Batch], int], Iterator[Tensor]]] = {"truncated": truncated, "full": full}
-TRAIN_TYPE: dict[str, Callable[[Config], int]] = {  # -> tokens of a row that go through the model at a time
+# -> tokens of a row that go through the model at a time. (Of `normal` there are more names in the tutorial.)
+TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
     **dict.fromkeys(("normal", "none", "state"), lambda cfg: cfg.ctx_len),
     "infctx": lambda cfg: cfg.chunk_ctx or min(512, cfg.ctx_len),
 }
@@ -2648,6 +2651,7 @@ class Buckets:
         return self.buffers[i]
 
     def send(self) -> None:
+        """All ranks send the next bucket, whatever each has in it; only its owner keeps the sum."""
         i = self.sent
         buffer, (owner, _) = self.buffer(i), self.parts[i]
         self.flying.append((self.ranks.call(partial(dist.reduce, async_op=True), buffer, owner), i))
@@ -2673,6 +2677,14 @@ class Buckets:
 
 
 LEARN_FASTER = ("att.w0", "att.time_decay")                           # twice as fast, as in RWKV-LM
+DECAYED = (".weight", *{f".{name}" for method in ADAPTER.values() for name in method.layer.names})
+
+
+def scale_and_decay(cfg: Config, item: tuple[str, nn.Parameter]) -> tuple[float, float]:
+    """A parameter's learning rate, as a multiple, and its weight decay."""
+    name, p = item
+    matrix = name.endswith(DECAYED) and sum(n > 1 for n in p.shape) > 1
+    return 2.0 if cfg.layerwise_lr and name.endswith(LEARN_FASTER) else 1.0, cfg.weight_decay if matrix else 0.0
 
 
 class ZeroAdamW:
@@ -2688,7 +2700,8 @@ class ZeroAdamW:
         1       reduce-scattered after backward   a slice        working is gathered     2 + 4 + 16 / W    4 + 2
         2       reduced in backward, by buckets   a slice        working is gathered     2 + 16 / W        4 + 2
 
-    (Stage 2 holds all of a gradient in fp32 where a row is learnt in truncated chunks: it is sent when all have been.)
+    (16 / W of stage 1 are master, m, v and the slice of the sum. Beside 16 / W stage 2 holds some Buckets on their way,
+    and all of a gradient in fp32 where a row is learnt in truncated chunks: it is sent when all have been.)
     One rank alone sends nothing, holds 16, and its gradient, unless several are added, is no wider than it came. A
     group is one slice: same learning rate, same decay.
     """
@@ -2703,14 +2716,9 @@ class ZeroAdamW:
         """Takes over the parameters; `exact` holds fp32 values of those that an earlier run saved."""
         self.beta1, self.beta2, self.eps, self.t = cfg.beta1, cfg.beta2, cfg.adam_eps, 0
         self.ranks, self.stage = ranks, stage if ranks.size > 1 else 0
-
-        def kind(item: tuple[str, nn.Parameter]) -> tuple[float, float]:
-            name, p = item
-            scale = 2.0 if cfg.layerwise_lr and name.endswith(LEARN_FASTER) else 1.0
-            matrix = name.endswith((".weight", ".lora_A", ".lora_B", ".disha")) and sum(n > 1 for n in p.shape) > 1
-            return scale, cfg.weight_decay if matrix else 0.0
-
-        # What learns faster stands first: these parameters are few and in all layers, and Buckets begins at the end.
+        # Alike stand together, so that a group is one slice. What learns faster stands first: these parameters are few
+        # and in all layers, and Buckets begins at the end.
+        kind = partial(scale_and_decay, cfg)
         self.named = sorted(named, key=lambda item: (-kind(item)[0], kind(item)[1]))
         if not self.named:
             raise Fatal("nothing is trained: --peft none, or a rank and --train_parts that name something")
@@ -2732,6 +2740,7 @@ class ZeroAdamW:
         self.master = own if own.dtype.itemsize >= 4 else own.float()
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
         self.part = self.PART[self.master.device.type]
+        # In fp32 where gradients are added up: over ranks, or over several backward passes.
         wide = self.master if ranks.size > 1 or backward_passes(cfg) > 1 else self.working
         self.grad = torch.zeros_like(own if self.stage == 2 else self.working, dtype=wide.dtype)
         once = backward_passes(cfg) == cfg.accumulate_grad_batches    # each micro-batch has one backward pass
@@ -2980,7 +2989,8 @@ def merge(
     base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], method: Method, scale: float = 1.0,
     held: Callable[[Tensor], Tensor] = lambda W: W,
 ) -> dict[str, Tensor]:
-    """The full model: W' = W_held + delta in fp32, rounded once to W's dtype; other trained parts as such.
+    """The full model: W' = held(left of W) + delta in fp32, rounded once to W's dtype, which is for PiSSA, with q what
+    quantising does, held(W - B0 A0) + B A = q(W - B0 A0) + B A; other trained parts as such.
 
     `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of what was
     left what training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is
