@@ -2,6 +2,7 @@
 
     python bench/gpu.py OUT                          # builds, tests, sanitizers, benchmarks: 25 minutes
     python bench/gpu.py OUT --minutes 9 --only build tests bench
+    python bench/gpu.py OUT --minutes 9 --only step learning --qa gsm8k_train.jsonl gsm8k_test.jsonl
     python bench/gpu.py OUT --list                   # what would be done, and what is missing; does nothing
 
 Into OUT, which need not exist: log.txt (all output), steps.json (what happened and how long it took) and the results,
@@ -56,12 +57,15 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-def steps(out: Path, commit: str) -> dict[str, Step]:
+def steps(out: Path, commit: str, qa: list[str] | None = None) -> dict[str, Step]:
+    """In the order of their worth. qa: files of questions, to train on and held out."""
     python, bench = sys.executable, record.ROOT / "bench"
+    into = ["--out", str(out), *(["--commit", commit] if commit else [])]
     run = f"import sys; sys.path[:0] = [{str(record.ROOT)!r}, {str(bench)!r}]\n"
     checker = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    measure = [python, str(bench / "wkv.py"), "--device", "cuda", "--out", str(out), "--minutes", "{minutes}",
-               *(["--commit", commit] if commit else [])]  # fmt: skip
+    measure = [python, str(bench / "wkv.py"), "--device", "cuda", "--minutes", "{minutes}", *into]
+    learning = [python, str(bench / "curves.py"), "--size", "large", "--minutes", "{minutes}", *into,
+                *(["--qa", qa[0], "--qa_held_out", qa[1]] if qa else [])]  # fmt: skip
     return {
         "machine": Step(["nvidia-smi"], "nvidia-smi", 60),
         "build": Step([python, "-c", run + BUILD], "", 600),
@@ -70,8 +74,9 @@ def steps(out: Path, commit: str) -> dict[str, Step]:
         "racecheck": Step([*checker, "racecheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
         "dequant": Step([python, str(bench / "dequant.py")], "", 150),
         "curve": Step([python, str(bench / "wkv_curve.py")], "", 240),
-        "memory": Step([python, str(bench / "vram.py"), "--out", str(out), *(["--commit", commit] if commit else [])],
-                       "", 400),
+        "memory": Step([python, str(bench / "vram.py"), *into], "", 400),
+        "step": Step([python, str(bench / "step.py"), "--quick", *into], "", 500),
+        "learning": Step(learning, "", 500, (3,)),
         "wkv6": Step([*measure, "--recurrence", "wkv6"], "", 240, (3,)),
         "bench": Step(measure, "", 0, (3,)),
     }
@@ -131,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("out", type=Path, help="folder for all that comes out")
     p.add_argument("--minutes", type=float, default=25, help="for everything")
     p.add_argument("--only", nargs="+", choices=list(steps(Path(), "")), help="these steps alone")
+    p.add_argument("--qa", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="questions for bench/curves.py, .jsonl")
     p.add_argument("--commit", default="", help="name of the sources where git does not tell")
     p.add_argument("--list", action="store_true", help="list the steps and what is missing")
     return p
@@ -140,13 +146,15 @@ def main(argv: list[str] | None = None) -> int:
     """Status 0 if every step that could run ended well."""
     args = parser().parse_args(argv)
     out, deadline = args.out.resolve(), time.monotonic() + 60 * args.minutes
-    todo = {name: step for name, step in steps(out, args.commit).items() if name in (args.only or [name])}
+    todo = {name: step for name, step in steps(out, args.commit, args.qa).items()
+            if name in (args.only or [name]) and (name != "learning" or args.qa)}
     if args.list:
         for name, step in todo.items():
             print(f"{name}: {missing(step) or 'can run'}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("wkv-cuda.json", "wkv6-cuda.json", "vram.json"):     # rows that are there are not measured again
+    # Rows that are there already are kept, and most of them not measured again.
+    for name in ("wkv-cuda.json", "wkv6-cuda.json", "vram.json", "step-cuda.json", "curves-large.json"):
         if not (out / name).exists() and (record.RESULTS / name).exists():
             shutil.copy(record.RESULTS / name, out)
     rows = []
