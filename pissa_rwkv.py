@@ -11,7 +11,7 @@ that matter most. In the end B A is added back, and the file is an ordinary mode
 
 The file follows a run; a section uses only what stands above it:
 
-     1 configuration    the options, once: default, help; the processes       Config, parse, Ranks
+     1 configuration    the options, once: default, help; processes         Config, parse, Ranks
      2 the operator     the memory as a recurrence, two kinds of it         wkv7_ref, wkv6_ref
      3 the model        time mixing, channel mixing, loading, detection     RWKV, TimeMix_x070, detect, fill
      4 frozen weights   how untrained matrices are held; nf4, int8          QUANT, FrozenLinear
@@ -20,7 +20,7 @@ The file follows a run; a section uses only what stands above it:
      7 loss             cross-entropy without all the logits; chunks        HeadLoss, batch_losses
      8 optimiser        AdamW on one flat buffer, shared out; schedules     ZeroAdamW, lr_at
      9 files            written whole or not at all; merging                save, merge
-    10 training         the loop, resuming, talking, the demonstration      build, train, generate, main
+    10 training         the loop, resuming, talking, --dry_run, demo        build, train, generate, main
 
 Names. Parameters are called as in the files of the RWKV world; locals bear the letters of the papers.
 
@@ -3921,6 +3921,9 @@ def talk(cfg: Config, given: set[str]) -> None:
             except Fatal as e:                                        # the model has no token for it
                 write(f" ({e})")
             write("\n\n" if watched else "\n")
+
+
+# ------------------------------------------------------- counting bytes without a device: --dry_run, --grad_cp auto
 
 
 class Peak(TorchDispatchMode):

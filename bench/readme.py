@@ -22,6 +22,7 @@ import merge
 import pissa_rwkv as P
 
 README, OPS_README = record.ROOT / "README.md", record.ROOT / "wkv7_cuda" / "README.md"
+CHINESE = record.ROOT / "README.zh.md"
 
 
 def demo() -> str:
@@ -551,6 +552,16 @@ TABLES = {
     README: (demo, options, sections, order, tutorial, which, ops, learning, svd, reliability, quants, qerror, int8,
              memory, levers, clients, sharing, ranks, efficiency, rank_kills, steps),
     OPS_README: (measured, curve),
+    CHINESE: (demo, learning, quants, which, steps, memory),
+}
+WORDS = {  # of these tables, in Chinese; longer ones first
+    "On a GPU: not yet measured.": "显卡上：尚未测量。", "not yet measured": "尚未测量", "not published": "未公布",
+    "| model, tokens |": "| 模型，行数 x token |", "times rwkv7-hf": "相对 rwkv7-hf", "times fla": "相对 fla",
+    "memory, GB": "内存，GB", "utilisation": "利用率", "| model |": "| 模型 |", "| published |": "| 公布 |",
+    "| predicted |": "| 预测 |", "of the published": "预测 / 公布", "measured on a GPU": "显卡实测",
+    "bits a weight": "每权重比特", "error, gaussian W": "误差（高斯 W）", "| what |": "| 说明 |",
+    "| needs |": "| 需要 |",
+    "what it is": "说明", " seconds. (": " 秒。（", ".)\n": "。）\n",
 }
 
 
@@ -562,7 +573,10 @@ def filled(path: Path) -> str:
         before, begin, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         assert begin and end, f"{path.name} has no place for {name}"
-        text = f"{before}{begin}{table()}\n{end}{after}"
+        made = table() + "\n"
+        for word, chinese in WORDS.items() if path == CHINESE else ():
+            made = made.replace(word, chinese)
+        text = f"{before}{begin}{made}{end}{after}"
     return text
 
 

@@ -19,14 +19,14 @@ sys.path.insert(0, str(ROOT / "bench"))
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-FILES = [ROOT / "README.md", ROOT / "wkv7_cuda" / "README.md"]
+FILES = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "wkv7_cuda" / "README.md"]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.name}")
 def test_tables_are_what_the_module_and_the_results_say(file):
     import readme
 
@@ -34,16 +34,21 @@ def test_tables_are_what_the_module_and_the_results_say(file):
     assert readme.filled(file) == file.read_text("utf-8"), "run `python bench/readme.py`"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.name}")
 def test_pictures_exist(file):
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", file.read_text("utf-8")):
         assert (file.parent / path).is_file()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.name}")
 def test_links_lead_somewhere(file):
     for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", file.read_text("utf-8")):
         assert (file.parent / path).exists()
+
+
+def test_both_languages_have_the_same_commands_and_sections():
+    chinese = (ROOT / "README.zh.md").read_text("utf-8")
+    assert blocks("bash", chinese) == blocks("bash") and chinese.count("\n## ") == README.count("\n## ")
 
 
 def test_the_ten_lines_of_pissa():
