@@ -217,8 +217,8 @@ def repeats(plan: Plan, rows: list[dict]) -> list[Job]:
     jobs = []
     for seed in range(plan.size.seeds):
         for name in plan.methods:
-            rates = [best_rate(rows, name)] + [best_rate(rows, EQUAL)] * (EQUAL in swept)
-            jobs += [job for lr in dict.fromkeys(rates) if (job := Job(name, lr, seed)) not in done]
+            rates = {best_rate(rows, x): 0 for x in (name, EQUAL) if x in swept}
+            jobs += [job for lr in rates if (job := Job(name, lr, seed)) not in done]
     return jobs
 
 
@@ -318,7 +318,7 @@ def in_turn(plan: Plan, deadline: float, jobs: list[Job], args: argparse.Namespa
 KEY = ("size", "name", "lr", "seed", "rank", "steps", "base_steps", "text", "data", "base")
 
 
-def main(argv: list[str] | None = None) -> int:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="NAME")
@@ -336,13 +336,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.size == "large" and not args.qa:
         parser.error("--size large learns questions: --qa FILE.jsonl names them, such as the train.jsonl of GSM8K,"
                      " which has a question and an answer in each line")
-    began = time.time()
     args.folder = args.folder or Path("out/curves-quick" if args.quick else "out/curves")
-    out = args.out or (args.folder if args.quick else record.RESULTS)
+    args.out = args.out or (args.folder if args.quick else record.RESULTS)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, began = arguments(argv), time.time()
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     now = record.circumstances(device, args.commit)
-    path, deadline = out / f"curves-{args.size}.json", began + 60 * args.minutes
+    path, deadline = args.out / f"curves-{args.size}.json", began + 60 * args.minutes
     plan, base = planned(args, device)
     row = plan.about | pretrain(base) | now
     record.update(path, [row], KEY)
