@@ -313,6 +313,8 @@ def in_turn(plan: Plan, deadline: float, jobs: list[Job], args: argparse.Namespa
         return
     with multiprocessing.get_context("spawn").Pool(args.jobs, torch.set_num_threads, (args.threads,)) as pool:
         yield from pool.imap_unordered(one, jobs)
+        pool.close()
+        pool.join()                                                   # (they tidy up; leaving the block ends them)
 
 
 KEY = ("size", "name", "lr", "seed", "rank", "steps", "base_steps", "text", "data", "base")
