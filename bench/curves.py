@@ -1,6 +1,6 @@
 """What PiSSA's start is worth: its loss curves beside LoRA's and full fine-tuning's -> bench/results/curves-<size>.json
 
-    python bench/curves.py                          # about 75 minutes on one CPU thread; --quick: a few, and no results
+    python bench/curves.py                          # about an hour on one CPU thread; --quick: a few minutes, no results
     python bench/curves.py --size large --qa QUESTIONS.jsonl --minutes 8                          # needs a GPU
 
 small: a byte-level base of 3 layers that read English prose (pydoc_data.topics) learns Python code (the standard
@@ -32,7 +32,7 @@ import sysconfig
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -305,14 +305,14 @@ def attempt(plan: Plan, deadline: float, job: Job) -> dict | None:
     return silently(run, plan, job) if time.time() < deadline else None
 
 
-def in_turn(plan: Plan, deadline: float, jobs: list[Job], args: argparse.Namespace) -> Iterator[dict | None]:
-    """Their rows, as they come; from one process, or several."""
-    one = partial(attempt, plan, deadline)
+@contextlib.contextmanager
+def workers(args: argparse.Namespace) -> Iterator[Callable]:
+    """A `map` that gives results as they come; from this process, or from several."""
     if args.jobs == 1:
-        yield from map(one, jobs)
+        yield map
         return
     with multiprocessing.get_context("spawn").Pool(args.jobs, torch.set_num_threads, (args.threads,)) as pool:
-        yield from pool.imap_unordered(one, jobs)
+        yield pool.imap_unordered
         pool.close()
         pool.join()                                                   # (they tidy up; leaving the block ends them)
 
@@ -356,24 +356,28 @@ def main(argv: list[str] | None = None) -> int:
     plan.about |= {"base": row["base"]}
     mine = plan.about | {"machine": now["machine"]}
     rows = [r for r in record.load(path) if all(r.get(k) == v for k, v in mine.items()) and r["name"] != "base"]
+    with workers(args) as each:
+        left = rounds(plan, rows, path, now, deadline, each)
+    print(table(rows))
+    print(f"out of time: run again, with the same --folder, for what is left ({left} of this round)" if left else path)
+    return 3 if left else 0
+
+
+def rounds(plan: Plan, rows: list[dict], path: Path, now: dict, deadline: float, each: Callable) -> int:
+    """Makes all runs that have no row yet, and adds their rows. Returns how many are left when the time is over."""
     made, start = 0, time.time()
     while jobs := (first := sweep(plan, rows)) or repeats(plan, rows):
         later = 2 * (plan.size.seeds - 1) * len(plan.methods) if first else 0
-        for i, found in enumerate(in_turn(plan, deadline, jobs, args), 1):
+        for i, found in enumerate(each(partial(attempt, plan, deadline), jobs)):
             if found is None:
-                print(table(rows))
-                print(f"out of time: run again, with the same --folder, for what is left ({len(jobs) - i + 1} of this"
-                      " round)")
-                return 3
+                return len(jobs) - i
             row, made = plan.about | found | now, made + 1
             record.update(path, [row], KEY)
             rows.append(row)
-            left, pace = len(jobs) - i + later, (time.time() - start) / made
+            left, pace = len(jobs) - i - 1 + later, (time.time() - start) / made
             print(f"{found['name']:<14} lr {found['lr']:<8g} seed {found['seed']}: held out {found['before']:.4f} ->"
                   f" {found['after'] or math.nan:.4f}{', ' * bool(found['failed'])}{found['failed']};"
                   f" {found['seconds']:.0f} s, {left} left, about {left * pace / 60:.0f} minutes", flush=True)
-    print(table(rows))
-    print(path)
     return 0
 
 
