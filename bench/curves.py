@@ -1,6 +1,6 @@
 """What PiSSA's start is worth: its loss curves beside LoRA's and full fine-tuning's -> bench/results/curves-<size>.json
 
-    python bench/curves.py                          # about an hour on one CPU thread; --quick: a few minutes, no results
+    python bench/curves.py                           # about an hour on one CPU thread; --quick: minutes, no results
     python bench/curves.py --size large --qa QUESTIONS.jsonl --minutes 8                          # needs a GPU
 
 small: a byte-level base of 3 layers that read English prose (pydoc_data.topics) learns Python code (the standard

@@ -171,7 +171,7 @@ def learning() -> str:
     for name, s in found.items():
         at = [f"{s[which]['mean']:.4f} ± {s[which]['sd']:.4f}" for which in ("best", "equal")]
         lines.append(f"| {NAMED[name]} | {s['trained']:,} | {s['best']['lr']:g} | {' | '.join(at)} |"
-                     f" {s['equal']['norm10']:.2g} |")
+                     f" {s['equal']['norm10']:.2f} |")
     rates = sorted({lr for s in found.values() for lr in s["sweep"]})
     swept = ["| method | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---" * (len(rates) + 1) + "|"]
     for name, s in found.items():

@@ -398,7 +398,7 @@ def test_the_summary_and_what_readme_makes_of_it(stubbed, tmp_path):
         assert equal["mean"] == pytest.approx(1.2 + power - 2)
         assert (best["norm10"], best["norm100"]) == (5.0, 2.0)
     text = readme.learning()
-    assert "| LoRA | 5 | 0.128 | 1.2000 ± 0.1581 | 7.2000 ± 0.1581 | 5 |\n" in text
+    assert "| LoRA | 5 | 0.128 | 1.2000 ± 0.1581 | 7.2000 ± 0.1581 | 5.00 |\n" in text
     assert "| LoRA |  |  | 8.000 | 7.000 | 6.000 | 5.000 | 4.000 | 3.000 | 2.000 | **1.000** | 2.000 |\n" in text
     assert "PiSSA beats LoRA with 5 of 5 seeds at the equal rate, with 0 of 5 each at its best." in text
     pytest.importorskip("matplotlib")
