@@ -198,8 +198,9 @@ def versus(found: dict) -> str:
             continue
         counts = []
         for which in ("equal", "best"):
-            ours, other = ({r["seed"]: r["after"] for r in found[name][which]["runs"]} for name in pair)
-            counts.append(f"{sum(ours[seed] < other[seed] for seed in ours)} of {len(ours)}")
+            ours, other = ({r["seed"]: r["after"] or torch.inf for r in found[name][which]["runs"]} for name in pair)
+            seeds = ours.keys() & other
+            counts.append(f"{sum(ours[seed] < other[seed] for seed in seeds)} of {len(seeds)}")
         parts.append(f"{NAMED[pair[0]]} beats {NAMED[pair[1]]} with {counts[0]} seeds at the equal rate, with"
                      f" {counts[1]} each at its best")
     return "; ".join(parts) + "."
@@ -497,7 +498,9 @@ def loss_picture() -> None:
     equal.set(title=f"training loss, all at the rate {shown:g}", xlabel="step", ylabel="nats per byte")
     best.set(title="training loss, each at its own best rate", xlabel="step", ylabel="nats per byte")
     norms.set(title=f"norm of the gradient, rate {shown:g}", xlabel="step", yscale="log")
+    norms.yaxis.get_major_locator().set_params(subs=(1, 3))
     norms.yaxis.set_major_formatter("{x:g}")
+    norms.yaxis.set_minor_formatter("")
     sweep.set(title="held-out loss against the learning rate", xlabel="learning rate", ylabel="nats per byte",
               xscale="log")
     sweep.xaxis.set_major_formatter("{x:g}")
@@ -513,7 +516,7 @@ def loss_picture() -> None:
     figure.savefig(record.RESULTS / "loss.svg", metadata={"Date": None})
 
 
-def band(ax, runs: list[dict], what: str, smooth: int = 5, **look) -> None:
+def band(ax, runs: list[dict], what: str, smooth: int = 10, **look) -> None:
     """A figure of every step, a running mean of it: the mean over runs, and one standard deviation to both sides."""
     x = torch.tensor([r[what] for r in runs if r["after"]]).unfold(1, smooth, 1).mean(-1)  # (seeds,steps)
     steps, mean, sd = torch.arange(x.shape[1]) + smooth // 2, x.mean(0), x.std(0)
