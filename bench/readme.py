@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
+import curves
 import record
 import scaling
 import torch
@@ -208,7 +209,7 @@ def wkv_error(row: dict) -> str:
 
 
 def wkv_caption(path: str) -> str:
-    device, rows = curves()
+    device, rows = wkv_curves()
     if not rows:
         return "No picture yet: `python bench/wkv.py` measures it."
     return (f"![Time of forward and backward against the number of tokens, one line per operator]({path})\n\n"
@@ -217,7 +218,7 @@ def wkv_caption(path: str) -> str:
             f"{sources(rows)[1:-1]}*")  # fmt: skip
 
 
-def curves() -> tuple[str, list[dict]]:
+def wkv_curves() -> tuple[str, list[dict]]:
     """The device of the picture, a GPU if there is one, and its rows: B = 1, one number of heads, every T."""
     for device in ("cuda", "cpu"):
         rows = [r for r in wkv_rows(device) if not r["regime"] and not r["failed"]
@@ -236,18 +237,55 @@ def sources(rows: list[dict]) -> str:
             f"{dates}.)")  # fmt: skip
 
 
+def learnt() -> list[dict]:
+    """The runs of `bench/curves.py` that belong together: on the small size's last base."""
+    rows = record.read("curves-small")
+    return [r for r in rows if r["base"] == rows[-1]["base"] and r["name"] != "base"]
+
+
 def learning() -> str:
-    rows = record.read("pissa_vs_lora")
-    rates = sorted({r["lr"] for r in rows if r["method"] in ("pissa", "lora")})
-    after = {(r["method"], r["lr"]): r["after"] for r in rows}
-    lines = ["| learning rate | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---" * (len(rates) + 1) + "|"]
-    for method, name in (("pissa", "PiSSA"), ("lora", "LoRA")):
-        cells = [f"{after[method, lr]:.3f}" for lr in rates]
-        best = min(range(len(cells)), key=lambda i: cells[i])
+    """Every method at its own best rate and at the one for all; what the sweep found."""
+    rows = learnt()
+    found = {name: s for name, s in curves.summary(rows).items() if "equal" in s}
+    equal = found[curves.EQUAL]["equal"]["lr"]
+    lines = ["| method | trained numbers | best rate | held-out loss at it | held-out loss at the equal rate,"
+             f" {equal:g} | norm of the gradient there, steps 1 to 10 |", "|---|---|---|---|---|---|"]
+    for name, s in found.items():
+        at = [f"{s[which]['mean']:.4f} ± {s[which]['sd']:.4f}" for which in ("best", "equal")]
+        lines.append(f"| {NAMED[name]} | {s['trained']:,} | {s['best']['lr']:g} | {' | '.join(at)} |"
+                     f" {s['equal']['norm10']:.2f} |")
+    rates = sorted({lr for s in found.values() for lr in s["sweep"]})
+    swept = ["| method | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for name, s in found.items():
+        cells = [f"{s['sweep'][lr]:.3f}" if lr in s["sweep"] else "" for lr in rates]
+        best = rates.index(s["best"]["lr"])
         cells[best] = f"**{cells[best]}**"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    before = next(r["before"] for r in rows if r["method"] == "pissa")
-    return "\n".join(lines) + f"\n\nThe base has {before:.3f}. {source(rows)}"
+        swept.append(f"| {NAMED[name]} | " + " | ".join(cells) + " |")
+    first, seeds = rows[0], found[curves.EQUAL]["equal"]["n"]
+    return ("\n".join(lines) + f"\n\nMean ± standard deviation over {seeds} seeds; the base has"
+            f" {found['pissa']['before']:.4f}. {versus(found)}\n\nThe sweep, with one seed:\n\n" + "\n".join(swept)
+            + f"\n\nNats per byte after {first['steps']} steps of {first['micro_bsz']} rows of {first['ctx_len']}"
+            f" bytes, rank {first['rank']}. `python bench/curves.py`; {source(rows)[1:-1]}")
+
+
+NAMED = {"full": "all weights", "pissa": "PiSSA", "lora": "LoRA", "pissa nf4 T=1": "QPiSSA, nf4, T = 1",
+         "pissa nf4 T=5": "QPiSSA, nf4, T = 5", "lora nf4": "QLoRA, nf4", "bone": "Bone"}  # fmt: skip
+
+
+def versus(found: dict) -> str:
+    """In how many seeds PiSSA's start beats LoRA's, whose runs had the same data in the same order."""
+    parts = []
+    for pair in (("pissa", "lora"), ("pissa nf4 T=1", "lora nf4"), ("pissa nf4 T=5", "lora nf4")):
+        if not found.keys() >= set(pair):
+            continue
+        counts = []
+        for which in ("equal", "best"):
+            ours, other = ({r["seed"]: r["after"] or torch.inf for r in found[name][which]["runs"]} for name in pair)
+            seeds = ours.keys() & other
+            counts.append(f"{sum(ours[seed] < other[seed] for seed in seeds)} of {len(seeds)}")
+        parts.append(f"{NAMED[pair[0]]} beats {NAMED[pair[1]]} with {counts[0]} seeds at the equal rate, with"
+                     f" {counts[1]} each at its best")
+    return "; ".join(parts) + "."
 
 
 def svd() -> str:
@@ -592,25 +630,49 @@ def pyplot():
 
 
 def loss_picture() -> None:
-    """loss.svg: every step's loss of PiSSA and LoRA at one learning rate; held-out loss against the learning rate."""
-    rows = [r for r in record.read("pissa_vs_lora") if r["method"] in ("pissa", "lora")]
-    style = {"pissa": dict(color="#c0392b", label="PiSSA"), "lora": dict(color="#2c6fbb", label="LoRA")}
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
-    for r in rows:
-        if r["lr"] == SHOWN_RATE:
-            left.plot(r["losses"], **style[r["method"]])
-    left.set(xlabel="step", ylabel="training loss (nats per byte)", title=f"rank 8, learning rate {SHOWN_RATE:g}")
-    for method, look in style.items():
-        points = sorted((r["lr"], r["after"]) for r in rows if r["method"] == method)
-        right.plot(*zip(*points, strict=True), marker="o", **look)
-    right.set(xscale="log", xlabel="learning rate", ylabel="nats per byte", title="held-out loss after 60 steps")
-    for axes in (left, right):
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
+    """loss.svg: losses and gradient norms of every step at the equal rate, losses at each one's best, means over the
+    seeds with a band of one standard deviation; and the sweep."""
+    found = {name: s for name, s in curves.summary(learnt()).items() if name in LOOK and "equal" in s}
+    figure, axes = pyplot().subplots(2, 2, figsize=(9, 6), constrained_layout=True)
+    (equal, best), (norms, sweep) = axes
+    shown = found[curves.EQUAL]["equal"]["lr"]
+    for ax, which, what in ((equal, "equal", "losses"), (best, "best", "losses"), (norms, "equal", "grad_norms")):
+        for name, s in found.items():
+            band(ax, s[which]["runs"], what, **LOOK[name])
+    equal.set(title=f"training loss, all at the rate {shown:g}", xlabel="step", ylabel="nats per byte")
+    best.set(title="training loss, each at its own best rate", xlabel="step", ylabel="nats per byte")
+    norms.set(title=f"norm of the gradient, rate {shown:g}", xlabel="step", yscale="log")
+    norms.yaxis.get_major_locator().set_params(subs=(1, 3))
+    norms.yaxis.set_major_formatter("{x:g}")
+    norms.yaxis.set_minor_formatter("")
+    sweep.set(title="held-out loss against the learning rate", xlabel="learning rate", ylabel="nats per byte",
+              xscale="log")
+    sweep.xaxis.set_major_formatter("{x:g}")
+    best.sharey(equal)
+    for name, s in found.items():
+        there = {lr: loss for lr, loss in s["sweep"].items() if loss < s["before"]}
+        sweep.plot(*zip(*there.items(), strict=True), **LOOK[name])
+        sweep.plot(s["best"]["lr"], s["sweep"][s["best"]["lr"]], marker="o", color=LOOK[name]["color"])
+    sweep.axvline(shown, color="#bbbbbb", linewidth=1, linestyle=":")
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(*equal.get_legend_handles_labels(), loc="outside lower center", ncols=len(found), frameon=False)
     figure.savefig(record.RESULTS / "loss.svg", metadata={"Date": None})
 
 
-SHOWN_RATE = 2e-3
+def band(ax, runs: list[dict], what: str, smooth: int = 10, **look) -> None:
+    """A figure of every step, a running mean of it: the mean over runs, and one standard deviation to both sides."""
+    x = torch.tensor([r[what] for r in runs if r["after"]]).unfold(1, smooth, 1).mean(-1)  # (seeds,steps)
+    steps, mean, sd = torch.arange(x.shape[1]) + smooth // 2, x.mean(0), x.std(0)
+    ax.plot(steps, mean, **look)
+    ax.fill_between(steps, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
+
+
+LOOK = {"full": dict(color="#777777", label="all weights"), "lora": dict(color="#2c6fbb", label="LoRA"),
+        "lora nf4": dict(color="#2c6fbb", linestyle="--", label="QLoRA"),
+        "pissa": dict(color="#c0392b", label="PiSSA"),
+        "pissa nf4 T=1": dict(color="#c0392b", linestyle="--", label="QPiSSA-1"),
+        "pissa nf4 T=5": dict(color="#e67e22", linestyle="--", label="QPiSSA-5")}  # fmt: skip
 
 
 PARTS = {"weights": "#2c6fbb", "optimiser": "#27ae60", "activations": "#e67e22", "other": "#bbbbbb"}
@@ -659,7 +721,7 @@ COLOURS = {"torch": "#888888", "chunk": "#2c6fbb", "cpu": "#c0392b", "cuda": "#c
 
 def wkv_picture() -> None:
     """wkv.svg: time of forward + backward against T, both logarithmic; a line per operator, and the floor."""
-    _, rows = curves()
+    _, rows = wkv_curves()
     if not rows:
         return
     figure, axes = pyplot().subplots(figsize=(7, 4.2), constrained_layout=True)

@@ -18,6 +18,7 @@ from wkv7_cuda import build
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
+import curves  # noqa: E402
 import gpu  # noqa: E402
 import readme  # noqa: E402
 import record  # noqa: E402
@@ -415,3 +416,103 @@ def test_the_picture_for_readers(tmp_path, monkeypatch):
     first = drawings.reading_picture(W).read_bytes()
     assert first.startswith(b"<?xml") and first.count(b"<image") == 10 and len(first) < 150_000
     assert drawings.reading_picture(W).read_bytes() == first
+
+
+# ---------------------------------------------------------------------------------------------- PiSSA beside LoRA
+
+BEST_POWER = {"full": 2, "pissa": 4, "lora": 8}  # lora's is beyond its first range, at whose edge the 7th is
+
+
+def made_up(plan, job):
+    """A run whose loss is best at a rate of the method's own, and differs a little by seed."""
+    off = abs(torch.log2(torch.tensor(job.lr / curves.rate(BEST_POWER[job.name]))).item())
+    return {**job._asdict(), "trained": 5, "before": 9.0, "after": 1 + off + 0.1 * job.seed, "failed": "",
+            "losses": [3.0 - 0.01 * i - 0.1 * job.seed for i in range(100)], "grad_norms": [5.0] * 10 + [2.0] * 90,
+            "seconds": 1.0}  # fmt: skip
+
+
+@pytest.fixture
+def stubbed(tmp_path, monkeypatch):
+    """The command with made-up runs, and the jobs that were run; the one of number die_at ends it."""
+    jobs, dies = [], []
+
+    def run(plan, job):
+        if [len(jobs)] == dies:
+            raise KeyboardInterrupt
+        jobs.append(job)
+        return made_up(plan, job)
+
+    def command(*options, die_at=-1):
+        dies[:] = [die_at]
+        return curves.main(["--methods", *BEST_POWER, "--folder", str(tmp_path / "f"), "--out", str(tmp_path),
+                            *options])  # fmt: skip
+
+    monkeypatch.setattr(curves, "run", run)
+    monkeypatch.setattr(curves, "pretrain", lambda cfg: {"name": "base", "trained": 9, "after": 1.0, "base": "abc"})
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    threads = torch.get_num_threads()
+    yield command, jobs
+    torch.set_num_threads(threads)
+
+
+def test_rates_are_swept_until_no_best_is_at_an_edge_and_killed_runs_go_on(stubbed, tmp_path, capsys):
+    command, jobs = stubbed
+    with pytest.raises(KeyboardInterrupt):
+        command(die_at=25)
+    assert command("--minutes", "0") == 3 and len(jobs) == 25 and "out of time" in capsys.readouterr().out
+    assert command() == 0
+    assert len(set(jobs)) == len(jobs)                                # nothing was run twice
+    rates = {name: sorted(job.lr for job in jobs if job.name == name and job.seed == 0) for name in BEST_POWER}
+    assert rates == {name: [curves.rate(p) for p in powers] for name, powers in
+                     {"full": range(-1, 6), "pissa": range(7), "lora": range(1, 10)}.items()}  # fmt: skip
+    for name, power in BEST_POWER.items():
+        others = {(job.lr, job.seed) for job in jobs if job.name == name and job.seed > 0}
+        assert others == {*itertools.product({curves.rate(power), curves.rate(2)}, range(1, 5))}
+    assert command() == 0 and len(set(jobs)) == len(jobs) == 23 + 20  # complete: nothing is left to run
+    assert command("--text", __file__, "--minutes", "0") == 3         # another text is another measurement
+    jobs.clear()
+    assert command("--text", __file__, "--methods", "pissa") == 0     # no rate for all without full fine-tuning
+    assert {(job.name, job.lr) for job in jobs if job.seed} == {("pissa", curves.rate(4))}
+
+
+def test_the_summary_and_what_readme_makes_of_it(stubbed, tmp_path):
+    command, _ = stubbed
+    command()
+    found = curves.summary(readme.learnt())
+    assert [*found] == ["full", "pissa", "lora"] and found["full"]["equal"]["lr"] == curves.rate(2) == 0.002
+    for name, power in BEST_POWER.items():
+        best, equal = found[name]["best"], found[name]["equal"]
+        assert best["lr"] == curves.rate(power) and best["n"] == equal["n"] == 5
+        assert best["mean"] == pytest.approx(1.2) and best["sd"] == pytest.approx(0.025**0.5)
+        assert equal["mean"] == pytest.approx(1.2 + power - 2)
+        assert (best["norm10"], best["norm100"]) == (5.0, 2.0)
+    text = readme.learning()
+    assert "| LoRA | 5 | 0.128 | 1.2000 ± 0.1581 | 7.2000 ± 0.1581 | 5.00 |\n" in text
+    assert "| LoRA |  |  | 8.000 | 7.000 | 6.000 | 5.000 | 4.000 | 3.000 | 2.000 | **1.000** | 2.000 |\n" in text
+    assert "PiSSA beats LoRA with 5 of 5 seeds at the equal rate, with 0 of 5 each at its best." in text
+    pytest.importorskip("matplotlib")
+    readme.loss_picture()
+    assert (tmp_path / "loss.svg").stat().st_size > 9999
+
+
+def test_a_run_that_diverges_has_no_loss_after_and_is_no_best():
+    rows = [{"name": "pissa", "lr": lr, "seed": 0, "trained": 5, "before": 9.0, "after": after, "grad_norms": [1, None]}
+            for lr, after in ((1e-3, 4.0), (2e-3, 3.0), (4e-3, None))]
+    assert curves.best_rate(rows, "pissa") == 2e-3 and "inf" in curves.table(rows)
+    assert "equal" not in curves.summary(rows)["pissa"]
+
+
+def test_one_real_run(tmp_path):
+    """Of a tiny base, through the module: its row has what it trained and every step's figures."""
+    args = ["--methods", "full", "pissa", "--quick", "--folder", str(tmp_path)]
+    plan, base = curves.planned(curves.arguments(args), "cpu")
+    tiny = dict(n_embd=64, n_layer=1, val_split=0.001, micro_bsz=2, ctx_len=32)
+    row = curves.pretrain(curves.replace(base, **tiny))
+    assert curves.pretrain(curves.replace(base, **tiny)) == row       # it is there already
+    plan.common = curves.replace(plan.common, micro_bsz=2, ctx_len=32, val_split=0.0005)
+    found = curves.silently(curves.run, plan, curves.Job("pissa", 1e-2, 0))
+    assert len(found["losses"]) == len(found["grad_norms"]) == 6 and found["failed"] == ""
+    assert found["adapters"] == 8 * (4 * (64 + 64) + 2 * (64 + 256)) and found["after"] < found["before"]
+    assert found["trained"] == found["adapters"] + 2 * 64 * 5         # ln0 ln1 ln2 ln_x ln_out
+    again = curves.silently(curves.run, plan, curves.Job("pissa", 1e-2, 1))
+    assert again["losses"] != found["losses"] and again["before"] == pytest.approx(found["before"], abs=1e-4)
