@@ -598,7 +598,10 @@ WORDS = {  # of these tables, in Chinese; longer ones first
     "memory, GB": "内存，GB", "utilisation": "利用率", "| model |": "| 模型 |", "| published |": "| 公布 |",
     "| predicted |": "| 预测 |", "of the published": "预测 / 公布", "measured on a GPU": "显卡实测",
     "bits a weight": "每权重比特", "error, gaussian W": "误差（高斯 W）", "| what |": "| 说明 |",
-    "| needs |": "| 需要 |",
+    "| needs |": "| 需要 |", "| method |": "| 方法 |", "trained numbers": "训练的参数", "best rate": "最佳学习率",
+    "held-out loss at it": "此时的留出损失", "held-out loss at the equal rate, ": "统一学习率下的留出损失，",
+    "norm of the gradient there, steps 1 to 10": "此时前 10 步的梯度范数", "all weights": "全部参数",
+    "The sweep, with one seed:": "扫学习率（一个种子）：",
     "what it is": "说明", " seconds. (": " 秒。（", ".)\n": "。）\n",
 }
 
