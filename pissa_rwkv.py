@@ -1889,7 +1889,7 @@ def add_adapters(
     if unsplit:
         say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
-    if any(error for error, *_ in shares.values()):
+    if QUANT[cfg.quant].lossy and shares:
         say(f"{cfg.peft}, quant {cfg.quant}: what the start is off by, |W - W'| / |W| by type, in brackets if W itself"
             " were quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
@@ -2056,7 +2056,8 @@ def read_lines(path: str, fields: tuple[str, ...]) -> Iterator[list[str]]:
         absent = [f for f in fields if not isinstance(row, dict) or not isinstance(row.get(f), str)]
         if absent:
             has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-            raise Fatal(f"{path}: line {number} has no text in field {absent[0]!r}; {has} (--sft_fields)")
+            remedy = "--data_type sft --sft_fields names two" if fields == ("text",) else "--sft_fields names others"
+            raise Fatal(f"{path}: line {number} has no text in field {absent[0]!r}; {has}; {remedy}")
         yield [row[f] for f in fields]
 
 

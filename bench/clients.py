@@ -43,7 +43,7 @@ LAYERS, C, V, TOKENS = 4, 256, 65536, 48      # web-rwkv divides by zero below 4
 def random_base(version: str, path: Path) -> None:
     """A new model in which no weight is left as special as it was drawn, in bf16 like the files that are released."""
     arch = P.new_arch(P.Config(version=version, n_layer=LAYERS, n_embd=C, vocab_size=V))
-    model = P.RWKV(arch, P.load_wkv(version, arch.head_size, "torch", "cpu"), False)
+    model = P.RWKV(arch, P.load_wkv(version, arch.head_size, "torch", "cpu"))
     with torch.no_grad():
         for name, t in model.initialise().state_dict().items():
             t.add_(torch.randn_like(t), alpha=1.0 if name == "emb.weight" else C**-0.5)
@@ -68,7 +68,7 @@ def reference(folder: Path, version: str, tokens: list[int]) -> Tensor:
     tensors = P.read_pth(folder / "model.pth", "model.pth")
     arch = P.detect(tensors, "model.pth")
     with torch.device("meta"):
-        model = P.RWKV(arch, P.load_wkv(version, arch.head_size, "torch", "cpu"), False)
+        model = P.RWKV(arch, P.load_wkv(version, arch.head_size, "torch", "cpu"))
     P.fill(model, tensors, "model.pth", "cpu", torch.float64)
     with torch.no_grad():
         return model(torch.tensor([tokens]))[0][0] @ model.head.weight.T

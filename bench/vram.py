@@ -69,7 +69,8 @@ MODELS = {
 QUANTS = ("none", "int8", "nf4")
 STEPS = 4
 LEVERS = {  # what a setting is called -> the options that make it; from "all saved" to the defaults and beyond
-    "no checkpointing": {"grad_cp": "0"},
+    "nothing computed again": {"grad_cp": "0"},
+    "all but products computed again": {"grad_cp": "products"},
     "the defaults": {},
     "embedding left in the file": {"emb_on_cpu": True},
     "double quantisation": {"quant": "nf4dq"},
