@@ -3339,8 +3339,9 @@ def build(cfg: Config) -> Run | None:
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
     model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
+    first, loss_scale = cfg.epoch_begin * epoch_steps, 2.0**16 if dtype == torch.float16 else 1.0  # (torch's first)
     run = Run(cfg, ranks, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters,
-              epoch_steps, step=cfg.epoch_begin * epoch_steps, loss_scale=2.0**16 if dtype == torch.float16 else 1.0)
+              epoch_steps, step=first, loss_scale=loss_scale, scaled_at=first)
     if state:
         restore(run, path, state, described)
     return run
