@@ -157,13 +157,15 @@ def is_within(x: float, interval: str) -> bool:
 def in_words(interval: str) -> str:
     low, high = interval[1:-1].split(",")
     lower = f"a number {'from' if interval[0] == '[' else 'above'} {low}"
-    return lower + (" on" if high == "inf" else f" to {'below ' * (interval[-1] == ')')}{high}")
+    if high == "inf":
+        return lower + " on" * (interval[0] == "[") + ", and finite"
+    return f"{lower} to {'below ' * (interval[-1] == ')')}{high}"
 
 
 @dataclass
 class Config:
-    """What one run does. An empty string or 0 means what stands behind the semicolon of a help: mostly that it is taken
-    from the base file, the data or the machine; without one it means none."""
+    """What one run does. An empty string or 0 means mostly what stands behind the semicolon of a help: that it is taken
+    from the base file, the data or the machine."""
 
     # the base model
     load_model: str = opt("", "base model, a .pth of RWKV-7, 6 or 5; without one, --peft none pretrains a new model")
@@ -234,7 +236,7 @@ class Config:
     dist_timeout: float = opt(600.0, "seconds after which a process that does not answer ends the run")
     precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
     op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk or torch; the fastest that is there")
-    grad_cp: str = opt("1", "what backward finds: 1 each block's input, products, 0 all, or auto: as much as fits")
+    grad_cp: str = opt("1", "kept for backward: 1 a block's input, products these too, 0 all; auto: most that fits")
     compile: bool = opt(False, "torch.compile: faster steps, the first of which takes a minute longer")
     emb_on_cpu: bool = opt(False, "leave the embedding in its file and fetch the rows of each micro-batch")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
@@ -252,7 +254,7 @@ class Config:
     chat: bool = opt(False, "talk to load_model, or to it with adapter_load: a line is a question, /exit ends")
     wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`); WANDB_MODE=offline needs no network")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
-    vram_gb: float = opt(0.0, "dry_run: size of the card to fill, in 10^9 bytes; that of the GPU at hand")
+    vram_gb: float = opt(0.0, "dry_run, grad_cp auto: 10^9 bytes that may be filled; what is free on the GPU")
 
 
 JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
@@ -328,6 +330,7 @@ def parse(argv: list[str]) -> Config:
         if given["op"] not in ("", "fla"):
             raise Fatal(f"--fla is short for --op fla, and --op {given['op']} is given too: give one of them")
         given["op"] = "fla"
+    given["grad_cp"] = {"true": "1", "false": "0"}.get(given["grad_cp"].lower(), given["grad_cp"])
     given["peft"] = {"disha": "bone"}.get(given["peft"], given["peft"])  # RWKV-PEFT renamed it
     for f in fields(Config):
         if isinstance(f.default, tuple) and len(words := given[f.name]) == 1 and words[0].startswith("["):
@@ -560,7 +563,8 @@ def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
     for op in (o for o in FASTEST_FIRST[device] if o in ops):
         try:
             wkv = ops[op]()
-            say(f"WKV operator: {op}")
+            if ready:
+                say(f"WKV operator: {op}")
             return wkv
         except wkv7_cuda.BuildError as e:
             say(f"no WKV operator {op}: {e}; taking the next one, which is slower")
@@ -967,7 +971,8 @@ def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
 
 
 def if_costly(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """Keeps what the operator gave, and sums of C products or more: those with a block's matrices."""
+    """Keeps what the operator gave, and sums of C products or more: those with a block's matrices, and the first of
+    two thin ones, which are short."""
     wide = op is torch.ops.aten.mm.default and inputs[0].shape[1] >= C
     costly = wide or op.name().startswith("pissa_rwkv::wkv")
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
@@ -2433,7 +2438,8 @@ class Loader:
         for start, stop in self.mask(b"".join(pieces), self.cfg):
             learnt |= (begins < stop) & (ends > start)
         if not learnt[1:].any():
-            self.learnt_whole.add(document)
+            if len(tokens) > 1:
+                self.learnt_whole.add(document)
             learnt[:] = True
         return learnt
 
@@ -2471,7 +2477,7 @@ class Loader:
         return (f"{len(length):,} documents, {length.sum():,} tokens, {self.pass_rows:,} rows a pass ({self.sampler}),"
                 f" {share:.1%} of the targets learnt"
                 + (f"; {single:,} documents of one token skipped" if single else "")
-                + (f"; {len(self.learnt_whole):,} documents have nothing for --loss_mask and are learnt whole"
+                + (f"; {len(self.learnt_whole):,} documents, or more, have nothing for --loss_mask and are learnt whole"
                    if self.learnt_whole else ""))
 
 
@@ -2903,7 +2909,10 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
 def make_older(path: Path, older: Path) -> None:
     """Calls a file `older`, by a second name, so that there always is one called `path`; by a new name, where the disk
     knows no second ones."""
+    if older.exists() and older.samefile(path):                       # (killed after this, before `path` was renewed)
+        return
     link = older.with_name(f".{older.name}.{os.getpid()}.link")
+    link.unlink(missing_ok=True)
     try:
         os.link(path, link)
     except OSError:
@@ -3169,7 +3178,8 @@ def check(cfg: Config) -> None:
         if isinstance(value, (int, float)) and not is_within(value, within):
             raise Fatal(f"--{f.name} {value}: {in_words(within)} is wanted")
     check_together(cfg)
-    hint(cfg)
+    if not cfg.chat:
+        hint(cfg)
 
 
 def check_choices(cfg: Config) -> None:
@@ -3212,6 +3222,11 @@ def check_together(cfg: Config) -> None:
         raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; up to --ctx_len {cfg.ctx_len} is wanted")
     if cfg.train_type == "infctx" and ADAPTER[cfg.peft].state and cfg.chunk_grad == "truncated":
         raise Fatal("--chunk_grad truncated: with --peft state only the first chunk would be learnt from; take full")
+    if cfg.train_type == "infctx" and cfg.chunk_grad == "full" and cfg.grad_cp == "products":
+        raise Fatal("--grad_cp products: --chunk_grad full computes every chunk again, and would keep the products of"
+                    " all; 0 or 1 takes less")
+    if cfg.compile and cfg.op == "torch":
+        raise Fatal("--compile 1: --op torch is a loop over tokens, which a compiler writes out; take chunk or cpu")
     if cfg.train_type == "state" and cfg.peft != "state":
         raise Fatal(f"--train_type state: that is --peft state here, and this is --peft {cfg.peft}")
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
@@ -3261,7 +3276,7 @@ class Run:
     epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
     epoch_good: int = 0                                               # and their number
     loss_scale: float = 1.0                                           # fp16: its gradients would underflow
-    scaled_at: int = 0                                                # the step before which it was changed last
+    scaled_at: int = 0                                                # the last step after which it was changed
     bad_steps: int = 0
 
     @property
@@ -3295,10 +3310,11 @@ def open_folder(cfg: Config) -> Path:
         raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
     epochs = {p.name: re.fullmatch(r"rwkv-(\d+)\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
     held = [name for name, m in epochs.items() if m and int(m[1]) >= cfg.epoch_begin]
-    if cfg.resume and held and not (folder / "resume.pth").exists():
+    saved = sorted(p.name for p in folder.glob("resume*.pth"))
+    if cfg.resume and held and not saved:
         raise Fatal(f"--resume: {folder} holds {some(held)} but no resume.pth;"
                     " --epoch_begin goes on from rwkv-<N-1>.pth")
-    held += [] if cfg.epoch_begin else [n for n in ("resume.pth", "init_pissa.pth") if (folder / n).exists()]
+    held += [] if cfg.epoch_begin else saved + ["init_pissa.pth"] * (folder / "init_pissa.pth").exists()
     if held and not cfg.resume:
         raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
     for leftover in (*folder.glob(".*.part"), *folder.glob(".*.link")):  # of a run that was killed while it wrote
@@ -3319,6 +3335,7 @@ def build(cfg: Config) -> Run | None:
     if ranks.rank == 0 and not cfg.dry_run:
         open_folder(cfg)
     tokenizer = load_tokenizer(cfg, arch.vocab_size)
+    check_tokens(tokenizer.encode(cfg.sample_prompt), arch, f"--sample_prompt {cfg.sample_prompt}")
     loader, held_out = load_data(cfg, tokenizer)
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
@@ -3382,6 +3399,8 @@ def compiled(run_block: RunBlock, device: str) -> RunBlock:
         return run_block
     # It warns that what keep_products does suits no block with in-place operations; ours has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    # A graph for each of: the first layer or another; a length, or any; states with a gradient or without.
+    torch._dynamo.config.recompile_limit = 32
     say("torch.compile: the first step takes a minute")
     return torch.compile(run_block)
 
@@ -3417,8 +3436,9 @@ def adapt(
     if taken:
         about_adapters |= {"init": fingerprint(taken)}
         own = folder / "init_pissa.pth"
-        if ranks.rank == 0 and init_path != str(own):
-            if own.exists() and cfg.epoch_begin:
+        there = read_described(own, "pissa_init")[1] if ranks.rank == 0 and own.exists() else {}
+        if ranks.rank == 0 and there.get("init") != about_adapters["init"]:
+            if there and cfg.epoch_begin:
                 raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
                             " another one; name another --proj_dir")
             save(own, taken, about | about_adapters)
@@ -3483,7 +3503,7 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
     if old_steps != run.epoch_steps:                                  # the same part of an epoch, and so of the data
         run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
         say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
-    elif old_rows != run.rows:
+    if old_rows != run.rows:
         say(f"a step had {old_rows} rows and has {run.rows} now: the data go on at row {run.step * run.rows}")
     if len(state["rng"]) == run.ranks.size:
         torch.set_rng_state(state["rng"][run.ranks.rank].clone())     # (a view would crash torch)
@@ -3640,7 +3660,7 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
         clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
         optimiser.step(lr, clip / run.loss_scale)
         run.bad_steps = 0
-        if run.loss_scale > 1 and run.step - run.scaled_at >= SCALE_GROWS:
+        if run.model.head.weight.dtype == torch.float16 and run.step - run.scaled_at >= SCALE_GROWS:
             run.loss_scale, run.scaled_at = 2 * run.loss_scale, run.step
     else:
         optimiser.clear()
@@ -3772,15 +3792,20 @@ class Past(NamedTuple):
     unread: str = ""                                                  # how the text goes on
 
 
+def check_tokens(tokens: list[int], arch: Arch, what: str = "that text") -> None:
+    if (largest := max(tokens, default=0)) >= arch.vocab_size:
+        raise Fatal(f"token {largest} of {what} is outside the model's vocabulary of {arch.vocab_size}; is it"
+                    " --tokenizer's?")
+
+
 @torch.no_grad()
 def tokens_of(
     model: RWKV, tokens: list[int], past: Past, draw: torch.Generator, top_p: float, temperature: float
 ) -> Iterator[tuple[int, Past]]:
     """What the model writes after `tokens`, which go on from `past`: token after token without end, each with the past
     that it was drawn from. Only what is new is read. top_p 0 is greedy."""
-    device, V = model.head.weight.device, model.arch.vocab_size
-    if max(tokens) >= V:
-        raise Fatal(f"token {max(tokens)} of that text is outside the model's vocabulary of {V}; is it --tokenizer's?")
+    check_tokens(tokens, model.arch)
+    device = model.head.weight.device
     while True:
         read = torch.tensor([tokens], device=device)
         x, states = model(read, past.states)
@@ -3906,8 +3931,9 @@ def talk(cfg: Config, given: set[str]) -> None:
     while True:
         try:
             question = input("User: " if watched else "").strip()
-        except UnicodeDecodeError as e:
-            raise Fatal(f"--chat: the question is no {e.encoding} text (byte {e.start}: {e.reason})") from None
+            question.encode()                                         # (some locales let bytes pass that are no text)
+        except UnicodeError as e:
+            raise Fatal(f"--chat: the question is no {e.encoding} text (at {e.start}: {e.reason})") from None
         except (EOFError, KeyboardInterrupt):
             question = "/exit"
         if question == "/exit":
@@ -4059,6 +4085,7 @@ def room_of(cfg: Config, device: str) -> int:
     """Bytes of the device that a run can have; 0: unknown."""
     if cfg.vram_gb or device != "cuda":
         return int(cfg.vram_gb * 1e9)
+    # (Asking made the context, which OTHER counts: what is free comes to that much less than a run can have.)
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 

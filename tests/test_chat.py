@@ -5,6 +5,7 @@ import os
 import pty
 import select
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -261,7 +262,14 @@ def test_lines_come_in_and_answers_go_out(place, tmp_path, monkeypatch, capsys):
 def test_bytes_that_are_no_text(place, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
     assert P.main(["--load_model", f"{place}/m.pth", "--chat", "--op", "torch"]) == 2
-    assert capsys.readouterr().err.startswith("pissa_rwkv: error: --chat: the question is no utf-8 text (byte 0")
+    assert capsys.readouterr().err.startswith("pissa_rwkv: error: --chat: the question is no utf-8 text (at 0")
+
+
+def test_a_question_that_is_no_text_in_a_c_locale(place):
+    done = subprocess.run([sys.executable, P.__file__, "--chat", "--load_model", f"{place}/m.pth", "--op", "torch"],
+                          input=b"\xff\n", capture_output=True, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
+    assert done.returncode == 2 and b"--chat: the question is no utf-8 text" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_at_a_terminal_ctrl_c_stops_an_answer_and_then_the_program(place):

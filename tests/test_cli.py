@@ -66,6 +66,12 @@ def test_switch_that_is_on(text, value):
     assert parse(text).data_shuffle is value
 
 
+@pytest.mark.parametrize(("text", "value"), [("", "1"), ("--grad_cp 0", "0"), ("--grad_cp true", "1"),
+                                             ("--grad_cp products", "products")])
+def test_grad_cp_was_a_switch(text, value):
+    assert parse(text).grad_cp == value
+
+
 def test_lists_and_other_names():
     cfg = parse('--train_parts emb head --sft_fields q a --my_testing "x070" --head_size_a 64 --gradient_clip_val 0.5')
     assert (cfg.train_parts, cfg.sft_fields, cfg.version) == (["emb", "head"], ["q", "a"], "x070")

@@ -17,7 +17,8 @@ RUNS = {  # what is trained -> options, what is compiled, and how far losses and
     "x070 pissa": ("--dataload get", ["products", "1"], 1e-5),
     "x070 pissa nf4, rows of two lengths": ("--quant nf4", ["products"], 1e-5),
     "x060 everything, bf16": ("--dataload get --peft none --precision bf16", ["products"], 3e-2),
-    "x052 lora, rows in chunks": ("--dataload get --peft lora --train_type infctx --chunk_ctx 12", ["1"], 1e-5),
+    "x052 lora, rows in chunks": ("--dataload get --peft lora --train_type infctx --chunk_ctx 12 --chunk_grad full",
+                                  ["1"], 1e-5),
 }
 
 
@@ -51,10 +52,11 @@ def curve(place, folder, name, options):
 @pytest.mark.parametrize("name", RUNS)
 def test_every_way_has_the_same_losses(name, place, tmp_path):
     options, compiled, rel = RUNS[name]
-    eager = {way: curve(place, tmp_path / way, name, f"{options} --grad_cp {way}") for way in P.GRAD_CP}
+    ways = [way for way in P.GRAD_CP if way != "products" or "full" not in options]       # (refused)
+    eager = {way: curve(place, tmp_path / way, name, f"{options} --grad_cp {way}") for way in ways}
     losses, norms = eager["0"]
     assert len(losses) == STEPS and sum(losses[-10:]) < sum(losses[:10])
-    assert eager["products"] == eager["1"] == eager["0"]
+    assert all(found == eager["0"] for found in eager.values())
     for way in compiled:
         again, norms_again = curve(place, tmp_path / f"compiled {way}", name, f"{options} --grad_cp {way} --compile 1")
         assert again == pytest.approx(losses, rel=rel)

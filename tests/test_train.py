@@ -226,6 +226,54 @@ def test_resumed_is_uninterrupted_to_the_last_bit(variant, command, tmp_path, mo
     assert reliability.results(tmp_path / "asked") == wanted
 
 
+def test_fp16s_loss_scale_grows_after_good_steps_and_resumes(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(P, "SCALE_GROWS", 3)
+    options = "--precision fp16 --epoch_steps 8 --save_steps 1"
+    scales = {}
+
+    def kept(run, lr, train_step=P.train_step):
+        run.loss_scale = run.loss_scale if run.step else 4.0          # (the usual one overflows in such a model)
+        row = train_step(run, lr)
+        scales.setdefault(run.folder.name, []).append(run.loss_scale)
+        return row
+
+    monkeypatch.setattr(P, "train_step", kept)
+    assert P.main(command(options, "whole")) == 0
+    assert scales["whole"] == [4.0] * 3 + [8.0] * 3 + [16.0] * 2
+    crash_at(monkeypatch, 5, crash)
+    with pytest.raises(Crash):
+        P.main(command(options, "crashed"))
+    assert P.main(command(f"{options} --resume", "crashed")) == 0
+    assert scales["crashed"] == scales["whole"]
+    assert reliability.results(tmp_path / "crashed") == reliability.results(tmp_path / "whole")
+    # From 1 it grows as well.
+    run = P.build(P.parse(command(options, "low")))
+    run.loss_scale = 1.0
+    for run.step in range(1, 4):
+        P.train_step(run, 1e-4)
+    assert run.loss_scale == 2.0
+
+
+def test_a_file_that_is_its_older_one_stays(tmp_path):
+    """A run was killed between making a file older and writing the new one."""
+    path = tmp_path / "resume.pth"
+    P.write_whole(path, lambda f: f.write(b"1"), keep=2)
+    P.make_older(path, P.aged(path, 1))
+    for text in (b"2", b"3"):
+        P.write_whole(path, lambda f, text=text: f.write(text), keep=2)
+        assert path.read_bytes() == text
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["resume.1.pth", "resume.pth"]
+    assert P.aged(path, 1).read_bytes() == b"2"
+
+
+def test_resume_with_only_an_older_file(command, out, capsys):
+    assert P.main(command("--epoch_steps 2")) == 0
+    (out / "resume.pth").rename(out / "resume.1.pth")
+    assert P.main(command("--epoch_steps 2")) == 2 and "resume.1.pth" in capsys.readouterr().err
+    assert P.main(command("--epoch_steps 2 --epoch_count 2 --resume")) == 0
+    assert "resumed at step 2 of 4" in capsys.readouterr().out
+
+
 def test_save_steps_saves_at_the_end_of_an_epoch_too(command, monkeypatch, capsys):
     options = "--epoch_steps 2 --epoch_count 3 --epoch_save 9 --save_steps 2"
     crash_at(monkeypatch, 5, crash)
