@@ -238,6 +238,7 @@ class Config:
     op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk or torch; the fastest that is there")
     grad_cp: str = opt("1", "kept for backward: 1 a block's input, products these too, 0 all; auto: most that fits")
     compile: bool = opt(False, "torch.compile: faster steps, the first of which takes a minute longer")
+    cuda_graph: bool = opt(False, "on a GPU: forward and backward as one launch; rows are filled up to few lengths")
     emb_on_cpu: bool = opt(False, "leave the embedding in its file and fetch the rows of each micro-batch")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
     # results
@@ -914,6 +915,8 @@ PRE_FFN = ("x060", "x052")                                            # x070's f
 
 
 class Block(nn.Module):
+    draws = False                                                     # random numbers, for an adapter's dropout
+
     def __init__(self, arch: Arch, layer: int, wkv: Callable):
         super().__init__()
         self.ln1 = nn.LayerNorm(arch.n_embd)
@@ -952,7 +955,7 @@ def keep_all(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Block
     if not torch.compiler.is_compiling():
         return block(x, *rest)
     contexts = partial(create_selective_checkpoint_contexts, unless_read)
-    return checkpoint(block, x, *rest, use_reentrant=False, context_fn=contexts)
+    return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws, context_fn=contexts)
 
 
 def unless_read(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
@@ -961,13 +964,13 @@ def unless_read(context: Any, op: Any, *inputs: Any, **options: Any) -> Checkpoi
 
 
 def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    return checkpoint(block, x, *rest, use_reentrant=False)
+    return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws)
 
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
     """Besides the input what takes longest to compute, some 13 C numbers a token."""
     contexts = partial(create_selective_checkpoint_contexts, partial(if_costly, x.shape[-1]))
-    return checkpoint(block, x, *rest, use_reentrant=False, context_fn=contexts)
+    return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws, context_fn=contexts)
 
 
 def if_costly(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
@@ -1472,6 +1475,7 @@ class Adapter(nn.Module):
     taken: tuple[str, ...] = ()                                       # those whose start is taken out of W
     unsaid_scale: float | None = 1.0                                  # of delta; None: a file has to say it
     high_lr = math.inf
+    dropout = 0.0
 
     def __init__(self, cfg: Config, frozen: FrozenLinear, **trained: Tensor):
         super().__init__()
@@ -1872,6 +1876,7 @@ def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[st
     first = from_file(load, f"{name}.", layer.shapes(W.shape, cfg), W, cfg.adapter_load) if load else start.trained
     adapter = layer(cfg, frozen, **{x: t.to(device, dtype, copy=True) for x, t in first.items()})
     model.set_submodule(name, adapter)
+    model.blocks[int(name.split(".")[1])].draws = adapter.dropout > 0
     return start_errors(name, W, adapter, start, cfg.quant)
 
 
@@ -2393,6 +2398,12 @@ MASK: dict[str, Callable[[bytes, Config], list[tuple[int, int]]]] = {  # a docum
 }
 
 
+def eighths(n: int, whole: int) -> int:
+    """n, rounded up to eighths of `whole`."""
+    eighth = -(-whole // 8)
+    return min(-(-n // eighth) * eighth, whole)
+
+
 @dataclass
 class Batch:
     """One micro-batch. `learnt` numbers the positions, of B T, whose next token is learnt."""
@@ -2405,8 +2416,21 @@ class Batch:
     def to(self, device: str) -> Batch:
         return Batch(self.inputs.to(device), self.learnt.to(device), self.targets.to(device), self.rows)
 
+    def filled(self, ctx_len: int) -> Batch:
+        """The same to a model, in one of few shapes: rows end in zeros and `learnt` in positions that are ignored, both
+        up to the next eighth of what there can be."""
+        (B, T), M = self.inputs.shape, len(self.learnt)
+        longer = eighths(T, ctx_len)
+        learnt = self.learnt // T * longer + self.learnt % T
+        fill = (0, eighths(M, B * longer) - M)
+        return Batch(F.pad(self.inputs, (0, longer - T)), F.pad(learnt, fill), F.pad(self.targets, fill, value=IGNORED),
+                     self.rows)
+
     def chunks(self, size: int) -> Iterator[Batch]:
         """The batch cut behind every `size` tokens of its rows; the last piece may be shorter."""
+        if size >= self.inputs.shape[1]:
+            yield self
+            return
         row, at = self.learnt // self.inputs.shape[1], self.learnt % self.inputs.shape[1]  # (M)
         for start in range(0, self.inputs.shape[1], size):
             inputs, inside = self.inputs[:, start: start + size], (start <= at) & (at < start + size)
@@ -2487,20 +2511,21 @@ class Loader:
 
 LOGITS_HELD = 2**24                                                   # numbers: 256 positions of 65536 tokens
 L2_WRAP = 1e-4                                                        # pulls the largest logit of a position towards 0
+IGNORED = -100                                                        # a target that is none, as torch writes it
 
 
 class HeadLoss(torch.autograd.Function):
     """sum of cross-entropies of (x W^T, targets) / n; with L2Wrap, which adds L2_WRAP m / n to the gradient of each
     position's largest logit m and leaves the value alone.
 
-    x (M,C) in the compute dtype, W (V,C), targets (M), n the learnt tokens of the whole optimiser step; votes (M,S) are
-    added to the logits of the tokens spoken (M,S). A few positions at a time, the logits become the loss and its
-    gradient in one go; backward only scales that gradient.
+    x (M,C) in the compute dtype, W (V,C), targets (M) of which some may be IGNORED, n the learnt tokens of the whole
+    optimiser step; votes (M,S) are added to the logits of the tokens spoken (M,S). A few positions at a time, the
+    logits become the loss and its gradient in one go; backward only scales that gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, targets: Tensor, n: int, votes: Tensor | None = None,
+        ctx: Any, x: Tensor, W: Tensor, targets: Tensor, n: int | Tensor, votes: Tensor | None = None,
         spoken: Tensor | None = None,
     ) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -2513,14 +2538,15 @@ class HeadLoss(torch.autograd.Function):
             logits, target = (x[part] @ W.T).to(dtype), targets[part, None]               # (rows,V), (rows,1)
             if votes is not None:
                 logits.scatter_add_(1, spoken[part], votes[part].to(dtype))
+            one, target = (target != IGNORED).to(dtype), target.clamp_min(0)              # (rows,1), or 0 for one
             right, (m, top) = logits.gather(1, target), logits.max(-1, keepdim=True)      # (rows,1)
             # In place, all of it: torch's logsumexp makes another matrix as large as the logits.
             Z = logits.sub_(m).exp_().sum(-1, keepdim=True)                               # (rows,1)
-            loss += (m + Z.log() - right).sum()
+            loss += ((m + Z.log() - right) * one).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            dlogits = logits.div_(Z)                                                      # softmax
-            dlogits.scatter_add_(1, target, torch.full_like(m, -1.0)).scatter_add_(1, top, L2_WRAP * m)
+            dlogits = logits.div_(Z / one)                                                # softmax, or x / inf
+            dlogits.scatter_add_(1, target, -one).scatter_add_(1, top, L2_WRAP * m * one)
             dlogits = dlogits.to(x.dtype)
             if votes is not None:
                 dvotes[part] = dlogits.gather(1, spoken[part])
@@ -2540,7 +2566,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 def chunk_loss(
-    model: RWKV, chunk: Batch, n: int, states: list[BlockState] | None
+    model: RWKV, chunk: Batch, n: int | Tensor, states: list[BlockState] | None
 ) -> tuple[Tensor, list[BlockState]]:
     """The share that a chunk has in the loss of an optimiser step with n learnt tokens, and the states after it."""
     chunk = chunk.to(model.head.weight.device)
@@ -2551,7 +2577,7 @@ def chunk_loss(
     return HeadLoss.apply(x.flatten(0, 1)[chunk.learnt], model.head.weight, chunk.targets, n, *copying), states
 
 
-def truncated(model: RWKV, chunks: list[Batch], n: int) -> Iterator[Tensor]:
+def truncated(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
     """A loss for each chunk, to be differentiated before the next is asked for: then it is let go. The states that a
     chunk begins with are constants to it. Where nothing is learnt, only the states go on."""
     states = None
@@ -2563,7 +2589,7 @@ def truncated(model: RWKV, chunks: list[Batch], n: int) -> Iterator[Tensor]:
             yield loss
 
 
-def full(model: RWKV, chunks: list[Batch], n: int) -> Iterator[Tensor]:
+def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
     """One loss, whose gradient goes back through all states. What stays of a chunk are the states it began with: the
     rest is computed again in backward, one chunk at a time, for one more forward pass."""
     total, states = 0.0, None
@@ -2573,7 +2599,7 @@ def full(model: RWKV, chunks: list[Batch], n: int) -> Iterator[Tensor]:
     yield total
 
 
-CHUNK_GRAD: dict[str, Callable[[RWKV, list[Batch], int], Iterator[Tensor]]] = {"truncated": truncated, "full": full}
+CHUNK_GRAD: dict[str, Callable[[RWKV, list[Batch], int | Tensor], Iterator[Tensor]]] = {"truncated": truncated, "full": full}
 # -> tokens of a row that go through the model at a time. (Of `normal` there are more names in the tutorial.)
 TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
     **dict.fromkeys(("normal", "none", "state"), lambda cfg: cfg.ctx_len),
@@ -2581,7 +2607,7 @@ TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
 }
 
 
-def batch_losses(model: RWKV, batch: Batch, n: int, cfg: Config) -> Iterator[Tensor]:
+def batch_losses(model: RWKV, batch: Batch, n: int | Tensor, cfg: Config) -> Iterator[Tensor]:
     """The share that a micro-batch has in the loss of an optimiser step with n learnt tokens, as one or more summands:
     backward is called on each before the next is asked for. The sum does not depend on the chunks.
 
@@ -2589,6 +2615,17 @@ def batch_losses(model: RWKV, batch: Batch, n: int, cfg: Config) -> Iterator[Ten
     """
     chunks = [*batch.chunks(TRAIN_TYPE[cfg.train_type](cfg))]
     return CHUNK_GRAD[cfg.chunk_grad if len(chunks) > 1 else "truncated"](model, chunks, n)
+
+
+def add_gradient(model: RWKV, batch: Batch, n: int | Tensor, loss_scale: float | Tensor, cfg: Config) -> Tensor:
+    """Backward of a micro-batch; the optimiser's hooks take the gradients, times loss_scale. Returns its share in the
+    loss, fp64."""
+    loss = torch.zeros((), dtype=torch.float64, device=model.head.weight.device)
+    for share in batch_losses(model, batch, n, cfg):
+        if share.requires_grad:
+            (share * loss_scale).backward()
+        loss += share.detach()
+    return loss
 
 
 def backward_passes(cfg: Config) -> int:
@@ -3257,6 +3294,93 @@ BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs 
 STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}  # ZeRO's
 
 
+class Graphs:
+    """`add_gradient` by CUDA graphs: the thousands of kernels that a micro-batch launches are recorded once, and from
+    then on launched as one.
+
+    A graph repeats the same kernels at the same addresses. So a micro-batch is filled up to one of few shapes, of which
+    each has its graph, and copied to where the recorded one lay; n and the loss scale lie there too. The first of a
+    shape runs as ever, for the libraries to prepare themselves, and the second is recorded. All graphs work in the same
+    memory: never two at a time, and what a micro-batch leaves is in the optimiser's buffers.
+    Reducing, clipping and the update stay outside: few launches, and they differ from step to step.
+    """
+
+    MOST = 16                                                         # graphs; shapes beyond run as ever
+
+    def __init__(self) -> None:
+        self.places: dict[Any, list[Tensor]] = {}                     # shape -> inputs, learnt, targets, n, loss scale
+        self.graphs: dict[Any, tuple[Callable[[], None], Tensor]] = {}                    # -> replay, the loss it makes
+        self.most = self.MOST
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    @cached_property
+    def memory(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def __call__(self, model: RWKV, batch: Batch, n: int, loss_scale: float, cfg: Config) -> Tensor:
+        if not self.most:
+            return add_gradient(model, batch, n, loss_scale, cfg)
+        batch, device = batch.filled(cfg.ctx_len), model.head.weight.device
+        new = [batch.inputs, batch.learnt, batch.targets, torch.tensor(float(n)), torch.tensor(loss_scale)]
+        shape = tuple(x.shape for x in new)
+        first = shape not in self.places
+        place = self.places.setdefault(shape, [torch.empty_like(x, device=device) for x in new])
+        for x, there in zip(new, place, strict=True):
+            there.copy_(x)
+        work = partial(add_gradient, model, Batch(*place[:3], batch.rows), *place[3:], cfg)
+        if not first and shape not in self.graphs and len(self.graphs) < self.most:
+            self.record(shape, work, model)
+        if shape not in self.graphs:
+            return self.aside(work)
+        replay, loss = self.graphs[shape]
+        replay()
+        return loss
+
+    def record(self, shape: Any, work: Callable[[], Tensor], model: RWKV) -> None:
+        """Records, which runs nothing. What cannot be recorded is said, once, and runs as ever."""
+        try:
+            self.graphs[shape] = self.captured(work)
+        except RuntimeError as e:
+            error = e.__context__ or e                                # (the end of a capture that broke fails as well)
+            say(f"--cuda_graph 1: what a step does could not be recorded ({first_line(error)}); going on without")
+            self.most = 0
+            self.graphs.clear()
+            for p in model.parameters():
+                p.grad = None                                         # of a backward pass that never ran
+
+    def captured(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local", since NCCL's own thread asks CUDA things that a capture forbids.
+        with torch.cuda.stream(self.stream), torch.cuda.graph(graph, self.memory, self.stream, "thread_local"):
+            loss = work()
+        return graph.replay, loss
+
+    def aside(self, work: Callable[[], Tensor]) -> Tensor:
+        """On the stream that is recorded: there autograd accumulates gradients where it first did."""
+        now = torch.cuda.current_stream()
+        self.stream.wait_stream(now)
+        with torch.cuda.stream(self.stream):
+            loss = work()
+        now.wait_stream(self.stream)
+        return loss
+
+
+def graphs(model: RWKV, cfg: Config, device: str, ranks: Ranks) -> Callable[..., Tensor]:
+    """--cuda_graph 1: Graphs, or, where a step cannot be one, `add_gradient` itself and a line that says why."""
+    why = {"draws dropout anew each time": any(block.draws for block in model.blocks),
+           "reads its embedding from a file (--emb_on_cpu)": cfg.emb_on_cpu,
+           "passes on states from chunk to chunk (--train_type infctx)": cfg.train_type == "infctx",
+           "sends gradients while it makes them (--strategy zero2)": ranks.size > 1 and STAGE[cfg.strategy] == 2,
+           f"runs on a {device}": device != "cuda"}
+    if not any(why.values()):
+        return Graphs()
+    say(f"--cuda_graph 1 has no effect: this run {next(reason for reason, so in why.items() if so)}")
+    return add_gradient
+
+
 @dataclass
 class Run:
     """What a training run works with and where it stands."""
@@ -3278,6 +3402,7 @@ class Run:
     loss_scale: float = 1.0                                           # fp16: its gradients would underflow
     scaled_at: int = 0                                                # the last step after which it was changed
     bad_steps: int = 0
+    add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
 
     @property
     def batches(self) -> int:
@@ -3359,6 +3484,8 @@ def build(cfg: Config) -> Run | None:
     first, loss_scale = cfg.epoch_begin * epoch_steps, 2.0**16 if dtype == torch.float16 else 1.0  # (torch's first)
     run = Run(cfg, ranks, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters,
               epoch_steps, step=first, loss_scale=loss_scale, scaled_at=first)
+    if cfg.cuda_graph:
+        run.add_gradient = graphs(model, cfg, device, ranks)
     if state:
         restore(run, path, state, described)
     return run
@@ -3647,10 +3774,7 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
     learnt, tokens = ranks.totals(sum(len(b.learnt) for b in batches), sum(b.inputs.numel() for b in batches))
     n, loss = max(1, int(learnt)), 0.0
     for batch in batches:
-        for share in batch_losses(run.model, batch, n, cfg):
-            if share.requires_grad:
-                (share * run.loss_scale).backward()
-            loss += share.detach().double()
+        loss += run.add_gradient(run.model, batch, n, run.loss_scale, cfg)
         optimiser.sum_micro_batch()
     for i in own:                                                     # those of the next step, while a GPU still works
         run.loader.batch(i + run.batches)
