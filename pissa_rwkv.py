@@ -95,6 +95,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: a process group that is there before would be in it, and its threads, for ever
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
@@ -2599,7 +2600,7 @@ def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
     yield total
 
 
-CHUNK_GRAD: dict[str, Callable[[RWKV, list[Batch], int | Tensor], Iterator[Tensor]]] = {"truncated": truncated, "full": full}
+CHUNK_GRAD: dict[str, Callable[..., Iterator[Tensor]]] = {"truncated": truncated, "full": full}
 # -> tokens of a row that go through the model at a time. (Of `normal` there are more names in the tutorial.)
 TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
     **dict.fromkeys(("normal", "none", "state"), lambda cfg: cfg.ctx_len),

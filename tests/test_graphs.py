@@ -1,5 +1,5 @@
-"""--cuda_graph: a micro-batch's work, recorded once and repeated. Here a CPU does what CUDA's capture does: it writes the
-operations down with the memory they work on, refuses those that ask for a value, and repeats them blindly."""
+"""--cuda_graph: a micro-batch's work, recorded once and repeated. Here a CPU does what CUDA's capture does: it writes
+the operations down with the memory they work on, refuses those that ask for a value, and repeats them blindly."""
 
 import json
 import math

@@ -102,6 +102,28 @@ def test_larger_micro_batches_are_the_same_rows(alone, place, tmp_path):
     assert curve(tmp_path / "out") == pytest.approx(curve(alone["plain"]), rel=2e-6)
 
 
+THREADS = """
+import os, sys
+import pissa_rwkv
+status = pissa_rwkv.main(sys.argv[1:])
+threads = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
+sys.stdout.write(f"\\nthreads {' '.join(threads)}\\n")
+sys.exit(status)
+"""
+
+
+def test_no_thread_of_the_process_group_outlives_it(place, tmp_path):
+    """One that lets go of a tensor while Python ends aborts the process, once in some hundred runs."""
+    script = tmp_path / "run.py"
+    script.write_text(THREADS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    env = os.environ | {"PYTHONPATH": str(Path(P.__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *command(place, tmp_path / "out", 2)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    threads = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("threads")]
+    assert len(threads) == 2 and not any("gloo" in name for names in threads for name in names), threads
+
+
 def test_going_on_with_another_number_of_ranks(alone, place, tmp_path):
     for epochs, size, strategy in ((1, 2, "zero1"), (2, 1, ""), (3, 3, "zero2")):
         said = on(place, tmp_path / "out", size, f"--epoch_count {epochs} --resume --strategy '{strategy}'")
