@@ -2399,6 +2399,9 @@ MASK: dict[str, Callable[[bytes, Config], list[tuple[int, int]]]] = {  # a docum
 }
 
 
+IGNORED = -100                                                        # a target that is none, as torch writes it
+
+
 def eighths(n: int, whole: int) -> int:
     """n, rounded up to eighths of `whole`."""
     eighth = -(-whole // 8)
@@ -2512,7 +2515,6 @@ class Loader:
 
 LOGITS_HELD = 2**24                                                   # numbers: 256 positions of 65536 tokens
 L2_WRAP = 1e-4                                                        # pulls the largest logit of a position towards 0
-IGNORED = -100                                                        # a target that is none, as torch writes it
 
 
 class HeadLoss(torch.autograd.Function):

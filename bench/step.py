@@ -63,7 +63,7 @@ class Contestant(NamedTuple):
     step: Callable[[], float]
     held: Callable[[], Iterable[Tensor]]
     run: P.Run | None = None                                          # of our own
-    compiled: bool = False
+    opaque: bool = False                                              # compiled, or a graph: its parts are not seen
 
 
 class RandomRows(P.FullRows):
@@ -105,9 +105,11 @@ def ours(
     rwkv.run_block = P.compiled(rwkv.run_block, device) if cfg.compile else rwkv.run_block
     rows = RandomRows(arch.vocab_size, bsz, ctx, device)
     run = P.Run(cfg, P.ONE_RANK, device, arch, None, rows, None, rwkv, optimiser, {}, 1)
+    if cfg.cuda_graph:
+        run.add_gradient = P.graphs(rwkv, cfg, device, P.ONE_RANK)
     buffers = (optimiser.working, optimiser.master, optimiser.m, optimiser.v, optimiser.grad)
     return Contestant(lambda: P.train_step(run, 1e-5)["loss"],
-                      lambda: [*rwkv.parameters(), *rwkv.buffers(), *buffers], run, cfg.compile)
+                      lambda: [*rwkv.parameters(), *rwkv.buffers(), *buffers], run, cfg.compile or cfg.cuda_graph)
 
 
 def changed(words: list[str]) -> dict:
@@ -172,15 +174,19 @@ def with_peft(
 
 
 COMPILED, FAST = "pissa_rwkv --compile 1", "pissa_rwkv --compile 1 --grad_cp products"
-OURS = ("pissa_rwkv", COMPILED, FAST, "pissa_rwkv --compile 1 --grad_cp 0")
+GRAPH, FASTEST = "pissa_rwkv --cuda_graph 1", f"{FAST} --cuda_graph 1"
+OURS = ("pissa_rwkv", COMPILED, FAST, "pissa_rwkv --compile 1 --grad_cp 0", GRAPH, FASTEST)
 MAKERS = {name: partial(ours, name) for name in OURS} | {
     "rwkv7-hf": partial(with_peft, rwkv7_hf), "fla": partial(with_peft, fla)}
 ENTRIES = {  # device -> who takes part in a shape: name, dtype, quant
     "cpu": [(name, dtype, "none") for name in ("pissa_rwkv", COMPILED, FAST, "rwkv7-hf") for dtype in DTYPES],
-    "cuda": [*((name, "bf16", "none") for name in OURS), ("pissa_rwkv", "bf16", "nf4"), (FAST, "bf16", "nf4"),
-             ("fla", "bf16", "none")],
+    "cuda": [*((name, "bf16", "none") for name in ("fla", *OURS)),
+             *((name, "bf16", "nf4") for name in ("pissa_rwkv", FAST, FASTEST))],
 }
-QUICK = ("pissa_rwkv", FAST, "rwkv7-hf", "fla")                       # of them, with --quick on a GPU
+QUICK = {  # those of them that --quick asks: on a GPU a shape takes a minute to compile
+    "cpu": ENTRIES["cpu"],
+    "cuda": [*((name, "bf16", "none") for name in ("fla", "pissa_rwkv", FAST, FASTEST)), ("pissa_rwkv", "bf16", "nf4")],
+}
 
 
 def shapes(device: str, quick: bool) -> list[tuple[str, int, int]]:
@@ -300,7 +306,7 @@ def peak(c: Contestant, device: str) -> int | None:
         before = torch.cuda.memory_allocated()
         c.step()
         return held + torch.cuda.max_memory_allocated() - before
-    if c.compiled:
+    if c.opaque:
         return None
     with P.Peak(device, c.held()) as counted:
         c.step()
@@ -338,7 +344,7 @@ def rows_of(
         rows[entry] |= {"step": step, "tokens_per_s": rate, "product_flop_per_s": ceiling[entry[1]],
                         "utilisation": 4 * matrix_parameters(vram.arch_of(model)) * rate / ceiling[entry[1]],
                         "peak": peak(c, device)}
-        rows[entry] |= {"parts": parts_of(c, step["ms"], device)} if c.run and not c.compiled else {}
+        rows[entry] |= {"parts": parts_of(c, step["ms"], device)} if c.run and not c.opaque else {}
     for entry in there:
         rows[entry]["faster_than"] = {" ".join(other): rows[entry]["tokens_per_s"] / rows[other]["tokens_per_s"]
                                       for other in there}
@@ -368,7 +374,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--names", nargs="+", choices=list(MAKERS), default=list(MAKERS), help="only these contestants")
     p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     p.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of pissa_rwkv, over the setting")
-    p.add_argument("--seconds", type=float, default=20, help="for each contestant of a shape, at least three steps")
+    p.add_argument("--seconds", type=float, help="for each contestant of a shape, at least three steps (20; GPU 4)")
     p.add_argument("--threads", type=int, help="CPU threads; on a machine with other work 1 is steadier")
     p.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
     p.add_argument("--commit", default="", help="name of the sources where git does not tell")
@@ -383,11 +389,11 @@ def main(argv: list[str] | None = None) -> int:
     usual = shapes(args.device, args.quick)
     wanted = {(model, bsz, ctx) for model in args.models or {m for m, _, _ in usual}
               for bsz in args.bsz or {b for _, b, _ in usual} for ctx in args.ctx or {c for _, _, c in usual}}
-    names = [name for name in args.names if name in QUICK or args.device == "cpu" or not args.quick]
-    entries = [e for e in ENTRIES[args.device] if e[0] in names and e[1] in args.dtypes]
-    failed = 0
+    there = (QUICK if args.quick else ENTRIES)[args.device]
+    entries = [e for e in there if e[0] in args.names and e[1] in args.dtypes]
+    seconds, failed = args.seconds or {"cpu": 20, "cuda": 4}[args.device], 0
     for shape in sorted(wanted, key=lambda s: (list(vram.MODELS).index(s[0]), *s[1:])):
-        rows = rows_of(shape, entries, args.device, args.seconds, args.options)
+        rows = rows_of(shape, entries, args.device, seconds, args.options)
         print("{}, {} x {} tokens".format(*shape), *map(line, rows), sep="\n", flush=True)
         record.update(args.out / f"step-{args.device}.json", [row | about for row in rows], KEY)
         failed += any(row["failed"] for row in rows if row["name"] in ("pissa_rwkv", FAST))

@@ -26,3 +26,23 @@ def test_losses_are_the_cpus(model_file, tmp_path, precision, tolerance, grad_cp
     cpu = losses(base, tmp_path / "cpu", "--accelerator", "cpu", "--precision", "fp32")
     gpu = losses(base, tmp_path / "gpu", "--accelerator", "gpu", "--precision", precision, "--grad_cp", grad_cp)
     assert gpu == pytest.approx(cpu, rel=tolerance)
+
+
+@pytest.mark.parametrize("options", [
+    "", "--precision fp32 --op cuda_precise", "--grad_cp products --quant nf4", "--grad_cp 0 --peft lora",
+    "--compile 1 --grad_cp products", "--dataload pad", "--peft none", "--accumulate_grad_batches 2",
+    "--train_parts emb ln time",
+])
+def test_a_graph_computes_what_it_recorded(model_file, tmp_path, monkeypatch, capsys, options):
+    replays, captured = [], P.Graphs.captured
+
+    def counted(graphs, work):
+        replay, loss = captured(graphs, work)
+        return lambda: (replays.append(1), replay()), loss
+
+    monkeypatch.setattr(P.Graphs, "captured", counted)
+    base, options = model_file(), ["--epoch_steps", "12", *options.split()]
+    eager = losses(base, tmp_path / "eager", *options)
+    graphs = losses(base, tmp_path / "graphs", *options, "--cuda_graph", "1")
+    assert graphs == pytest.approx(eager, rel=1e-5 if "fp32" in options else 1e-2)
+    assert "could not be recorded" not in capsys.readouterr().out and len(replays) >= 8

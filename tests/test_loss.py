@@ -43,6 +43,17 @@ def test_value_and_gradients_are_the_formulas_for_any_number_of_logits_held(held
         torch.testing.assert_close(found, gradient, **DOUBLE)
 
 
+def test_ignored_targets_teach_nothing(held):
+    x, W, targets = inputs()
+    some = torch.arange(M) % 3 > 0
+    value, with_l2_wrap = plain(x[some], W, targets[some], n)
+    wanted = torch.autograd.grad(with_l2_wrap, (x, W))
+    loss = HeadLoss.apply(x, W, torch.where(some, targets, pissa_rwkv.IGNORED), torch.tensor(float(n)))
+    torch.testing.assert_close(loss, value, **DOUBLE)
+    for found, gradient in zip(torch.autograd.grad(loss, (x, W)), wanted, strict=True):
+        torch.testing.assert_close(found, gradient, **DOUBLE)
+
+
 def test_l2_wrap_is_in_the_gradient_and_not_in_the_value():
     """A position whose target is certain: cross-entropy gives no gradient, what is left is m 1e-4/n."""
     x, W = torch.tensor([[200.0, 0.0]]).double().requires_grad_(), torch.eye(2).double()
