@@ -4370,6 +4370,8 @@ def main(argv: list[str] | None = None) -> int:
     if not is_first():                                                # where all found the same, one line is enough:
         time.sleep(2)                                                 # torchrun ends the others when the first has
     print(f"pissa_rwkv: error: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():                                         # its threads may wait for a rank that is lost,
+        os._exit(2)                                                   # and abort where they see Python end
     return 2
 
 
