@@ -3641,7 +3641,7 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
             torch.cuda.set_rng_state(state["rng_cuda"][run.ranks.rank].clone())
     say(f"resumed at step {run.step} of {run.steps}")
     if run.step > run.cfg.epoch_begin * run.epoch_steps and run.step % run.epoch_steps == 0:
-        finish_epoch(run, run.step // run.epoch_steps - 1)            # it may have been killed before that was done
+        finish_epoch(run, run.step // run.epoch_steps - 1, anew=False)                    # killed before that, maybe
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -3885,20 +3885,21 @@ def saved_after(run: Run, epoch: int) -> bool:
     return run.step == run.steps or epoch % run.cfg.epoch_save == 0
 
 
-def finish_epoch(run: Run, epoch: int) -> None:
-    """Writes an epoch's files that are not there yet: rwkv-<epoch>.pth, fp32 adapters and trained parts or the whole
-    model, and what is merged. They follow from resume.pth, which was written before: a kill between loses nothing."""
+def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
+    """Writes an epoch's files: rwkv-<epoch>.pth, fp32 adapters and trained parts or the whole model, and what is merged.
+    They follow from resume.pth, which was written before: a kill between loses nothing. Without `anew` it writes those
+    that are not there; else it replaces them: a run that went back to an older resume.1.pth makes an epoch again."""
     cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
     masters = run.optimiser.masters() if saved_after(run, epoch) else {}
     if run.ranks.rank > 0:
         return
-    if masters and not path.exists():
+    if masters and (anew or not path.exists()):
         if method.whole:
             save(path, whole_model(run, masters))                     # others read it, so no description
         else:
             save(path, masters, run.about)
-    if last and cfg.auto_merge and not method.whole and not merged.exists():
+    if last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
         merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
         say(f"merged: {merged}")
 

@@ -274,6 +274,22 @@ def test_resume_with_only_an_older_file(command, out, capsys):
     assert "resumed at step 2 of 4" in capsys.readouterr().out
 
 
+def test_an_epoch_that_is_made_again_replaces_its_files(command, tmp_path, capsys):
+    """After going back to resume.1.pth, with another learning rate: what is on the disk is what was trained last."""
+    for name, options in (("out", "--epoch_count 2"), ("straight", "--epoch_count 1")):
+        assert P.main(command(f"--epoch_steps 2 {options} --lr_final 1e-4 --auto_merge", name)) == 0
+    resume, last = tmp_path / "out" / "resume.pth", [tmp_path / "out" / f"rwkv-1{kind}.pth" for kind in ("", "-merged")]
+    before = [file.read_bytes() for file in last]
+    resume.write_bytes(resume.read_bytes()[:-100])
+    changed = "--epoch_steps 2 --epoch_count 2 --auto_merge --resume --lr_init 3e-4 --lr_final 3e-4"
+    assert P.main(command(changed)) == 0
+    assert "taking the one before it" in capsys.readouterr().out
+    assert all(file.read_bytes() != old for file, old in zip(last, before, strict=True))
+    assert P.main(command(changed, "straight")) == 0
+    ours, wanted = (P.read_pth(tmp_path / name / "rwkv-1-merged.pth", "") for name in ("out", "straight"))
+    assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
+
+
 def test_save_steps_saves_at_the_end_of_an_epoch_too(command, monkeypatch, capsys):
     options = "--epoch_steps 2 --epoch_count 3 --epoch_save 9 --save_steps 2"
     crash_at(monkeypatch, 5, crash)
