@@ -95,7 +95,6 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: a process group that is there before would be in it, and its threads, for ever
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
@@ -3178,6 +3177,9 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     except (RuntimeError, ValueError) as e:
         first = "" if is_first() else "rank 0 did not answer: "         # the others need nobody else for this
         raise Fatal(f"the processes did not find each other: {first}{first_line(e)}") from None
+    # torch imports this sometime. If there is a group then, its functions have it as a default and never let it go, and
+    # a thread of gloo that outlives Python's end aborts.
+    importlib.import_module("torch.distributed.nn")
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
     ranks.call(partial(dist.init_process_group, backend, store=ranks.store, rank=rank, world_size=size,
                        timeout=patience))
@@ -3886,9 +3888,9 @@ def saved_after(run: Run, epoch: int) -> bool:
 
 
 def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
-    """Writes an epoch's files: rwkv-<epoch>.pth, fp32 adapters and trained parts or the whole model, and what is merged.
-    They follow from resume.pth, which was written before: a kill between loses nothing. Without `anew` it writes those
-    that are not there; else it replaces them: a run that went back to an older resume.1.pth makes an epoch again."""
+    """Writes an epoch's files: rwkv-<epoch>.pth, fp32 adapters and trained parts or the whole model, and what is
+    merged. They follow from resume.pth, which was written before: a kill between loses nothing. What is there already
+    is replaced, since a run that went back to resume.1.pth makes an epoch again; without `anew` it stays."""
     cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
     masters = run.optimiser.masters() if saved_after(run, epoch) else {}
