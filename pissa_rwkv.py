@@ -211,6 +211,7 @@ class Config:
     beta1: float = opt(0.9, "Adam's decay of the first moment", within="[0,1)")
     beta2: float = opt(0.99, "Adam's decay of the second moment", within="[0,1)")
     adam_eps: float = opt(1e-8, "Adam's epsilon", within="(0,inf)")
+    moments: str = opt("fp32", "how Adam's moments are held: fp32, or 8bit, which takes 6 bytes a number less")
     weight_decay: float = opt(0.0, "decoupled weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
     layerwise_lr: bool = opt(True, "learning rate x2 for the decay: w0, before RWKV-7 time_decay")
@@ -453,18 +454,11 @@ class Ranks:
         if self.size > 1:                                             # (torch 2.13 has a new name for it, as above)
             self.call(getattr(dist, "all_gather_single", dist.all_gather_into_tensor), x, own.clone())
 
-    def collect(self, own: Tensor, part: int = 2**22) -> Tensor | None:
-        """For rank 0, the slices (S,...) of all end to end (W S,...), in the host's memory; alone `own` itself."""
-        if self.size == 1:
-            return own
-        whole = torch.empty(self.size, *own.shape, dtype=own.dtype) if self.rank == 0 else None
-        for at in range(0, len(own), part):
-            piece = own[at: at + part]
-            pieces = own.new_empty(self.size * len(piece), *own.shape[1:])
-            self.gather_slices(pieces, piece)
-            if whole is not None:
-                whole[:, at: at + part] = pieces.unflatten(0, (self.size, -1)).cpu()
-        return None if whole is None else whole.flatten(0, 1)
+    def collect(self, own: Tensor) -> Tensor | None:
+        """For rank 0, `own` (S,...) of all end to end (W S,...), in the host's memory."""
+        all_ranks = own.new_empty(self.size * len(own), *own.shape[1:]) if self.size > 1 else own
+        self.gather_slices(all_ranks, own)
+        return all_ranks.cpu() if self.rank == 0 else None
 
     def copy_from(self, owner: int, x: Tensor) -> Tensor:
         """Broadcast, in place: x as `owner` has it."""
@@ -2733,6 +2727,118 @@ def scale_and_decay(cfg: Config, item: tuple[str, nn.Parameter]) -> tuple[float,
     return 2.0 if cfg.layerwise_lr and name.endswith(LEARN_FASTER) else 1.0, cfg.weight_decay if matrix else 0.0
 
 
+class Numbers:
+    """S numbers of the optimiser, in fp32: moments."""
+
+    per = 1                                                           # S is a multiple of this
+
+    def __init__(self, own: Tensor):
+        """All 0. own (S): the slice of `working` that they belong to."""
+        self.held = torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32))
+
+    def read(self, part: slice) -> Tensor:
+        """Numbers to be changed in place, and then given to `write`."""
+        return self.held[part]
+
+    def write(self, part: slice, x: Tensor) -> None:
+        pass                                                          # (they are the numbers themselves)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.held,)
+
+
+class CodedNumbers(Numbers):
+    """Moments in 8.125 bits: codes (S) uint8, absmax (S/256) fp32. As in 8-bit Adam (arXiv 2110.02861), but that 0, 1
+    and -1 are levels: what gets no gradient stays where it is, and what was held is held as the same again.
+
+        absmax = max |x| of 256 in a row,  code = the level nearest to x / absmax;   x ~ level * absmax
+    """
+
+    per, kind = 256, 0                                                # kind: which of the levels
+
+    def __init__(self, own: Tensor):
+        self.codes = own.new_zeros(len(own), dtype=torch.uint8)
+        self.absmax = own.new_zeros(len(own) // self.per, dtype=torch.float32)
+        self.levels = moment_levels(own.device)[self.kind]
+
+    def read(self, part: slice) -> Tensor:
+        levels = self.levels[self.codes[part].int()]
+        return (levels.view(-1, self.per) * self.absmax[self.blocks(part), None]).view(-1)
+
+    def write(self, part: slice, x: Tensor) -> None:
+        x = x.view(-1, self.per)
+        absmax = x.abs().amax(1)
+        self.codes[part] = nearest_level(x, absmax, self.levels).to(torch.uint8).view(-1)
+        self.absmax[self.blocks(part)] = absmax
+
+    def blocks(self, part: slice) -> slice:
+        return slice(part.start // self.per, part.stop // self.per)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.absmax
+
+
+class CodedSquares(CodedNumbers):
+    """Likewise of numbers that are not negative. 0 is no level: a small one must not become that, to be divided by."""
+
+    kind = 1
+
+
+@kept
+def moment_levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ascending, fp32, over 7 powers of ten: 256 levels of both signs, and 255 above 0, which are twice as dense."""
+    def middles(i: int, parts: int) -> Tensor:
+        edges = torch.linspace(0.1, 1, parts + 1)
+        return 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+
+    half, one = torch.cat([middles(i, 2**i) for i in range(7)]), torch.ones(1)
+    signed = torch.cat([-one, -half[1:].flip(0), 0 * one, half, one])  # (without the smallest negative one)
+    above = torch.cat([*(middles(i, 2 ** (i + 1)) for i in range(7)), one])
+    return signed.to(device), above.to(device)
+
+
+class Same(Numbers):
+    """Master weights of wide parameters: they are the parameters."""
+
+    def __init__(self, own: Tensor):
+        self.held = own
+
+
+class Beside(Numbers):
+    """Master weights in fp32, beside the parameters that are rounded from them."""
+
+    def __init__(self, own: Tensor):
+        self.own, self.held = own, own.float()
+
+    def write(self, part: slice, x: Tensor) -> None:
+        self.own[part] = x
+
+
+class LowBits(Numbers):
+    """Master weights of bf16, whose 16 bits are the high ones of an fp32 number: the other 16, no bit of it lost.
+
+        high = (bits + 2^15) >> 16,  low = bits - (high << 16)        bits: the fp32 number's, as an integer
+
+    (High is the nearest bf16; of two, the larger in size.)
+    """
+
+    def __init__(self, own: Tensor):
+        self.high, self.held = own.view(torch.int16), torch.zeros_like(own, dtype=torch.int16)
+
+    def read(self, part: slice) -> Tensor:
+        return (self.high[part].int().bitwise_left_shift_(16) + self.held[part]).view(torch.float32)
+
+    def write(self, part: slice, x: Tensor) -> None:
+        bits = x.view(torch.int32)
+        high = (bits + 2**15).bitwise_right_shift_(16)
+        self.high[part] = high
+        self.held[part] = bits - high.bitwise_left_shift_(16)
+
+
+MOMENTS = {"fp32": (Numbers, Numbers), "8bit": (CodedNumbers, CodedSquares)}
+MASTER = {torch.bfloat16: LowBits, torch.float16: Beside}             # by the parameters' dtype; of others the Same
+
+
 class ZeroAdamW:
     """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer and shared out over ranks
     as ZeRO does (arXiv 1910.02054).
@@ -2742,14 +2848,14 @@ class ZeroAdamW:
     and frees it. Of a parameter in bf16 each of W ranks holds and sends (x 1 - 1/W) so many bytes a step:
 
         stage   gradients, fp32                   master, m, v   then                    bytes held        sent
-        0       all-reduced                       all            -                       2 + 4 + 12        8
-        1       reduce-scattered after backward   a slice        working is gathered     2 + 4 + 16 / W    4 + 2
-        2       reduced in backward, by buckets   a slice        working is gathered     2 + 16 / W        4 + 2
+        0       all-reduced                       all            -                       2 + 4 + 10        8
+        1       reduce-scattered after backward   a slice        working is gathered     2 + 4 + 14 / W    4 + 2
+        2       reduced in backward, by buckets   a slice        working is gathered     2 + 14 / W        4 + 2
 
-    (16 / W of stage 1 are master, m, v and the slice of the sum. Beside 16 / W stage 2 holds some Buckets on their way,
-    and all of a gradient in fp32 where a row is learnt in truncated chunks: it is sent when all have been.)
-    One rank alone sends nothing, holds 16, and its gradient, unless several are added, is no wider than it came. A
-    group is one slice: same learning rate, same decay.
+    (14 / W of stage 1 are the LowBits of master, m, v and the slice of the sum. Beside 14 / W stage 2 holds some
+    Buckets on their way, and all of a gradient in fp32 where a row is learnt in truncated chunks: it is sent when all
+    have been.) One rank alone sends nothing, holds 14, and its gradient, unless several are added, is no wider than it
+    came. Moments of 8 bits take 2 for 8. A group is one slice: same learning rate, same decay.
     """
 
     # Numbers that are worked on at a time: on a CPU what stays in its cache, on a GPU what is worth a launch.
@@ -2772,7 +2878,9 @@ class ZeroAdamW:
         self.where = {name: slice(end - p.numel(), end) for (name, p), end in zip(self.named, ends, strict=True)}
         self.numbers = ends[-1]
         slices = ranks.size if self.stage else 1
-        self.slice = -(-self.numbers // slices)                       # S, of which the last may end in padding
+        moments = MOMENTS[cfg.moments]
+        unit = slices * moments[0].per
+        self.slice = -(-self.numbers // unit) * moments[0].per        # S, of which the last may end in padding
         begin = ranks.rank * self.slice if self.stage else 0
         self.own = slice(begin, begin + self.slice)
         self.groups: list[tuple[slice, float, float]] = []            # of this rank's slice
@@ -2783,12 +2891,12 @@ class ZeroAdamW:
         values = [p.detach().reshape(-1) for _, p in self.named]
         self.working = torch.cat([*values, values[0].new_zeros(slices * self.slice - self.numbers)])
         own = self.working[self.own]
-        self.master = own if own.dtype.itemsize >= 4 else own.float()
-        self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.part = self.PART[self.master.device.type]
+        self.master, self.m, self.v = (kind(own) for kind in (MASTER.get(own.dtype, Same), *moments))
+        self.part = self.PART[own.device.type]
         # In fp32 where gradients are added up: over ranks, or over several backward passes.
-        wide = self.master if ranks.size > 1 or backward_passes(cfg) > 1 else self.working
-        self.grad = torch.zeros_like(own if self.stage == 2 else self.working, dtype=wide.dtype)
+        several = ranks.size > 1 or backward_passes(cfg) > 1
+        wide = torch.promote_types(own.dtype, torch.float32) if several else own.dtype
+        self.grad = torch.zeros_like(own if self.stage == 2 else self.working, dtype=wide)
         once = backward_passes(cfg) == cfg.accumulate_grad_batches    # each micro-batch has one backward pass
         self.buckets = Buckets(self.grad, ranks, self.numbers, once) if self.stage == 2 else None
         self.summed: Tensor | None = None                             # (S) of the gradient, once it is summed
@@ -2796,8 +2904,16 @@ class ZeroAdamW:
             p.data = self.working[self.where[name]].view(p.shape)
             p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
             if exact and name in exact:
-                part = common(self.where[name], self.own)
-                self.master[shifted(part, begin)] = exact[name].reshape(-1)[shifted(part, self.where[name].start)]
+                mine = common(self.where[name], self.own)
+                values = exact[name].reshape(-1)[shifted(mine, self.where[name].start)]
+                self.set(self.master, shifted(mine, begin), values)
+
+    @staticmethod
+    def set(numbers: Numbers, part: slice, values: Tensor) -> None:
+        """The first of that part; `values` may be shorter."""
+        x = numbers.read(part)
+        x[: len(values)] = values
+        numbers.write(part, x)
 
     def take(self, where: slice, p: nn.Parameter) -> None:
         """A parameter's gradient, as soon as there is one."""
@@ -2806,6 +2922,10 @@ class ZeroAdamW:
         else:
             self.grad[where] += p.grad.reshape(-1)
         p.grad = None
+
+    def parts(self) -> Iterator[slice]:
+        """Of this rank's slice, to be worked on one after the other."""
+        return (slice(at, min(at + self.part, self.slice)) for at in range(0, self.slice, self.part))
 
     def sum_micro_batch(self) -> None:
         """After the backward of every micro-batch: stage 2 sends what it has not sent meanwhile."""
@@ -2818,8 +2938,8 @@ class ZeroAdamW:
             self.summed = self.ranks.sum(self.grad)
         else:
             self.summed = self.grad if self.buckets else self.ranks.sum_slices(self.grad)
-        squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in self.summed.split(self.part)]
-        total = torch.stack(squares).sum()
+        norms = [torch.linalg.vector_norm(self.summed[part], dtype=torch.float64) for part in self.parts()]
+        total = torch.stack(norms).square().sum()
         return (self.ranks.sum(total) if self.stage else total).sqrt().item()
 
     @torch.no_grad()
@@ -2827,14 +2947,18 @@ class ZeroAdamW:
         """One step with the reduced gradient times grad_scale (clipping, undoing a loss scale); clears the gradient."""
         self.t += 1
         correction1, correction2 = 1 - self.beta1**self.t, 1 - self.beta2**self.t
-        for where, scale, decay in self.groups:
-            parts = (x[where].split(self.part) for x in (self.summed, self.m, self.v, self.master))
-            for g, m, v, p in zip(*parts, strict=True):
-                g = g.to(p.dtype) * grad_scale
-                p.mul_(1 - lr * scale * decay)
-                m.lerp_(g, 1 - self.beta1)
-                v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-                p.addcdiv_(m, (v.sqrt() / math.sqrt(correction2)).add_(self.eps), value=-lr * scale / correction1)
+        for part in self.parts():
+            p, m, v = (numbers.read(part) for numbers in (self.master, self.m, self.v))
+            g = self.summed[part].to(p.dtype) * grad_scale
+            m.lerp_(g, 1 - self.beta1)
+            v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+            root = (v.sqrt() / math.sqrt(correction2)).add_(self.eps)
+            for group, scale, decay in self.groups:
+                at = shifted(common(group, part), part.start)
+                p[at].mul_(1 - lr * scale * decay)
+                p[at].addcdiv_(m[at], root[at], value=-lr * scale / correction1)
+            for numbers, x in ((self.master, p), (self.m, m), (self.v, v)):
+                numbers.write(part, x)
         self.publish()
         self.clear()
 
@@ -2843,29 +2967,33 @@ class ZeroAdamW:
         self.grad.zero_()
         self.summed = None
 
-    @torch.no_grad()
     def publish(self) -> None:
-        """Rounds the master weights into the parameters, of all ranks."""
-        own = self.working[self.own]
-        if own.dtype != self.master.dtype:                            # (else they are the same memory)
-            own.copy_(self.master)
+        """Hands this rank's slice of the parameters, as `master` has rounded it, to the others."""
         if self.stage:
-            self.ranks.gather_slices(self.working, own)
+            self.ranks.gather_slices(self.working, self.working[self.own])
 
     def nbytes(self) -> int:
         """Of all its buffers on this rank, the trained parameters among them."""
-        buffers = {t.untyped_storage() for t in (self.working, self.master, self.m, self.v, self.grad)}
-        return sum(map(allocated, buffers))
+        return sum(map(allocated, {t.untyped_storage() for t in self.buffers()}))
+
+    def buffers(self) -> list[Tensor]:
+        return [self.working, *self.master.tensors(), *self.m.tensors(), *self.v.tensors(), self.grad]
 
     def layout(self) -> str:
         """Tells two selections of parameters apart."""
         names = hashlib.sha256(repr(sorted((name, where.start) for name, where in self.where.items())).encode())
         return f"{len(self.named)} tensors of {self.numbers} numbers ({names.hexdigest()[:8]})"
 
-    def whole(self, own: Tensor) -> Tensor | None:
-        """For rank 0, the slices of all put together, without padding. (All ranks call it.)"""
-        whole = self.ranks.collect(own) if self.stage else own
-        return None if whole is None else whole[: self.numbers]
+    def whole(self, numbers: Numbers) -> Tensor | None:
+        """For rank 0, those of all ranks in the host's memory, without padding. (All ranks call it.)"""
+        whole = None
+        for part in self.parts():
+            own = numbers.read(part)
+            x = self.ranks.collect(own[None]) if self.stage else own[None].cpu()
+            if self.ranks.rank == 0:
+                whole = x.new_empty(len(x), self.slice) if whole is None else whole
+                whole[:, part] = x
+        return None if whole is None else whole.view(-1)[: self.numbers]
 
     def masters(self) -> dict[str, Tensor]:
         """For rank 0: name -> fp32 master weight, in the parameter's shape. (All ranks call it.)"""
@@ -2880,7 +3008,8 @@ class ZeroAdamW:
     def load(self, state: dict[str, Tensor]) -> None:
         for name in ("master", "m", "v"):
             saved = state[name][self.own]
-            getattr(self, name)[: len(saved)] = saved
+            for part in self.parts():
+                self.set(getattr(self, name), part, saved[part])
         self.t = int(state["t"])
         self.publish()
 
@@ -3226,7 +3355,7 @@ def check(cfg: Config) -> None:
 
 def check_choices(cfg: Config) -> None:
     tables = {"peft": ADAPTER, "quant": QUANT, "bone_mode": dict.fromkeys(BONE_MODES), "lr_schedule": SCHEDULE,
-              "strategy": STAGE, "train_type": TRAIN_TYPE, "chunk_grad": CHUNK_GRAD,
+              "strategy": STAGE, "moments": MOMENTS, "train_type": TRAIN_TYPE, "chunk_grad": CHUNK_GRAD,
               "grad_cp": GRAD_CP | {"auto": None}}
     for option, table in tables.items():
         pick(table, f"--{option}", getattr(cfg, option))

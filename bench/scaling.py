@@ -99,7 +99,7 @@ def sent(numbers: float, ranks: int, stage: int) -> float:
 
 def held(numbers: float, ranks: int, stage: int) -> float:
     """Bytes that a rank holds of what is trained: working, gradient, and master, m, v (and the summed gradient)."""
-    return numbers * {0: 2 + 4 + 12, 1: 2 + 4 + 16 / ranks, 2: 2 + 16 / ranks}[stage]
+    return numbers * {0: 2 + 4 + 10, 1: 2 + 4 + 14 / ranks, 2: 2 + 14 / ranks}[stage]
 
 
 def step_time(numbers: float, ranks: int, stage: int, compute: float, bandwidth: float, delay: float) -> float:

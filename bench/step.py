@@ -107,9 +107,8 @@ def ours(
     run = P.Run(cfg, P.ONE_RANK, device, arch, None, rows, None, rwkv, optimiser, {}, 1)
     if cfg.cuda_graph:
         run.add_gradient = P.graphs(rwkv, cfg, device, P.ONE_RANK)
-    buffers = (optimiser.working, optimiser.master, optimiser.m, optimiser.v, optimiser.grad)
-    return Contestant(lambda: P.train_step(run, 1e-5)["loss"],
-                      lambda: [*rwkv.parameters(), *rwkv.buffers(), *buffers], run, cfg.compile or cfg.cuda_graph)
+    held = [*rwkv.parameters(), *rwkv.buffers(), *optimiser.buffers()]
+    return Contestant(lambda: P.train_step(run, 1e-5)["loss"], lambda: held, run, cfg.compile or cfg.cuda_graph)
 
 
 def changed(words: list[str]) -> dict:

@@ -74,7 +74,8 @@ LEVERS = {  # what a setting is called -> the options that make it; from "all sa
     "the defaults": {},
     "embedding left in the file": {"emb_on_cpu": True},
     "double quantisation": {"quant": "nf4dq"},
-    "all levers": {"emb_on_cpu": True, "quant": "nf4dq"},
+    "Adam's moments in 8 bits": {"moments": "8bit"},
+    "all levers": {"emb_on_cpu": True, "quant": "nf4dq", "moments": "8bit"},
 }
 LEVER_CELLS = ("RWKV7-0.4B", "RWKV7-1.5B", "RWKV7-7.2B", "RWKV7-13.3B")
 

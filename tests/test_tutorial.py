@@ -186,7 +186,7 @@ def moments(train, place, **flags):
     start = P.read_pth(run.folder / "init_pissa.pth", "")
     moved = max((run.optimiser.masters()[n.replace("init_", "")] - start[n]).abs().max().item() for n in start
                 if "init_lora" in n)
-    return run.optimiser.m, run.optimiser.v, moved
+    return run.optimiser.m.held, run.optimiser.v.held, moved
 
 
 def test_beta1(train, place):

@@ -64,6 +64,7 @@ def loaded(cfg, tensors, arch, dtype):
     (dict(peft="bone", quant="int8"), torch.float32), (dict(peft="bone", bone_mode="bat"), torch.float32),
     (dict(peft="state", quant="nf4", micro_bsz=5), torch.bfloat16),
     (dict(peft="none", train_parts=("ln", "head"), quant="int8", grad_cp="0"), torch.float32),
+    (dict(moments="8bit"), torch.bfloat16),
     (dict(micro_bsz=4, accumulate_grad_batches=2, train_parts=()), torch.bfloat16)], ids=str)
 def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypatch):
     """Real tensors, through the same functions: held, at the peak of loading, and at the peak of a step."""
@@ -98,7 +99,7 @@ def test_a_prediction_for_a_gpu_needs_none_and_adds_up():
     rehearsal = P.Rehearsal(cfg, arch, "cuda", torch.bfloat16)
     one, two = rehearsal.memory(1), rehearsal.memory(2)
     trained = sum(p.numel() for _, p in rehearsal.run.optimiser.named)
-    assert one.optimiser == pytest.approx(16 * trained, abs=4 * 512) and rehearsal.peak.live == rehearsal.held
+    assert one.optimiser == pytest.approx(14 * trained, abs=5 * 512) and rehearsal.peak.live == rehearsal.held
     assert one[:2] == two[:2] and one.loading == two.loading and one.activations < two.activations
     without = P.Rehearsal(P.replace(cfg, emb_on_cpu=True), arch, "cuda", torch.bfloat16).memory(1)
     assert one.weights - without.weights == pytest.approx(2 * 65536 * 768, abs=4096)  # (nf4's tables are made once)

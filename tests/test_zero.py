@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from pissa_rwkv import Buckets, Config, Ranks, ZeroAdamW
+from pissa_rwkv import MOMENTS, ONE_RANK, Buckets, Config, Ranks, ZeroAdamW
 
 # 1,441 numbers: no number of ranks from 2 to 4 divides them, and tensors lie across the ends of slices
 SHAPES = {"a.lora_A": (8, 85), "ln.weight": (23,), "b.weight": (19, 37), "time_decay": (2, 5), "x_r": (1, 1, 25)}
@@ -39,22 +39,26 @@ def backward(parameters, wanted):
     sum((p * wanted[name]).sum() for name, p in parameters.items()).backward()
 
 
-def train(ranks, stage, micro_batches, dtype):
-    """20 steps of ours. Returns the parameters, the masters and the norms; checks what every rank holds."""
-    cfg = Config(weight_decay=0.1, accumulate_grad_batches=micro_batches, layerwise_lr=False)
+def train(ranks, stage, micro_batches, dtype, moments="fp32", shares=None):
+    """20 steps of ours, `shares` of the gradient summed before. Returns the parameters, the state for rank 0 with the
+    masters by name, and the norms; checks what every rank holds."""
+    cfg = Config(weight_decay=0.1, accumulate_grad_batches=micro_batches, layerwise_lr=False, moments=moments)
     mine, norms = parameters(dtype), []
     optimiser = ZeroAdamW(mine.items(), cfg, ranks=ranks, stage=stage)
     for step in range(STEPS):
         for i in range(micro_batches):
-            backward(mine, gradients(step, ranks.rank, i, dtype))
+            drawn = [gradients(step, rank, i, dtype) for rank in shares or [ranks.rank]]
+            backward(mine, {name: sum(share[name] for share in drawn) for name in SHAPES})
             optimiser.sum_micro_batch()
         norms.append(optimiser.reduce())
         optimiser.step(LR, min(1.0, CLIP / (norms[-1] + 1e-6)))
     slices = ranks.size if stage else 1
     numbers = sum(p.numel() for p in mine.values())
-    assert len(optimiser.m) == len(optimiser.v) == len(optimiser.master) == -(-numbers // slices)
-    assert len(optimiser.grad) == {0: numbers, 1: -(-numbers // slices) * slices, 2: -(-numbers // slices)}[stage]
-    return mine, optimiser.masters(), norms
+    per = MOMENTS[moments][0].per
+    S = -(-numbers // (slices * per)) * per
+    assert {len(x.tensors()[0]) for x in (optimiser.master, optimiser.m, optimiser.v)} == {S}
+    assert len(optimiser.grad) == {0: S, 1: S * slices, 2: S}[stage]
+    return mine, optimiser.state() | optimiser.masters(), norms
 
 
 def oracle(size, micro_batches, dtype, micro_batch_first):
@@ -114,11 +118,15 @@ def worker(rank, size, port, results):
         found, masters, norms = train(ranks, stage, micro_batches, dtype)
         wanted, wanted_norms = torch_oracle(size, micro_batches, dtype, stage == 2)
         rows[stage, micro_batches, dtype] = dict(
-            error=worst(masters, {name: wanted[name] for name in masters}),  # (rank 0 has the masters)
-            rounded=all(torch.equal(found[n], master.to(dtype)) for n, master in masters.items()),
+            error=worst(masters, {n: wanted[n] for n in masters if n in wanted}),  # (rank 0 has the masters)
+            rounded=all(torch.equal(p, masters[n].to(dtype)) for n, p in found.items() if n in masters),
             norms=max(abs(a / b - 1) for a, b in zip(norms, wanted_norms, strict=True)),
             clipped=sum(norm > CLIP for norm in norms), sha=repr([p.tolist()[:3] for p in found.values()]),
             total=sum(p.double().sum().item() for p in found.values()))
+    alone, state, _ = train(ONE_RANK, 0, 1, torch.float32, "8bit", range(size))
+    for stage in (0, 1, 2):
+        found, shared, _ = train(ranks, stage, 1, torch.float32, "8bit")
+        rows["8bit", stage] = max(worst(found, alone), 0 if rank else worst(shared, state))
     for micro_batches in (1, 3):
         zero = torchs_zero(ranks, micro_batches)
         rows["torch", micro_batches] = worst(train(ranks, 1, micro_batches, torch.float32)[0], zero)
@@ -152,3 +160,11 @@ def test_twenty_steps_are_those_of_torchs_adamw_on_the_summed_gradient(cell, run
 def test_they_are_those_of_torchs_zero_redundancy_optimizer(runs):
     for rows in runs:
         assert max(rows["torch", 1], rows["torch", 3]) <= (0 if len(runs) <= 2 else 1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_with_moments_of_8_bits_ranks_go_where_one_goes(stage, runs):
+    """Whoever holds them, blocks of 256 are the same; of four slices here the last is nothing but padding. (Of three
+    ranks, sums are rounded in another order: now and then a code is the one beside.)"""
+    for rows in runs:
+        assert rows["8bit", stage] <= (0 if len(runs) <= 2 else 1e-3)
