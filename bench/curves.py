@@ -54,6 +54,7 @@ class Method(NamedTuple):
 METHODS = {
     "full": Method(dict(peft="none"), range(-1, 6)),
     "pissa": Method(dict(peft="pissa"), range(0, 7)),
+    "pissa 8bit": Method(dict(peft="pissa", moments="8bit"), range(0, 7)),
     "lora": Method(dict(peft="lora"), range(1, 8)),
     "pissa nf4 T=1": Method(dict(peft="pissa", quant="nf4"), range(0, 7)),
     "pissa nf4 T=5": Method(dict(peft="pissa", quant="nf4", qpissa_iters=5), range(0, 7)),
