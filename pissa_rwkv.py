@@ -1854,7 +1854,7 @@ def starts(
 
 def seeded(name: str, cfg: Config) -> torch.Generator:
     digest = hashlib.sha256(f"{cfg.random_seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))  # (it takes seeds below 2^63)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))  # (it takes seeds below 2^63)
 
 
 @torch.no_grad()

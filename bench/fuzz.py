@@ -125,8 +125,26 @@ class Call:
         return self.function, self.args
 
 
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def within(folder: Path) -> Iterator[None]:
+    """contextlib.chdir, which Python 3.10 has not."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def saved(tensors: object) -> bytes:
-    with warnings.catch_warnings(action="ignore"):
+    with unwarned():
         torch.save(tensors, file := io.BytesIO())
     return file.getvalue()
 
@@ -136,7 +154,7 @@ def with_tensor(change: Callable[[torch.Tensor], object]) -> Damage:
     def damage(draw: random.Random, data: bytes) -> bytes:
         tensors = torch.load(io.BytesIO(data), weights_only=True)
         name = draw.choice([n for n, t in tensors.items() if t.is_floating_point()])
-        with warnings.catch_warnings(action="ignore"):
+        with unwarned():
             return saved({**tensors, name: change(tensors[name])})
     return damage
 
@@ -165,7 +183,7 @@ def zipped(change: Callable[[str, bytes], list[tuple[str, bytes]]], method: int 
     def damage(draw: random.Random, data: bytes) -> bytes:
         file = io.BytesIO()
         with (zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w", method) as new,
-              warnings.catch_warnings(action="ignore")):
+              unwarned()):
             for name, part in itertools.chain.from_iterable(change(n, old.read(n)) for n in old.namelist()):
                 new.writestr(name, part)
         return file.getvalue()
@@ -485,7 +503,7 @@ class Fuzz:
         self.good, self.count, self.taken = folder / "good", collections.Counter(), 0
         self.good.mkdir()
         self.here = folder / "here"
-        with quiet(), contextlib.chdir(self.good):
+        with quiet(), within(self.good):
             good_files(self.good)
         self.wanted: dict[str, Outcome] = {}
 
@@ -508,7 +526,7 @@ class Fuzz:
     def run(self, subject: Subject, damaged: bytes | None) -> Outcome:
         shutil.rmtree(self.here, ignore_errors=True)
         shutil.copytree(self.good, self.here)
-        with contextlib.chdir(self.here):
+        with within(self.here):
             if subject.options.startswith(RESUME):
                 shutil.copytree("run", "out")
             else:
@@ -536,7 +554,7 @@ class Fuzz:
                 expected = subject.documents(self.here)
             except Exception as e:
                 return f"it was read, but not by an independent reader ({type(e).__name__} {e})"
-            with contextlib.chdir(self.here):
+            with within(self.here):
                 cfg = P.parse(subject.options.split())
                 corpus = P.read_corpus(cfg, cfg.data_file, P.ByteTokenizer())
             found = [corpus.tokens[a:b].tolist() for a, b in itertools.pairwise(corpus.starts)]

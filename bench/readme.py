@@ -268,8 +268,9 @@ def learning() -> str:
             f" bytes, rank {first['rank']}. `python bench/curves.py`; {source(rows)[1:-1]}")
 
 
-NAMED = {"full": "all weights", "pissa": "PiSSA", "lora": "LoRA", "pissa nf4 T=1": "QPiSSA, nf4, T = 1",
-         "pissa nf4 T=5": "QPiSSA, nf4, T = 5", "lora nf4": "QLoRA, nf4", "bone": "Bone"}  # fmt: skip
+NAMED = {"full": "all weights", "pissa": "PiSSA", "pissa 8bit": "PiSSA, moments of 8 bits", "lora": "LoRA",
+         "pissa nf4 T=1": "QPiSSA, nf4, T = 1", "pissa nf4 T=5": "QPiSSA, nf4, T = 5", "lora nf4": "QLoRA, nf4",
+         "bone": "Bone"}  # fmt: skip
 
 
 def versus(found: dict) -> str:

@@ -257,7 +257,8 @@ def place(tmp_path_factory):
     torch.save(good, "m.pth")
     Path("d.jsonl").write_text('{"text": "some text that is long enough"}\n' * 4)
     Path("a-file").write_text("x")
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         write_models(good)
     write_corpora()
     write_runs()
