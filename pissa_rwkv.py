@@ -2411,7 +2411,8 @@ class Batch:
     rows: list[int]
 
     def to(self, device: str) -> Batch:
-        return Batch(self.inputs.to(device), self.learnt.to(device), self.targets.to(device), self.rows)
+        """(Not blocking: to copy to a GPU would else wait until it has done all before.)"""
+        return Batch(*(x.to(device, non_blocking=True) for x in (self.inputs, self.learnt, self.targets)), self.rows)
 
     def filled(self, ctx_len: int) -> Batch:
         """The same to a model, in one of few shapes: rows end in zeros and `learnt` in positions that are ignored, both
@@ -3463,7 +3464,7 @@ class Graphs:
         first = shape not in self.places
         place = self.places.setdefault(shape, [torch.empty_like(x, device=device) for x in new])
         for x, there in zip(new, place, strict=True):
-            there.copy_(x)
+            there.copy_(x, non_blocking=True)                         # (or it would wait for the one before)
         work = partial(add_gradient, model, Batch(*place[:3], batch.rows), *place[3:], cfg)
         if not first and shape not in self.graphs and len(self.graphs) < self.most:
             self.record(shape, work, model)
