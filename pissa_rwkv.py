@@ -1075,18 +1075,7 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
     for start, kind in NOT_A_PTH.items():
         if head.startswith(start) and (start or not head):
             raise Fatal(f"{what} {path}: this is {kind}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            items = archive.infolist()
-            packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
-            damaged = archive.testzip() if checksums and not packed else None
-            pickled = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
-    except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
-        raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
-    if damaged:
-        raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
-    if packed:                                                        # what is mapped must lie in the file as it is
-        raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
+    pickled = pickles_of(path, what, checksums)
     try:
         check_names(pickled)
         with warnings.catch_warnings():
@@ -1099,6 +1088,23 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
     if not isinstance(tensors, dict) or not tensors or not all(is_entry(k, t) for k, t in tensors.items()):
         raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
     return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
+
+
+def pickles_of(path: Path, what: str, checksums: bool) -> list[bytes]:
+    """The pickles of a .pth, a zip that is whole and not compressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            items = archive.infolist()
+            packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
+            damaged = archive.testzip() if checksums and not packed else None
+            pickled = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
+    except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
+        raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
+    if damaged:
+        raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
+    if packed:                                                        # what is mapped must lie in the file as it is
+        raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
+    return pickled
 
 
 def check_names(pickles: list[bytes]) -> None:
@@ -2869,26 +2875,8 @@ class ZeroAdamW:
         """Takes over the parameters; `exact` holds fp32 values of those that an earlier run saved."""
         self.beta1, self.beta2, self.eps, self.t = cfg.beta1, cfg.beta2, cfg.adam_eps, 0
         self.ranks, self.stage = ranks, stage if ranks.size > 1 else 0
-        # Alike stand together, so that a group is one slice. What learns faster stands first: these parameters are few
-        # and in all layers, and Buckets begins at the end.
-        kind = partial(scale_and_decay, cfg)
-        self.named = sorted(named, key=lambda item: (-kind(item)[0], kind(item)[1]))
-        if not self.named:
-            raise Fatal("nothing is trained: --peft none, or a rank and --train_parts that name something")
-        ends = list(itertools.accumulate(p.numel() for _, p in self.named))
-        self.where = {name: slice(end - p.numel(), end) for (name, p), end in zip(self.named, ends, strict=True)}
-        self.numbers = ends[-1]
-        slices = ranks.size if self.stage else 1
-        moments = MOMENTS[cfg.moments]
-        unit = slices * moments[0].per
-        self.slice = -(-self.numbers // unit) * moments[0].per        # S, of which the last may end in padding
-        begin = ranks.rank * self.slice if self.stage else 0
-        self.own = slice(begin, begin + self.slice)
-        self.groups: list[tuple[slice, float, float]] = []            # of this rank's slice
-        for (scale, decay), items in itertools.groupby(self.named, key=kind):
-            names = [name for name, _ in items]
-            group = common(slice(self.where[names[0]].start, self.where[names[-1]].stop), self.own)
-            self.groups.append((shifted(group, begin), scale, decay))
+        moments, slices = MOMENTS[cfg.moments], ranks.size if self.stage else 1
+        self.lay_out(list(named), partial(scale_and_decay, cfg), slices, moments[0].per)
         values = [p.detach().reshape(-1) for _, p in self.named]
         self.working = torch.cat([*values, values[0].new_zeros(slices * self.slice - self.numbers)])
         own = self.working[self.own]
@@ -2907,7 +2895,26 @@ class ZeroAdamW:
             if exact and name in exact:
                 mine = common(self.where[name], self.own)
                 values = exact[name].reshape(-1)[shifted(mine, self.where[name].start)]
-                self.set(self.master, shifted(mine, begin), values)
+                self.set(self.master, shifted(mine, self.own.start), values)
+
+    def lay_out(self, named: list[tuple[str, nn.Parameter]], kind: Callable, slices: int, per: int) -> None:
+        """Where each parameter lies, which slice is this rank's, a multiple of `per`, and which groups are in that."""
+        # Alike stand together, so that a group is one slice. What learns faster stands first: these parameters are few
+        # and in all layers, and Buckets begins at the end.
+        self.named = sorted(named, key=lambda item: (-kind(item)[0], kind(item)[1]))
+        if not self.named:
+            raise Fatal("nothing is trained: --peft none, or a rank and --train_parts that name something")
+        ends = list(itertools.accumulate(p.numel() for _, p in self.named))
+        self.where = {name: slice(end - p.numel(), end) for (name, p), end in zip(self.named, ends, strict=True)}
+        self.numbers = ends[-1]
+        self.slice = -(-self.numbers // (slices * per)) * per         # S, of which the last may end in padding
+        begin = self.ranks.rank * self.slice if self.stage else 0
+        self.own = slice(begin, begin + self.slice)
+        self.groups: list[tuple[slice, float, float]] = []            # of this rank's slice
+        for (scale, decay), items in itertools.groupby(self.named, key=kind):
+            names = [name for name, _ in items]
+            group = common(slice(self.where[names[0]].start, self.where[names[-1]].stop), self.own)
+            self.groups.append((shifted(group, begin), scale, decay))
 
     @staticmethod
     def set(numbers: Numbers, part: slice, values: Tensor) -> None:
@@ -4448,9 +4455,17 @@ def demo(cfg: Config) -> None:
         f"   base                    {before[0]:6.3f}   {before[1]:6.1%}")
     for peft, (_, after, _) in results.items():
         say(f"   after 60 steps of {peft:<6}{after[0]:6.3f}   {after[1]:6.1%}")
-    run = results["pissa"][2]
     merged = str(folder / "pissa" / "rwkv-0-merged.pth")
     say(f"\n4. {merged} is an ordinary model file. Reopened:")
+    demo_merged(results["pissa"][2], merged)
+    say("\nNext, your own model and data:\n"
+        "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge\n"
+        "Or ask questions like these yourself (it knows single ones: type /reset between two):\n"
+        f"   python pissa_rwkv.py --chat --load_model {merged}")
+
+
+def demo_merged(run: Run, merged: str) -> None:
+    """The merged file beside the run that it comes from; and some answers of its."""
     tensors = read_pth(merged, "--load_model")
     with torch.device("meta"):
         model = RWKV(run.arch, run.model.blocks[0].att.wkv)
@@ -4460,13 +4475,9 @@ def demo(cfg: Config) -> None:
         logits, again = (m(batch.inputs)[0] @ m.head.weight.T for m in (run.model.eval(), model))
     difference = ((logits - again).abs().max() / logits.std()).item()
     say(f"   largest difference of a logit: {difference:.1e} of their standard deviation")
-    for question, answer in dummy_tasks("shift", 4096, cfg.random_seed)[-4:]:
+    for question, answer in dummy_tasks("shift", 4096, run.cfg.random_seed)[-4:]:
         said = generate(model, run.tokenizer, chat(question, ""), 24).strip()
         say(f"   {question}  ->  {said}" + ("" if said == answer else f"  (right: {answer})"))
-    say("\nNext, your own model and data:\n"
-        "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge\n"
-        "Or ask questions like these yourself (it knows single ones: type /reset between two):\n"
-        f"   python pissa_rwkv.py --chat --load_model {merged}")
 
 
 def main(argv: list[str] | None = None) -> int:
