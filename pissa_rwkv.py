@@ -944,35 +944,45 @@ class Block(nn.Module):
 RunBlock = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Tensor, BlockState]]
 
 
+def checkpointed(keep: Callable | None, block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
+    """Backward computes the block again; all of it, or what `keep`, a policy of torch's, does not keep."""
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, keep)} if keep else {}
+    return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws, **context)
+
+
 def keep_all(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """Quantised matrices are made anew in backward, and not kept: eager code knows that, a compiler has to be told."""
-    if not torch.compiler.is_compiling():
-        return block(x, *rest)
-    contexts = partial(create_selective_checkpoint_contexts, unless_read)
-    return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws, context_fn=contexts)
-
-
-def unless_read(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    read = op.name().startswith("pissa_rwkv::read")
-    return CheckpointPolicy.MUST_RECOMPUTE if read else CheckpointPolicy.PREFER_SAVE
-
-
-def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws)
+    # Quantised matrices are made anew in backward, and not kept: eager code knows that, a compiler has to be told.
+    return checkpointed(all_but_read, block, x, *rest) if torch.compiler.is_compiling() else block(x, *rest)
 
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
     """Besides the input what takes longest to compute, some 13 C numbers a token."""
-    contexts = partial(create_selective_checkpoint_contexts, partial(if_costly, x.shape[-1]))
-    return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws, context_fn=contexts)
+    return checkpointed(partial(costly, x.shape[-1]), block, x, *rest)
 
 
-def if_costly(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """Keeps what the operator gave, and sums of C products or more: those with a block's matrices, and the first of
-    two thin ones, which are short."""
-    wide = op is torch.ops.aten.mm.default and inputs[0].shape[1] >= C
-    costly = wide or op.name().startswith("pissa_rwkv::wkv")
-    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
+    return checkpointed(nothing if torch.compiler.is_compiling() else None, block, x, *rest)  # (told again: torch 2.11)
+
+
+def is_read(op: Any) -> bool:
+    """Whether it makes a quantised matrix."""
+    return op.name().startswith("pissa_rwkv::read")
+
+
+def all_but_read(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE if is_read(op) else CheckpointPolicy.PREFER_SAVE
+
+
+def costly(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    """What the operator gave, and sums of C products or more: those with a block's matrices, and the first of two thin
+    ones, which are short."""
+    if op is torch.ops.aten.mm.default and inputs[0].shape[1] >= C or op.name().startswith("pissa_rwkv::wkv"):
+        return CheckpointPolicy.MUST_SAVE
+    return nothing(context, op)
+
+
+def nothing(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE if is_read(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # --grad_cp: what a block keeps for backward, which computes the rest again. From fast and large to slow and small.

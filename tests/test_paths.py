@@ -108,7 +108,7 @@ def test_products_are_computed_once(place):
     assert (all_kept[forward], products[forward], recomputed[forward]) == (2, 2, 4)
 
 
-@pytest.mark.parametrize("way", ["0", "1"])
+@pytest.mark.parametrize("way", P.GRAD_CP)
 def test_a_compiled_step_makes_a_quantised_matrix_twice(way, place, tmp_path):
     """Once in forward and once in backward, also where that computes the block again: it is not kept in between."""
     cfg = P.Config(load_model=f"{place}/x070.pth", data_file=f"{place}/data.jsonl", proj_dir=str(tmp_path / "out"),
