@@ -10,12 +10,18 @@ INTERPRETED = pytest.mark.skipif(not ON, reason="no GPU; test_wkv_triton.py runs
 
 
 def mend() -> None:
-    """Triton 3.9 holds bfloat16 as uint16: it rounds towards zero, and multiplies matrices of these integers."""
+    """Triton 3.9 holds bfloat16 as uint16: it rounds towards zero, and multiplies matrices of these integers. Triton
+    3.6 counts loops by arrays of one number, which numpy 2.5 does not take for numbers."""
     import numpy as np
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    cast, dot, patch = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+
+    def with_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def to_nearest(self, x, to):
         if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
@@ -28,6 +34,7 @@ def mend() -> None:
         return dot(self, a, b, *rest)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = to_nearest, of_floats
+    interpreter._patch_lang_tensor = with_index
 
 
 if ON:
