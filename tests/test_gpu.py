@@ -46,3 +46,13 @@ def test_a_graph_computes_what_it_recorded(model_file, tmp_path, monkeypatch, ca
     graphs = losses(base, tmp_path / "graphs", *options, "--cuda_graph", "1")
     assert graphs == pytest.approx(eager, rel=1e-5 if "fp32" in options else 1e-2)
     assert "could not be recorded" not in capsys.readouterr().out and len(replays) >= 8
+
+
+@pytest.mark.parametrize("options", [
+    "", "--moments 8bit --quant nf4", "--moments 8bit --precision fp16", "--peft none"])
+def test_a_run_goes_on_where_it_stopped(model_file, tmp_path, options):
+    base, options = model_file(), ["--lr_final", "1e-4", *options.split()]
+    whole = losses(base, tmp_path / "run", *options, "--epoch_count", "2")
+    losses(base, tmp_path / "parts", *options)
+    parts = losses(base, tmp_path / "parts", *options, "--epoch_count", "2", "--resume")
+    assert len(parts) == len(whole) == 8 and parts == pytest.approx(whole, rel=1e-6)
