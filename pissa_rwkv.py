@@ -1264,16 +1264,18 @@ def nf4_levels(device: torch.device) -> tuple[Tensor, Tensor]:
     return levels, torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
 
 
+def magnitudes(density: int) -> Tensor:
+    """Ascending, fp32: for i = 0..6 the midpoints of density 2^i equal parts of [0.1, 1], times 10^(i-6)."""
+    edges = (torch.linspace(0.1, 1, density * 2**i + 1) for i in range(7))
+    return torch.cat([10.0 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)])
+
+
 @kept
 def dynamic_levels(device: torch.device) -> Tensor:
-    """The 256 levels of bitsandbytes' dynamic 8-bit numbers (arXiv 1511.04561), ascending, fp32: for i = 0..6 the
-    midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6), of both signs; and 0 and 1."""
-    levels = [torch.tensor([0.0, 1.0])]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        part = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        levels += [part, -part]
-    return torch.cat(levels).sort().values.to(device)
+    """The 256 levels of bitsandbytes' dynamic 8-bit numbers (arXiv 1511.04561), ascending: magnitudes of both signs,
+    and 0 and 1."""
+    half, one = magnitudes(1), torch.ones(1)
+    return torch.cat([-half.flip(0), 0 * one, half, one]).to(device)
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
@@ -2648,7 +2650,7 @@ def backward_passes(cfg: Config) -> int:
 
 
 # ======================================================================================================================
-# 8. Optimiser: AdamW over one flat fp32 buffer, of which each process may hold a slice (ZeRO); and the learning rate.
+# 8. Optimiser: AdamW over one flat buffer, of which each process may hold a slice (ZeRO); and the learning rate.
 # ======================================================================================================================
 
 
@@ -2803,14 +2805,9 @@ class CodedSquares(CodedNumbers):
 
 @kept
 def moment_levels(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ascending, fp32, over 7 powers of ten: 256 levels of both signs, and 255 above 0, which are twice as dense."""
-    def middles(i: int, parts: int) -> Tensor:
-        edges = torch.linspace(0.1, 1, parts + 1)
-        return 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-
-    half, one = torch.cat([middles(i, 2**i) for i in range(7)]), torch.ones(1)
-    signed = torch.cat([-one, -half[1:].flip(0), 0 * one, half, one])  # (without the smallest negative one)
-    above = torch.cat([*(middles(i, 2 ** (i + 1)) for i in range(7)), one])
+    """Ascending: 256 of both signs, the `dynamic_levels` with -1 for the smallest negative one; and 255 above 0."""
+    half, one = magnitudes(1), torch.ones(1)
+    signed, above = torch.cat([-one, -half[1:].flip(0), 0 * one, half, one]), torch.cat([magnitudes(2), one])
     return signed.to(device), above.to(device)
 
 
