@@ -6,8 +6,9 @@
     python bench/gpu.py OUT --list                   # what would be done, and what is missing; does nothing
 
 Into OUT, which need not exist: log.txt (all output), steps.json (what happened and how long it took) and the results,
-*-cuda.json and vram.json: copy them to bench/results (they began as those there), then `python bench/readme.py`. A
-step that cannot run says why in one line, and the next begins. Sources without git: give --commit.
+*-cuda.json, vram.json and vram-levers.json: copy them to bench/results (they began as those there), then
+`python bench/readme.py`. A step that cannot run says why in one line, and the next begins. Sources without git: give
+--commit.
 """
 
 import argparse
@@ -75,6 +76,7 @@ def steps(out: Path, commit: str, qa: list[str] | None = None) -> dict[str, Step
         "dequant": Step([python, str(bench / "dequant.py")], "", 150),
         "curve": Step([python, str(bench / "wkv_curve.py")], "", 240),
         "memory": Step([python, str(bench / "vram.py"), *into], "", 400),
+        "levers": Step([python, str(bench / "vram.py"), "--levers", "--models", "RWKV7-7.2B", *into], "", 200),
         "step": Step([python, str(bench / "step.py"), "--quick", *into], "", 500),
         "learning": Step(learning, "", 500, (3,)),
         "wkv6": Step([*measure, "--recurrence", "wkv6"], "", 240, (3,)),
@@ -154,9 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     out.mkdir(parents=True, exist_ok=True)
     # Rows that are there already are kept, and most of them not measured again.
-    for name in ("wkv-cuda.json", "wkv6-cuda.json", "vram.json", "step-cuda.json", "curves-large.json"):
-        if not (out / name).exists() and (record.RESULTS / name).exists():
-            shutil.copy(record.RESULTS / name, out)
+    for name in ("wkv-cuda", "wkv6-cuda", "vram", "vram-levers", "step-cuda", "curves-large"):
+        if not (out / f"{name}.json").exists() and (record.RESULTS / f"{name}.json").exists():
+            shutil.copy(record.RESULTS / f"{name}.json", out)
     rows = []
     for name, step in todo.items():
         for row in perform(name, step, deadline, out / "log.txt"):

@@ -532,15 +532,20 @@ def GB(row: dict) -> float:
 
 
 def levers() -> str:
-    """What each setting that saves memory comes to, predicted; of the newest commit there is."""
+    """What each setting that saves memory comes to, predicted, and where it was measured on a GPU, that in brackets; of
+    the newest commit there is."""
     rows = record.read("vram-levers")
     models = [m for m in vram.LEVER_CELLS if any(r["model"] == m for r in rows)]
-    total = {(r["setting"], r["model"]): GB(r) for r in rows}         # (later rows are newer)
+    predicted, measured = ({(r["setting"], r["model"]): r for r in rows if r["kind"] == kind}
+                           for kind in ("predicted", "measured"))     # (the last of several is the newest)
+    shown = {cell: f"{GB(r):.2f}" + (f" ({GB(measured[cell]):.2f})" if cell in measured else "")
+             for cell, r in predicted.items()}
     lines = ["| setting (nf4), GB | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
     for title, options in vram.LEVERS.items():
         flags = "".join(f" `--{name} {int(v) if isinstance(v, bool) else v}`" for name, v in options.items())
-        lines.append(f"| {title}{flags} | " + " | ".join(f"{total[title, m]:.2f}" for m in models) + " |")
-    return "\n".join(lines) + f"\n\n{source(rows[-1:])}"
+        lines.append(f"| {title}{flags} | " + " | ".join(shown[title, m] for m in models) + " |")
+    return ("\n".join(lines) + f"\n\n{source([*predicted.values()][-1:])}"
+            + (f" In brackets: measured. {source([*measured.values()][-1:])}" if measured else ""))
 
 
 STEP_PEER = {"cuda": "fla bf16 none", "cpu": "rwkv7-hf fp32 none"}    # whose speed is 1

@@ -2,7 +2,8 @@
 
     python bench/vram.py --predict                                    # every cell, without a GPU; about two minutes
     python bench/vram.py                                              # every cell that fits, on the GPU at hand
-    python bench/vram.py --levers                                     # what each option that saves memory saves
+    python bench/vram.py --levers --models RWKV7-7.2B                 # what each option that saves memory saves
+    python bench/vram.py --levers --predict
     python bench/vram.py --predict --models 7.2B --quants nf4 --options emb_on_cpu=1 ctx_len=2048
 
 A cell is a model and a way to hold its matrices, at the setting of RWKV-PEFT's tutorial (one row of 1024 tokens, rank
@@ -178,7 +179,7 @@ def described(row: dict) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--predict", action="store_true", help="count, without a device")
-    p.add_argument("--levers", action="store_true", help="predict what each option saves, on some cells")
+    p.add_argument("--levers", action="store_true", help="what each option saves, on some cells")
     p.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     p.add_argument("--quants", nargs="+", choices=list(P.QUANT), default=QUANTS)
     p.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of pissa_rwkv, over the setting")
@@ -193,10 +194,10 @@ def todo(args: argparse.Namespace) -> list[tuple[str, str, str, str, dict]]:
     words = [word for pair in args.options for word in ("--" + pair.partition("=")[0], pair.partition("=")[2])]
     given, default = P.asdict(P.parse(words)), P.asdict(P.Config())
     options = {k: v for k, v in given.items() if v != default[k]}
-    if args.levers:
-        return [("predicted", name, (lever | {"quant": lever.get("quant", "nf4")})["quant"], title, lever | options)
-                for name in args.models if name in LEVER_CELLS for title, lever in LEVERS.items()]
     kind, title = "predicted" if args.predict else "measured", " ".join(args.options)
+    if args.levers:
+        return [(kind, name, (lever | {"quant": lever.get("quant", "nf4")})["quant"], title, lever | options)
+                for name in args.models if name in LEVER_CELLS for title, lever in LEVERS.items()]
     return [(kind, name, quant, title, options) for name in args.models for quant in args.quants]
 
 
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.cell:
         print(json.dumps(run_cell(*json.loads(args.cell))))
         return 0
-    if not (args.predict or args.levers) and not torch.cuda.is_available():
+    if not args.predict and not torch.cuda.is_available():
         print("bench/vram.py: no GPU here; --predict needs none", file=sys.stderr)
         return 2
     file = args.out / ("vram-levers.json" if args.levers else "vram.json")

@@ -160,3 +160,14 @@ def test_cells_are_made_once(tmp_path, capsys):
     assert "is there" in capsys.readouterr().out
     row, = record.load(tmp_path / "vram.json")
     assert row["options"] == {"ctx_len": 32} and row["total"] > sum(row[p] for p in ("weights", "optimiser"))
+
+
+def test_every_lever_saves(tmp_path):
+    """By their rows: each of these takes less than the defaults, all together least."""
+    words = ["--predict", "--levers", "--models", "RWKV7-0.4B", "--out", str(tmp_path), "--commit", "x",
+             "--options", "ctx_len=32"]
+    assert vram.main(words) == 0
+    total = {row["setting"]: row["total"] for row in record.load(tmp_path / "vram-levers.json")}
+    assert list(total) == [*vram.LEVERS] and min(total, key=total.get) == "all levers"
+    *single, _ = [*vram.LEVERS][3:]
+    assert all(total[lever] < total["the defaults"] for lever in single)
