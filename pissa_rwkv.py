@@ -309,7 +309,11 @@ def said(argv: list[str]) -> set[str]:
     """The options that a command line names, with whatever value."""
     p = parser()
     p.set_defaults(**{f.name: None for f in fields(Config)})
-    return {name for name, value in vars(p.parse_known_args(argv)[0]).items() if value is not None}
+    given = {name: value for name, value in vars(p.parse_known_args(argv)[0]).items() if value is not None}
+    option = f"{given.get('peft', Config.peft)}_config"
+    keys = JSON_OPTIONS.get(option, {})
+    inside = [keys[key] for key in read_json(option, given.get(option, "")) if key in keys]
+    return {*given, *inside}
 
 
 def switch(text: str) -> bool:

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -257,6 +258,14 @@ def test_lines_come_in_and_answers_go_out(place, tmp_path, monkeypatch, capsys):
     assert not [*tmp_path.iterdir()] and sorted(place.rglob("*")) == before
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert P.main(argv) == 0                                          # Ctrl-D
+
+
+@pytest.mark.parametrize("words", ["--rank 32", "--pissa_config '{\"pissa_r\": 32}'", "--peft lora"])
+def test_what_contradicts_the_adapters_is_refused(words, place, capsys):
+    """Also where it is the default."""
+    argv = ["--load_model", f"{place}/m.pth", "--adapter_load", f"{place}/pissa/rwkv-0.pth", "--chat", "--op", "torch"]
+    assert P.main([*argv, *shlex.split(words)]) == 2
+    assert "pissa/rwkv-0.pth was made with " in (said := capsys.readouterr().err) and "leave the flag out" in said
 
 
 def test_bytes_that_are_no_text(place, monkeypatch, capsys):
