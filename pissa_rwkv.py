@@ -2754,6 +2754,7 @@ class Numbers:
     """S numbers of the optimiser, in fp32: moments."""
 
     per = 1                                                           # S is a multiple of this
+    plain = True                                                      # `held` are the numbers themselves
 
     def __init__(self, own: Tensor):
         """All 0. own (S): the slice of `working` that they belong to."""
@@ -2777,7 +2778,8 @@ class CodedNumbers(Numbers):
         absmax = max |x| of 256 in a row,  code = the level nearest to x / absmax;   x ~ level * absmax
     """
 
-    per, kind = 256, 0                                                # kind: which of the levels
+    per, plain = 256, False
+    kind = 0                                                          # which of the levels
 
     def __init__(self, own: Tensor):
         self.codes = own.new_zeros(len(own), dtype=torch.uint8)
@@ -2839,6 +2841,8 @@ class LowBits(Numbers):
 
     (High is the nearest bf16; of two, the larger in size.)
     """
+
+    plain = False
 
     def __init__(self, own: Tensor):
         self.high, self.held = own.view(torch.int16), torch.zeros_like(own, dtype=torch.int16)
@@ -3004,7 +3008,9 @@ class ZeroAdamW:
         return f"{len(self.named)} tensors of {self.numbers} numbers ({names.hexdigest()[:8]})"
 
     def whole(self, numbers: Numbers) -> Tensor | None:
-        """For rank 0, those of all ranks in the host's memory, without padding. (All ranks call it.)"""
+        """For rank 0, those of all ranks, without padding; put together in the host's memory. (All ranks call it.)"""
+        if numbers.plain and not self.stage:
+            return numbers.held[: self.numbers]
         whole = None
         for part in self.parts():
             own = numbers.read(part)
