@@ -965,7 +965,11 @@ def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
 
 
 def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    return checkpointed(nothing if torch.compiler.is_compiling() else None, block, x, *rest)  # (told again: torch 2.11)
+    # (Of a checkpoint without a policy, the compiler of torch 2.10 and 2.11 keeps the quantised matrices.)
+    return checkpointed(nothing if torch.compiler.is_compiling() else None, block, x, *rest)
+
+
+# Policies, named after what they keep; quantised matrices never are.
 
 
 def is_read(op: Any) -> bool:
@@ -2758,10 +2762,10 @@ class Numbers:
 
     def __init__(self, own: Tensor):
         """All 0. own (S): the slice of `working` that they belong to."""
-        self.held = torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32))
+        self.held = torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32))  # (S)
 
     def read(self, part: slice) -> Tensor:
-        """Numbers to be changed in place, and then given to `write`."""
+        """Those of a part (n), in fp32, to be changed in place and then given to `write`."""
         return self.held[part]
 
     def write(self, part: slice, x: Tensor) -> None:
@@ -2787,12 +2791,12 @@ class CodedNumbers(Numbers):
         self.levels = moment_levels(own.device)[self.kind]
 
     def read(self, part: slice) -> Tensor:
-        levels = self.levels[self.codes[part].int()]
+        levels = self.levels[self.codes[part].int()]                                      # (n)
         return (levels.view(-1, self.per) * self.absmax[self.blocks(part), None]).view(-1)
 
     def write(self, part: slice, x: Tensor) -> None:
-        x = x.view(-1, self.per)
-        absmax = x.abs().amax(1)
+        x = x.view(-1, self.per)                                                          # (n/256,256)
+        absmax = x.abs().amax(1)                                                          # (n/256)
         self.codes[part] = nearest_level(x, absmax, self.levels).to(torch.uint8).view(-1)
         self.absmax[self.blocks(part)] = absmax
 
@@ -2845,7 +2849,7 @@ class LowBits(Numbers):
     plain = False
 
     def __init__(self, own: Tensor):
-        self.high, self.held = own.view(torch.int16), torch.zeros_like(own, dtype=torch.int16)
+        self.high, self.held = own.view(torch.int16), torch.zeros_like(own, dtype=torch.int16)  # (S) both
 
     def read(self, part: slice) -> Tensor:
         return (self.high[part].int().bitwise_left_shift_(16) + self.held[part]).view(torch.float32)
@@ -2933,7 +2937,7 @@ class ZeroAdamW:
 
     @staticmethod
     def set(numbers: Numbers, part: slice, values: Tensor) -> None:
-        """The first of that part; `values` may be shorter."""
+        """Puts `values`, which may be fewer, where a part begins."""
         x = numbers.read(part)
         x[: len(values)] = values
         numbers.write(part, x)
@@ -3014,7 +3018,7 @@ class ZeroAdamW:
         whole = None
         for part in self.parts():
             own = numbers.read(part)
-            x = self.ranks.collect(own[None]) if self.stage else own[None].cpu()
+            x = self.ranks.collect(own[None]) if self.stage else own[None].cpu()          # (slices,n)
             if self.ranks.rank == 0:
                 whole = x.new_empty(len(x), self.slice) if whole is None else whole
                 whole[:, part] = x

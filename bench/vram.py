@@ -3,8 +3,8 @@
     python bench/vram.py --predict                                    # every cell, without a GPU; about two minutes
     python bench/vram.py                                              # every cell that fits, on the GPU at hand
     python bench/vram.py --levers --models RWKV7-7.2B                 # what each option that saves memory saves
-    python bench/vram.py --levers --predict
-    python bench/vram.py --predict --models 7.2B --quants nf4 --options emb_on_cpu=1 ctx_len=2048
+    python bench/vram.py --levers --predict                           # the same without a GPU, of four models
+    python bench/vram.py --predict --models RWKV7-7.2B --quants nf4 --options emb_on_cpu=1 ctx_len=2048
 
 A cell is a model and a way to hold its matrices, at the setting of RWKV-PEFT's tutorial (one row of 1024 tokens, rank
 32, every matrix adapted); each runs in a process of its own. A cell that the results hold already, of this commit,

@@ -116,6 +116,7 @@ def worker(rank, size, port, results):
     torch_oracle = functools.cache(oracle)
     for stage, micro_batches, dtype in CELLS:
         found, masters, norms = train(ranks, stage, micro_batches, dtype)
+        assert rank or masters.keys() >= SHAPES.keys()
         wanted, wanted_norms = torch_oracle(size, micro_batches, dtype, stage == 2)
         rows[stage, micro_batches, dtype] = dict(
             error=worst(masters, {n: wanted[n] for n in masters if n in wanted}),  # (rank 0 has the masters)
