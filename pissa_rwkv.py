@@ -2347,7 +2347,8 @@ def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]
     document = np.repeat(np.arange(len(length)), cuts)
     start = corpus.starts[document] + ctx * (np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts))
     stop = np.minimum(start + ctx + 1, corpus.starts[document + 1])
-    keep = [i for i in range(len(start)) if learnable(int(start[i]), int(stop[i]))]
+    rows = progress(range(len(start)), "what is learnt")
+    keep = [i for i in rows if learnable(int(start[i]), int(stop[i]))]
     if not keep:
         raise Fatal(f"--data_file {cfg.data_file}: no document has two tokens, so there is nothing to predict")
     start, stop = start[keep], stop[keep]
@@ -2480,9 +2481,10 @@ class Loader:
     def learnt_of(self, document: int) -> np.ndarray:
         """Which tokens of a document are learnt: those with a byte in a span of the mask; all, where there is none."""
         tokens = self.corpus.tokens[self.corpus.starts[document]: self.corpus.starts[document + 1]].tolist()
-        pieces = [self.tokenizer.token_bytes(t) for t in tokens]
-        ends = np.cumsum([len(p) for p in pieces])
-        begins, learnt = ends - [len(p) for p in pieces], np.zeros(len(tokens), bool)
+        pieces = [*map(self.tokenizer.token_bytes, tokens)]
+        length = np.array([*map(len, pieces)])
+        ends, learnt = np.cumsum(length), np.zeros(len(tokens), bool)
+        begins = ends - length
         for start, stop in self.mask(b"".join(pieces), self.cfg):
             learnt |= (begins < stop) & (ends > start)
         if not learnt[1:].any():
@@ -4365,8 +4367,8 @@ class Rehearsal:
         fits, too_many, bsz = 0, math.inf, 1
         while fits + 1 < too_many:                                    # Newton's steps: bytes grow nearly linearly
             fits, too_many = (bsz, too_many) if taken(bsz) <= room else (fits, bsz)
-            bsz += (room - taken(bsz)) // max(1, taken(bsz + 1) - taken(bsz))
-            bsz = min(max(bsz, fits + 1), too_many - 1)
+            next = bsz + (room - taken(bsz)) // max(1, taken(bsz + 1) - taken(bsz))
+            bsz = min(max(next, fits + 1), too_many - 1, 8 * bsz)     # (while loading takes most, a row takes nothing)
         return fits
 
 

@@ -111,7 +111,7 @@ def main():
     print("{machine}, {threads} threads, load {load:.1f}, torch {torch}, commit {commit}".format(**about))
     if device == "cpu":
         print("no GPU here: these are PyTorch's readers on the CPU; of the kernel they say nothing")
-    elif dequant.library_for(torch.cuda.get_device_capability(), P.say) is None:
+    elif dequant.library_for(torch.device("cuda", torch.cuda.current_device()), P.say) is None:
         sys.exit("without the kernel there is nothing to compare")
     heads = "  kernel us    GB/s   copy GB/s  share   call us" if device == "cuda" else ""
     print(f"     matrix  format     dtype    MB {heads}    PyTorch us    GB/s")

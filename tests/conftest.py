@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,24 @@ from pissa_rwkv import RWKV, WKV, BlockState, detect, fill, read_pth
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: each has one thread, and so have those it starts
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """pretend_gpu(capability): torch says that there is a GPU; nothing but that and its memory can be asked."""
+
+    def pretend(capability: tuple[int, int] = (9, 0)) -> None:
+        def capability_of(device: Any = None) -> tuple[int, int]:
+            if device is not None and torch.device(device).type != "cuda":
+                raise ValueError(f"Expected a cuda device, but got: {device}")  # as torch does
+            return capability
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (8_000_000_000, 8_500_000_000))
+
+    return pretend
+
 
 RANKS = dict(w=8, a=12, v=16, g=20)  # all different, so that a mix-up is an error of shapes
 MIX_RANK, DECAY_RANK = 12, 20  # likewise, of x060

@@ -161,17 +161,37 @@ def test_as_an_operator(on_cpu, quant):
 
 @each_code
 def test_where_the_kernel_cannot_be_built_pytorch_reads_and_it_is_said_once(quant, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     monkeypatch.setattr(Path, "exists", lambda _: False)
+    dequant.library_for.cache_clear()
     said = []
     choose = partial(dequant.library_for, say=said.append)
-    read = dequant.fused(quant, PLAIN[quant], P.levels_of_codes, None, device="cpu", choose=lambda _: choose((9, 0)))
+    read = dequant.fused(quant, PLAIN[quant], P.levels_of_codes, None, device="cpu", choose=choose)
     parts, shape = parts_of(quant, 100), torch.Size([10, 10])
     for _ in range(2):
         assert torch.equal(read(parts, shape, torch.float16), PLAIN[quant](parts, shape, torch.float16))
     assert len(said) == 1 and re.fullmatch(
         r"no kernel reads quantised matrices: dequant\.cu needs nvcc, .*: install the CUDA toolkit; PyTorch does, .*",
         said[0])  # fmt: skip
+
+
+def test_where_the_gpu_takes_no_launch_pytorch_reads(monkeypatch):
+    class Refuses:
+        def dequant(self, *arguments):
+            return 35
+
+        def dequant_error(self, code):
+            return b"CUDA driver version is insufficient for CUDA runtime version"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dequant, "open_library", lambda *arguments: Refuses())
+    dequant.library_for.cache_clear()
+    said = []
+    assert dequant.library_for(torch.device("cpu"), said.append) is None
+    assert said == ["no kernel reads quantised matrices: int8: CUDA driver version is insufficient for CUDA runtime"
+                    " version (CUDA error 35); PyTorch does, the same values more slowly"]
+    dequant.library_for.cache_clear()
 
 
 @each_code
@@ -264,7 +284,7 @@ def test_memory_is_reached_16_bytes_at_a_time(tmp_path):
 @each_code
 @each_dtype
 def test_gpu(quant, dtype):
-    library = dequant.library_for(torch.cuda.get_device_capability(), say=print)
+    library = dequant.library_for(torch.device("cuda", 0), say=print)
     for n in [*SIZES, 3_000_001]:
         check(library, quant, {name: x.cuda() for name, x in parts_of(quant, n).items()}, n, dtype)
 

@@ -137,6 +137,19 @@ def test_dry_run_for_a_card_that_is_not_here(tmp_path, capsys):
     assert int(re.search(r"largest --micro_bsz that fits is (\d+)", said)[1]) > 4
 
 
+@pytest.mark.parametrize("version", P.TIME_MIX)
+@pytest.mark.parametrize("quant, precision", [("none", "bf16"), ("int8", "fp16"), ("nf4dq", "fp32")])
+def test_dry_run_where_a_gpu_is(version, quant, precision, tmp_path, capsys, pretend_gpu):
+    """Only its memory is asked for: what is counted has no values and lies on no device."""
+    path = random_model(tmp_path / "base.pth", version=version)
+    words = (f"--data_type dummy --data_file base --ctx_len 16 --rank 4 --dry_run --grad_cp auto --quant {quant}"
+             f" --precision {precision}")  # fmt: skip
+    pretend_gpu()
+    assert P.main(["--load_model", str(path), *words.split()]) == 0
+    said = capsys.readouterr().out
+    assert "--grad_cp auto: 0, " in said and " of 8.50 GB" in said and "would hold 0.5" in said
+
+
 def test_the_embedding_left_in_its_file_changes_no_loss(tmp_path):
     path, losses = random_model(tmp_path / "base.pth", dtype=torch.bfloat16), []
     for word in ("0", "1"):

@@ -14,7 +14,7 @@ from test_wkv_cuda import NVCC, needs_cpp, needs_nvcc, one_torch_thread  # noqa:
 
 import wkv7_cuda
 from pissa_rwkv import wkv6_ref
-from wkv7_cuda import build, cuda, nvcc, op, wkv6_chunk, wkv6_cuda
+from wkv7_cuda import build, nvcc, op, wkv6_chunk, wkv6_cuda
 
 N = 64
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 100]
@@ -230,14 +230,14 @@ def test_as_an_operator(library):
 def test_what_was_compiled_is_looked_at(library):
     """load compares with wkv6_chunk.py before anything is trained: right kernels pass, wrong ones are refused."""
     forward, backward = wkv6_cuda.kernels(lambda device: library)
-    cuda.verify(forward, backward, "cpu", wkv6_chunk.differs)
+    nvcc.verify("cuda", forward, backward, wkv6_chunk.differs, "cpu")
 
     def swapped(*arguments):
         dr, dw, dk, dv, du, dstate = backward(*arguments)
         return dk, dw, dr, dv, du, dstate
 
     with pytest.raises(build.BuildError, match=r"wrongly on this GPU: in torch.float32 it is off by .*--op chunk"):
-        cuda.verify(forward, swapped, "cpu", wkv6_chunk.differs)
+        nvcc.verify("cuda", forward, swapped, wkv6_chunk.differs, "cpu")
 
 
 def test_what_is_saved_is_known_without_a_gpu():

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import op
-from .nvcc import DTYPES, aligned, call, check_gpu, open_library
+from . import chunk, op
+from .nvcc import DTYPES, aligned, call, check_gpu, open_library, verify
 
 SOURCE = Path(__file__).with_name("wkv7.cu")
 N = 64  # head size
@@ -21,12 +21,13 @@ CHUNK = 16  # tokens from one saved state to the next, as in wkv7.cu
 
 
 def load(ready: bool = True) -> op.WKV7:
-    """The operator, compiled now unless cached; BuildError without a GPU or a working nvcc.
+    """The operator, compiled now unless cached; BuildError without a GPU or a working nvcc, or if it errs.
 
     Without `ready` nothing is compiled and no GPU is asked for: then it runs on meta and fake tensors.
     """
     if ready:
         open_library(SOURCE, bind, check_gpu("cuda_precise"))
+        verify("cuda_precise", *kernels(library), chunk.differs)
     return operator()
 
 
@@ -64,8 +65,8 @@ def kernels(library_for: Callable[[torch.device], ctypes.CDLL]):
         return y, state_T, saved
 
     def backward(r, w, k, v, a, b, state, saved, dy, dstate):
-        inputs, dy, dstate = [aligned(x) for x in (r, w, k, v, a, b)], aligned(dy), aligned(dstate)
-        grads = [torch.empty_like(r) for _ in range(6)]
+        inputs, saved, dy = [aligned(x) for x in (r, w, k, v, a, b)], aligned(saved), aligned(dy)
+        grads, dstate = [torch.empty_like(r) for _ in range(6)], aligned(dstate)
         dstate0, scratch = torch.empty_like(state), torch.empty_like(saved)
         call(library_for(r.device), "wkv7_backward", r, sizes(r), inputs, saved, dy, dstate, grads, dstate0, scratch)
         return (*grads, dstate0)

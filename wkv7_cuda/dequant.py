@@ -42,7 +42,7 @@ def fused(
 
     To be called once per format, device and process.
     """
-    choose = choose or (lambda device: library_for(torch.cuda.get_device_capability(device), say))
+    choose = choose or (lambda device: library_for(device, say))
 
     @torch.library.custom_op(f"pissa_rwkv::read_{quant}_{device}", mutates_args=())
     def read_op(parts: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -64,11 +64,16 @@ def fused(
 
 
 @functools.cache
-def library_for(capability: tuple[int, int], say: Callable[[str], None]) -> ctypes.CDLL | None:
-    """The library for GPUs of this compute capability, compiled unless cached; None, and a line, if that fails."""
+def library_for(device: torch.device, say: Callable[[str], None]) -> ctypes.CDLL | None:
+    """The library for a GPU, compiled unless cached; None, and a line, if that fails or the GPU does not take it."""
     try:
-        return open_library(SOURCE, bind, capability)
-    except build.BuildError as error:
+        library = open_library(SOURCE, bind, torch.cuda.get_device_capability(device))
+        codes, scale = torch.ones(64, dtype=torch.int8, device=device), torch.ones(1, dtype=torch.half, device=device)
+        dequantise(library, "int8", [codes, scale], (scale, scale), (64,), torch.float32)
+        return library
+    except (build.BuildError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         reason = str(error).removesuffix(build.REMEDY).rstrip(", ")
         say(f"no kernel reads quantised matrices: {reason}; PyTorch does, the same values more slowly")
         return None

@@ -57,6 +57,9 @@ template <int NEWEST>
 __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(NEWEST) : "memory");
 }
+// One store of 8 or 16 bytes. (What is assigned as a struct, the compiler may store in its parts.)
+__device__ inline void store(void* to, uint2 x) { __stwb(static_cast<uint2*>(to), x); }
+__device__ inline void store(void* to, uint4 x) { __stwb(static_cast<uint4*>(to), x); }
 // A hint: the 128 bytes around `from` will be read soon.
 __device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 #endif

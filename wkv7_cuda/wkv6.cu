@@ -256,10 +256,7 @@ __device__ void write_out(const Tile<parts<IO>, L>& tile, IO* x, int stride, int
     for (int part = 0; part < L * N / 4 / THREADS; part++) {
         const int n = part * THREADS + threadIdx.x, t = n / (N / 4), column = n % (N / 4) * 4;
         const float2 low = tile.get_pair(t, column), high = tile.get_pair(t, column + 2);
-        if (t < tokens) {
-            *reinterpret_cast<Quad<IO>*>(x + (t * stride + column)) =
-                Quad<IO>::pack(low.x, low.y, high.x, high.y);
-        }
+        if (t < tokens) store(x + (t * stride + column), Quad<IO>::pack(low.x, low.y, high.x, high.y).words);
     }
 }
 

@@ -66,8 +66,8 @@ def load() -> op.WKV6:
 
 
 def differs(kernels: Kernels, dtype: torch.dtype, device: str) -> float:
-    """How far other kernels are from these on 40 tokens of random numbers, as chunk.differs."""
-    draw, shape = torch.Generator().manual_seed(0), (1, 40, 2, 64)
+    """How far other kernels are from these on random numbers, as chunk.differs."""
+    draw, shape = torch.Generator().manual_seed(0), (1, 136, 2, 64)
     r, w, k, v, dy = (torch.randn(shape, generator=draw) for _ in range(5))
     u, (state, dstate) = torch.randn(2, 64, generator=draw), torch.randn(2, 1, 2, 64, 64, generator=draw)
     return distance((forward, backward), kernels, [r, w, k, v, u, state], [dy, dstate], dtype, device)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from . import build, op, wkv6_chunk
-from .cuda import verify
 from .fast import segment_chunks
-from .nvcc import DTYPES, aligned, call, check_gpu, open_library
+from .nvcc import DTYPES, aligned, call, check_gpu, open_library, verify
 
 SOURCE = Path(__file__).with_name("wkv6.cu")
 CAPABILITY = (8, 0)  # bf16 on tensor cores, cp.async
@@ -35,7 +34,7 @@ def load(ready: bool = True) -> op.WKV6:
                 f"the cuda operator of wkv6 needs a GPU of sm_80, not {found}: take another, {build.REMEDY}"
             )
         open_library(SOURCE, bind, capability)
-        verify(*kernels(library), "cuda", wkv6_chunk.differs)
+        verify("cuda", *kernels(library), wkv6_chunk.differs)
     return operator()
 
 

@@ -152,7 +152,7 @@ __device__ void write_tile(const float (*tile)[WIDTH], IO* x, int64_t stride, in
         const int t = i / (WIDTH / 4), channel = i % (WIDTH / 4) * 4;
         const float4 y = *reinterpret_cast<const float4*>(&tile[t][channel]);
         const Quad<IO> quad = Quad<IO>::pack(y.x, y.y, y.z, y.w);
-        if (first + t < T) *reinterpret_cast<Quad<IO>*>(x + (first + t) * stride + channel) = quad;
+        if (first + t < T) store(x + (first + t) * stride + channel, quad.words);
     }
 }
 

@@ -26,7 +26,8 @@
 //                   function is a struct of operands and results and a `meet` with what the last lane does: see
 //                   __shfl_xor_sync. Its place is after that one.
 //   unseen          real timing, memory that becomes visible late, bank conflicts, fused multiply-add (nvcc fuses, g++
-//                   does not: compare with a GPU within a tolerance, bit by bit only between schedules).
+//                   does not: compare with a GPU within a tolerance, bit by bit only between schedules). ptx.h, which
+//                   runs what nvcc made of a kernel in its place, sees the last, and every race in one schedule.
 #pragma once
 
 #include <cmath>
@@ -42,6 +43,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <sys/mman.h>
@@ -162,13 +164,15 @@ struct Meeting {  // that not all have reached
 std::mutex one_launch_at_a_time;
 std::function<void()> body;
 std::map<const void*, size_t> allowed;  // kernel -> its limit of shared memory
-size_t shared_limit;                    // of the kernel that runs
+using Code = void (*)(const char* const* params);
+std::map<const void*, Code> translated; // kernel -> what runs in its place: its PTX, if tests/ptx.py translated it
+size_t shared_limit, shared_size;        // of the kernel that runs: what it may have, what it was launched with
 std::vector<Thread> threads;
 std::vector<Meeting> meetings;
 std::deque<int> ready;
 Fiber launcher;
 int current, alive;
-unsigned long order;
+unsigned long order, launches, blocks;  // the schedule; how many there were so far
 std::mt19937 random_engine;
 char* shared_memory;
 std::string error;
@@ -260,6 +264,7 @@ void meet(int first, int size, unsigned mask, Site site, void* operand, Last las
 void run_block(size_t smem, char* stacks) {
     if (posix_memalign(reinterpret_cast<void**>(&shared_memory), 16, smem)) abort();
     memset(shared_memory, 0xff, smem);
+    shared_size = smem, blocks++;
     ready.clear(), meetings.clear();
     alive = thread_count();
     for (int t = 0; t < alive; t++) {
@@ -418,6 +423,14 @@ void load_matrices(uint32_t (&x)[4], const void* row, bool transposed, const cha
     memcpy(x, mine.x, sizeof x);
 }
 
+void wait_for_copies(int newest) {
+    Thread& thread = threads[current];
+    while (!thread.copies.empty() && thread.copies.front().group < thread.groups - newest) {
+        thread.copies.front().run();
+        thread.copies.erase(thread.copies.begin());
+    }
+}
+
 }  // namespace cuda_cpu
 
 void ldmatrix(uint32_t (&x)[4], const void* row, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -467,14 +480,10 @@ void cp_async16(void* to, const void* from, bool valid) {
 }
 void cp_async_commit() { cuda_cpu::threads[cuda_cpu::current].groups++; }
 template <int NEWEST>
-void cp_async_wait() {
-    cuda_cpu::Thread& thread = cuda_cpu::threads[cuda_cpu::current];
-    while (!thread.copies.empty() && thread.copies.front().group < thread.groups - NEWEST) {
-        thread.copies.front().run();
-        thread.copies.erase(thread.copies.begin());
-    }
-}
+void cp_async_wait() { cuda_cpu::wait_for_copies(NEWEST); }
 
+void store(void* to, uint2 x) { *static_cast<uint2*>(to) = x; }
+void store(void* to, uint4 x) { *static_cast<uint4*>(to) = x; }
 void prefetch(const void* from) { (void)*static_cast<const volatile char*>(from); }  // (a sanitizer sees it)
 
 float __expf(float x) { return std::exp(x); }
@@ -496,8 +505,17 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
     const std::lock_guard<std::mutex> lock(cuda_cpu::one_launch_at_a_time);
-    cuda_cpu::body = [=] { kernel(args...); };
-    const auto limit = cuda_cpu::allowed.find(reinterpret_cast<const void*>(kernel));
+    const void* const key = reinterpret_cast<const void*>(kernel);
+    const auto code = cuda_cpu::translated.find(key);
+    cuda_cpu::body = [=] {
+        if (code == cuda_cpu::translated.end()) return kernel(args...);
+        std::apply([&](const Params&... x) {
+            const char* const params[] = {reinterpret_cast<const char*>(&x)...};
+            code->second(params);
+        }, std::tuple<Params...>(args...));
+    };
+    cuda_cpu::launches++;
+    const auto limit = cuda_cpu::allowed.find(key);
     cuda_cpu::shared_limit = limit == cuda_cpu::allowed.end() ? 48 * 1024 : limit->second;
     return static_cast<cudaError_t>(cuda_cpu::run_grid(*config));
 }

@@ -1,5 +1,7 @@
 // Kernels with mistakes in them, for tests/test_cuda_on_cpu.py: an instrument is trusted after it has found what was
 // planted. Bug 0 is none.
+#include <algorithm>
+
 #include "device.cuh"
 
 namespace {

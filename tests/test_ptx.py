@@ -1,0 +1,183 @@
+"""What nvcc makes of the kernels, run on the CPU: see ptx.py. Results, and in one schedule all races there could be.
+
+Oracles: those of the tests of the sources (test_wkv_cuda, test_wkv_fast, test_wkv6_cuda, test_dequant). The instrument
+itself has to find what is planted, and to know what instructions do.
+"""
+
+import ctypes
+import functools
+import struct
+import subprocess
+from pathlib import Path
+
+import ptx
+import pytest
+import test_dequant
+import test_wkv6_cuda
+import test_wkv_cuda
+import test_wkv_fast
+import torch
+from test_cuda_on_cpu import CPU_FLAGS, PLANTED, bind, lines_of, rotate
+from test_wkv_cuda import NVCC, needs_cpp, needs_nvcc, one_torch_thread  # noqa: F401  (a fixture for this module too)
+
+from wkv7_cuda import cuda_precise, dequant, fast, nvcc, wkv6_cuda
+
+pytestmark = [needs_cpp, needs_nvcc]
+
+
+def ptx_of(source: Path, folder: Path, *flags: str) -> str:
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-arch=sm_80", f"-I{nvcc.HEADERS[0].parent}", *flags]
+    subprocess.run([NVCC, "-ptx", *flags, source, "-o", folder / "kernels.ptx"], check=True, timeout=120)
+    return (folder / "kernels.ptx").read_text()
+
+
+def compile_cpp(text: str, folder: Path) -> ctypes.CDLL:
+    source = folder / "translated.cpp"
+    source.write_text(text)
+    flags = [*CPU_FLAGS, "-O0", "-fwrapv", "-Wno-unused-label"]
+    subprocess.run(["g++", *flags, source, "-o", source.with_suffix(".so")], check=True, timeout=120)
+    return ctypes.CDLL(str(source.with_suffix(".so")))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """compiled(source, flags): the library of a .cu whose kernels are nvcc's PTX. Once each."""
+
+    @functools.cache
+    def library(source: Path, *flags: str) -> ctypes.CDLL:
+        folder = tmp_path_factory.mktemp(source.stem)
+        return compile_cpp(ptx.of_ptx(ptx_of(source, folder, *flags), source), folder)
+
+    return library
+
+
+# ---------------------------------------------------------------------------------------------------- the kernels
+
+
+@pytest.mark.parametrize("plan", test_wkv_fast.PLANS)
+@pytest.mark.parametrize("time, regime", [(1, "random"), (33, "equal keys"), (100, "random")])
+def test_wkv7_fast(compiled, plan, time, regime):
+    library = fast.bind(compiled(fast.SOURCE, *fast.FLAGS))
+    inputs, grads = test_wkv_fast.problem(time, regime)
+    outputs = test_wkv_fast.by_kernels(fast.kernels(lambda device: library, test_wkv_fast.PLANS[plan]), inputs, grads)
+    test_wkv_fast.check(outputs, inputs, grads, regime)
+
+
+@pytest.mark.parametrize("dtype", nvcc.DTYPES)
+def test_wkv7_precise(compiled, dtype):
+    library = cuda_precise.bind(compiled(cuda_precise.SOURCE))
+    inputs, grads = test_wkv_cuda.problem(1, 35, dtype)
+    test_wkv_cuda.check(test_wkv_cuda.by_kernels(cuda_precise.kernels(lambda device: library), inputs, grads),
+                        inputs, grads)  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", test_wkv6_cuda.PLANS)
+@pytest.mark.parametrize("dtype", nvcc.DTYPES)
+def test_wkv6(compiled, plan, dtype):
+    library = wkv6_cuda.bind(compiled(wkv6_cuda.SOURCE))
+    inputs, grads = test_wkv6_cuda.problem(100, dtype)
+    kernels = wkv6_cuda.kernels(lambda device: library, test_wkv6_cuda.PLANS[plan])
+    test_wkv6_cuda.check(test_wkv6_cuda.by_kernels(kernels, inputs, grads), inputs, grads)
+
+
+@pytest.mark.parametrize("dtype", nvcc.DTYPES)
+@pytest.mark.parametrize("quant", test_dequant.PLAIN)
+def test_dequantising(compiled, quant, dtype):
+    library = dequant.bind(compiled(dequant.SOURCE))
+    for n in (1, 67, 4096, 6001):
+        test_dequant.check(library, quant, test_dequant.parts_of(quant, n), n, dtype)
+
+
+def test_tiles_are_stored_8_or_16_bytes_at_a_time(tmp_path):
+    for source, flags in ((cuda_precise.SOURCE, ()), (wkv6_cuda.SOURCE, ()), (fast.SOURCE, fast.FLAGS)):
+        text = ptx_of(source, tmp_path, *flags)
+        assert ".v2.u16" not in text and text.count("st.global.wb.v4.u32") + text.count("st.global.v4.u32") >= 8
+
+
+# ---------------------------------------------------------------------------------------------------- the instrument
+
+
+@pytest.mark.parametrize("bug, found", [
+    (0, "no error"),
+    (1, r"a write by thread 1 at planted.cu:\d+ .* races with a read by thread 0 at planted.cu:\d+ .* of byte 4: .*"),
+    (2, r"a write by thread 1 at planted.cu:\d+ .* races with a read by thread 0 at planted.cu:\d+ .* of byte 4: .*"),
+    (3, r"no thread can go on: threads 0-6 wait in bar.sync .*"),
+    (4, r"no thread can go on: .*threads 5 have returned.*"),
+    (6, r"4 bytes at address 0x1100 are not in shared memory .*"),
+])  # fmt: skip
+def test_planted_bugs_are_found_in_one_schedule(compiled, bug, found):
+    y, expected, code, text = rotate(bind_planted(compiled), bug)
+    assert code == (719 if bug else 0) and torch.equal(y, expected) == (bug == 0)
+    assert ptx.re.fullmatch(rf"(block \(0,0,0\): )?{found}", text)
+
+
+@pytest.mark.parametrize("bug, found", [
+    (0, "no error"),
+    (1, r"a read by warp 0 at device.cuh:\d+, called at planted.cu:{ldmatrix} .* races with a copy by thread .*"),
+    (2, r"a read by warp 0 at device.cuh:\d+, called at planted.cu:{ldmatrix} .* races with a copy by thread .*"),
+    (3, r"16 bytes at address 0x1[0-9a-f]+2 are not aligned .*"),
+])  # fmt: skip
+def test_planted_bugs_of_tensor_cores(compiled, bug, found):
+    library = bind_planted(compiled)
+    a, b, c = torch.randn(16, 16).bfloat16(), torch.randn(8, 16).bfloat16(), torch.empty(16, 8)
+    code = library.product(a.data_ptr(), b.data_ptr(), c.data_ptr(), bug)
+    found = found.replace("{ldmatrix}", str(lines_of(r"ldmatrix\(left")[0]))
+    assert ptx.re.fullmatch(rf"(block \(0,0,0\): )?{found}", library.text(code).decode())
+    assert bug or torch.allclose(c, a.float() @ b.float().T, atol=1e-5)
+
+
+def bind_planted(compiled) -> ctypes.CDLL:
+    compiled(PLANTED)
+    return bind(Path(compiled(PLANTED)._name))
+
+
+SUBNORMAL = 2.0**-140
+INSTRUCTIONS = [  # operation, operands, result; an operand with a point is a float's bits
+    ("prmt.b32", [0x33221100, 0x77665544, 0x6542], 0x66554422), ("prmt.b32", [0x80, 0, 0x8], 0x808080ff),
+    ("bfi.b32", [0b111, 0xff00, 4, 2], 0xff30), ("bfi.b32", [0xabcd1234, 5, 0, 32], 0xabcd1234),
+    ("shl.b32", [3, 31], 1 << 31), ("shl.b32", [3, 32], 0), ("shr.u32", [1 << 31, 31], 1),
+    ("shr.u32", [1 << 31, 40], 0), ("shr.s32", [1 << 31, 40], 2**32 - 1), ("not.b32", [5], 2**32 - 6),
+    ("mad.lo.s32", [2**31, 3, 7], 2**31 + 7), ("min.s32", [2**32 - 1, 1], 2**32 - 1), ("max.s32", [2**32 - 1, 1], 1),
+    ("neg.s32", [1], 2**32 - 1),
+    ("add.rn.f32", [0.1, 0.2], 0.1 + 0.2), ("fma.rn.f32", [3.0, 5.0, 2.0**-30], 15.0),
+    ("fma.rm.f32", [3.0, 5.0, -(2.0**-30)], 15.0 - 2.0**-20), ("rcp.rn.f32", [4.0], 0.25),
+    ("ex2.approx.f32", [-3.0], 0.125), ("ex2.approx.ftz.f32", [-140.0], 0.0),
+    ("add.ftz.f32", [2 * SUBNORMAL, 1.0], 1.0), ("mul.ftz.f32", [SUBNORMAL, 2.0**100], 0.0),
+    ("ex2.approx.f32", [-140.0], SUBNORMAL),
+    ("div.approx.f32", [1.0, 4.0], 0.25), ("div.approx.f32", [2.0**126, 2.0**127], 0.0),
+    ("cvt.sat.f32.f32", [1.5], 1.0), ("cvt.sat.f32.f32", [-1.5], 0.0), ("cvt.rn.bf16x2.f32", [1.0, 2.0], 0x3f804000),
+]  # fmt: skip
+
+
+def bits(x: float) -> int:
+    return struct.unpack("I", struct.pack("f", x))[0] if isinstance(x, float) else x
+
+
+def test_instructions(tmp_path):
+    """Each by the PTX ISA's words, on registers: a kernel written here, with which nvcc has nothing to do."""
+    lines = []
+    for i, (operation, operands, expected) in enumerate(INSTRUCTIONS):
+        names = [f"%{'f' if isinstance(x, float) else 'r'}{n}" for n, x in enumerate(operands)]
+        target = "%f4" if isinstance(expected, float) else "%r4"
+        lines += [f"ld.global.b32 {name}, [%rd0+{4 * n}];" for n, name in enumerate(names)]
+        lines += [f"add.s64 %rd0, %rd0, {4 * len(operands)};"]
+        lines += [f"{operation} {target}, {', '.join(names)};", f"st.global.b32 [%rd1+{4 * i}], {target};"]
+    registers = [".reg .f32 %f<5>;", ".reg .b32 %r<5>;", ".reg .b64 %rd<2>;"]
+    loads = [f"ld.param.u64 %rd{n}, [_Z5probePKjPj_param_{n}];" for n in range(2)]
+    text = "\n".join([".entry _Z5probePKjPj(", ")", "{", *registers, *loads, *lines, "ret;", "}", ""])
+    (source := tmp_path / "probe.cu").write_text(
+        '#include "device.cuh"\n__global__ void probe(const unsigned*, unsigned*) {}\n'
+        'extern "C" int run(const unsigned* x, unsigned* y) { return launch(probe, 1, 1, 0, nullptr, x, y); }\n'
+    )
+    library = compile_cpp(ptx.of_ptx(text, source), tmp_path)
+    given = [bits(x) for _, operands, _ in INSTRUCTIONS for x in operands]
+    x, y = (ctypes.c_uint32 * len(given))(*given), (ctypes.c_uint32 * len(INSTRUCTIONS))()
+    assert library.run(x, y) == 0
+    for (operation, operands, expected), found in zip(INSTRUCTIONS, y, strict=True):
+        assert found == bits(expected), (operation, operands, hex(found))
+
+
+def test_what_is_not_known_is_an_error(tmp_path):
+    text = ".entry _Z5probePKjPj(\n)\n{\n.reg .b32 %r<2>;\nvote.sync.any.pred %p1, %p2, -1;\n}\n"
+    with pytest.raises(ValueError, match="PTX line 5: vote.sync.any.pred"):
+        ptx.of_ptx(text, tmp_path / "probe.cu")
