@@ -13,8 +13,10 @@ base are merged into what was trained on: ours say what that was, for RWKV-PEFT'
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ def for_web_rwkv(name: str, t: Tensor) -> tuple[str, Tensor]:
 def save_st(path: Path, tensors: dict[str, Tensor]) -> None:
     """Safetensors as web-rwkv reads them: everything fp16, `RENAMED` and `SWAPPED` applied."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise Fatal(f"--output {path}: .st needs the package safetensors: `pip install safetensors`") from None
@@ -50,7 +53,18 @@ def save_st(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, t in ready.items():
         if not t.isfinite().all() and name not in unused:
             raise Fatal(f"--output {path}: {name} has numbers beyond fp16's 65504; write a .pth")
-    write_whole(path, lambda file: save_file(ready, file.name, metadata={"format": "pt"}))
+
+    def write(file: IO[bytes]) -> None:
+        mode = os.fstat(file.fileno()).st_mode
+        try:
+            save_file(ready, file.name, metadata={"format": "pt"})    # it puts another file there, for its owner alone
+        except SafetensorError as e:
+            raise RuntimeError(e) from None
+        os.chmod(file.name, mode)
+        with open(file.name, "rb+") as other:
+            os.fsync(other.fileno())
+
+    write_whole(path, write)
 
 
 FORMAT = {".pth": save, ".st": save_st}  # how a file is named -> what writes it
@@ -161,8 +175,10 @@ def main(argv: list[str] | None = None) -> int:
             raise Fatal(f"--output {args.output}: there is no folder {Path(args.output).parent}")
         make(args)
         return 0
-    except Fatal as e:
-        print(f"merge.py: error: {' '.join(str(e).split())}", file=sys.stderr)
+    except Exception as e:
+        if not (error := P.in_one_line(e)):
+            raise
+        print(f"merge.py: error: {error}", file=sys.stderr)
         return 2
 
 

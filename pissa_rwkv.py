@@ -142,7 +142,13 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
-def opt(default: Any, help: str, also: str = "", within: str = "[0,inf)") -> Any:
+def refuse_device(path: str | Path, what: str) -> None:
+    """A pipe or a device would be read to an end that may never come."""
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise Fatal(f"{what} {path}: this is no ordinary file")
+
+
+def opt(default: Any, help: str, also: str = "", within: str = "[0,1e9]") -> Any:
     """One option: default, which says its type too (0 a whole number, 0.0 any), help, one more name it goes by, and the
     interval in which a number has to be."""
     return field(default=default, metadata={"help": help, "also": also, "within": within})
@@ -157,50 +163,48 @@ def is_within(x: float, interval: str) -> bool:
 def in_words(interval: str) -> str:
     low, high = interval[1:-1].split(",")
     lower = f"a number {'from' if interval[0] == '[' else 'above'} {low}"
-    if high == "inf":
-        return lower + " on" * (interval[0] == "[") + ", and finite"
     return f"{lower} to {'below ' * (interval[-1] == ')')}{high}"
 
 
 @dataclass
 class Config:
-    """What one run does. An empty string or 0 means mostly what stands behind the semicolon of a help: that it is taken
-    from the base file, the data or the machine."""
+    """What one run does. Where a help names a default, it stands for the empty string or 0 that is written here: it is
+    taken from the base file, the data or the machine."""
 
     # the base model
     load_model: str = opt("", "base model, a .pth of RWKV-7, 6 or 5; without one, --peft none pretrains a new model")
-    version: str = opt("", "x070, x060 or x052; read from the base file (new models: x070)", "my_testing")
-    n_layer: int = opt(0, "layers; read from the base file (new models: 12)")
-    n_embd: int = opt(0, "embedding width; read from the base file (new models: 768)")
-    dim_att: int = opt(0, "attention width; read from the base file (new models: n_embd)")
-    dim_ffn: int = opt(0, "width of the channel mixing; read from the base file (new models: 4 or 3.5 n_embd)")
-    head_size: int = opt(0, "channels of a head; read from the base file (new models: 64)", "head_size_a")
-    pre_ffn: bool = opt(False, "x052, x060: block 0 has a channel mixing for time mixing; read from the base file")
-    head_qk: int = opt(0, "width of a head that copies earlier tokens; read from the base file")
-    vocab_size: int = opt(0, "vocabulary; read from the base file (new models: 65536 world, 256 byte, or the data's)")
+    version: str = opt("", "x070, x060 or x052; default: the base file's (new models: x070)", "my_testing")
+    n_layer: int = opt(0, "layers; default: the base file's (new models: 12)", within="[0,1e3]")
+    n_embd: int = opt(0, "embedding width; default: the base file's (new models: 768)")
+    dim_att: int = opt(0, "attention width; default: the base file's (new models: n_embd)")
+    dim_ffn: int = opt(0, "width of the channel mixing; default: the base file's (new models: 4 or 3.5 n_embd)")
+    head_size: int = opt(0, "channels of a head; default: the base file's (new models: 64)", "head_size_a")
+    pre_ffn: bool = opt(False, "x052, x060: block 0 has a channel mixing for time mixing; default: the base file's")
+    head_qk: int = opt(0, "width of a head that copies earlier tokens; default: the base file's")
+    vocab_size: int = opt(0, "vocabulary; default: the base file's (new: 65536 world, 256 byte, or the data's)")
     # data
     data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family, base or shift")
-    data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img or dummy; read off data_file")
+    data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img, dummy; default: by its name")
     sft_fields: tuple = opt(("question", "answer"), "sft: the fields that become user and assistant", "sft_field")
-    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square", "my_img_size", within="[1,inf)")
-    tokenizer: str = opt("", "world or byte; world where the vocabulary has 65536 tokens")
-    vocab_file: str = opt("", "the World vocabulary; found in the `rwkv` package")
-    dataload: str = opt("", "sampler: pad, only or get; pad, and get where the corpus is one long document")
-    loss_mask: str = opt("", "which tokens are learnt: pad (all), qa (the assistant's) or se; pad, and qa for sft",)
+    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square", "my_img_size", within="[1,1e6]")
+    tokenizer: str = opt("", "world or byte; default: world where the vocabulary has 65536 tokens")
+    vocab_file: str = opt("", "the World vocabulary; default: found in the `rwkv` package")
+    dataload: str = opt("", "sampler: pad, only or get; default: pad, and get where the corpus is one long document")
+    loss_mask: str = opt("", "tokens learnt: pad (all), qa (the assistant's) or se; default: pad, and qa for sft")
     mask_id: str = opt("", 'se: JSON {"mask1": learn after this string, "mask0": and no more from this one on}')
     data_shuffle: bool = opt(True, "pad, only: a new order in every pass")
     val_file: str = opt("", "corpus held out for validation, of the type of data_file")
     val_split: float = opt(0.0, "share of the corpus held out for validation, taken from its end", within="[0,1)")
     make_binidx: str = opt("", "only convert this .jsonl (of --data_type jsonl or sft) into binidx, then stop")
     # the length of the run
-    ctx_len: int = opt(1024, "tokens of a training row", within="[1,inf)")
+    ctx_len: int = opt(1024, "tokens of a training row", within="[1,1e6]")
     train_type: str = opt("normal", "normal: a row at once; infctx: in chunks that pass on their state")
-    chunk_ctx: int = opt(0, "infctx: tokens of a chunk (0: 512); memory follows it instead of ctx_len")
+    chunk_ctx: int = opt(0, "infctx: tokens of a chunk, which memory follows in place of ctx_len; default: 512")
     chunk_grad: str = opt("truncated", "infctx: gradients reach back in the chunk (truncated) or over the row (full)")
-    micro_bsz: int = opt(4, "rows of a micro-batch", within="[1,inf)")
-    accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step", within="[1,inf)")
-    epoch_steps: int = opt(0, "optimiser steps of an epoch; one pass over the corpus")
-    epoch_count: int = opt(1, "epochs of this run", within="[1,inf)")
+    micro_bsz: int = opt(4, "rows of a micro-batch", within="[1,1e6]")
+    accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step", within="[1,1e6]")
+    epoch_steps: int = opt(0, "optimiser steps of an epoch; default: one pass over the corpus")
+    epoch_count: int = opt(1, "epochs of this run", within="[1,1e6]")
     epoch_begin: int = opt(0, "number of the first epoch; above 0 it goes on from rwkv-<N-1>.pth of proj_dir")
     # the optimiser
     lr_init: float = opt(2e-5, "learning rate after warm-up")
@@ -210,7 +214,7 @@ class Config:
     warmup_steps: int = opt(0, "linear warm-up")
     beta1: float = opt(0.9, "Adam's decay of the first moment", within="[0,1)")
     beta2: float = opt(0.99, "Adam's decay of the second moment", within="[0,1)")
-    adam_eps: float = opt(1e-8, "Adam's epsilon", within="(0,inf)")
+    adam_eps: float = opt(1e-8, "Adam's epsilon", within="(0,1e9]")
     moments: str = opt("fp32", "how Adam's moments are held: fp32, or 8bit, which takes 6 bytes a number less")
     weight_decay: float = opt(0.0, "decoupled weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
@@ -231,32 +235,32 @@ class Config:
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start; more lessen its error", within="[1,5]")
     # the machine
-    accelerator: str = opt("", "gpu or cpu; gpu where there is one")
+    accelerator: str = opt("", "gpu or cpu; default: gpu where there is one")
     devices: int = opt(0, "processes, a device each, that plain python starts; torchrun says so by --nproc_per_node")
-    strategy: str = opt("", "what several share: zero1 (optimiser), zero2 (also gradients), ddp (nothing); zero1")
+    strategy: str = opt("", "several share: zero1 (optimiser), zero2 (gradients too), ddp (nothing); default: zero1")
     dist_timeout: float = opt(600.0, "seconds after which a process that does not answer ends the run")
-    precision: str = opt("", "bf16, fp16, fp32 or tf32; bf16 on a GPU, fp32 on a CPU")
-    op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk or torch; the fastest that is there")
+    precision: str = opt("", "bf16, fp16, fp32 or tf32; default: bf16 on a GPU, fp32 on a CPU")
+    op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk, torch; default: the fastest here")
     grad_cp: str = opt("1", "kept for backward: 1 a block's input, products these too, 0 all; auto: most that fits")
     compile: bool = opt(False, "torch.compile: faster steps, the first of which takes a minute longer")
     cuda_graph: bool = opt(False, "on a GPU: forward and backward as one launch; rows are filled up to few lengths")
     emb_on_cpu: bool = opt(False, "leave the embedding in its file and fetch the rows of each micro-batch")
-    random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data")
+    random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data", within="[0,1e18]")
     # results
     proj_dir: str = opt("out", "folder of the results")
-    epoch_save: int = opt(1, "save after the first of every so many epochs, and after the last", within="[1,inf)")
+    epoch_save: int = opt(1, "save after the first of every so many epochs, and after the last", within="[1,1e6]")
     save_steps: int = opt(0, "also write what --resume needs every so many steps")
-    keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", within="[1,inf)")
+    keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", within="[1,999]")
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
     auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch", "merge")
     sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
     sample_len: int = opt(100, "tokens of that sample, or of an answer of --chat, at most")
     sample_top_p: float = opt(0.5, "nucleus of what is written; 0 takes the likeliest token always", within="[0,1]")
-    sample_temperature: float = opt(1.0, "of what is written: below 1 the likely comes oftener", within="(0,inf)")
+    sample_temperature: float = opt(1.0, "of what is written: below 1 the likely comes oftener", within="(0,1e9]")
     chat: bool = opt(False, "talk to load_model, or to it with adapter_load: a line is a question, /exit ends")
     wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`); WANDB_MODE=offline needs no network")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
-    vram_gb: float = opt(0.0, "dry_run, grad_cp auto: 10^9 bytes that may be filled; what is free on the GPU")
+    vram_gb: float = opt(0.0, "dry_run, grad_cp auto: 10^9 bytes that may be filled; default: what is free on the GPU")
 
 
 JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
@@ -282,6 +286,12 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.default in ("", None) or "default: " in action.help
+        return action.help if said else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise Fatal(message)
@@ -290,7 +300,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The parser that Config describes. (Options are spelt out in full: torchrun takes abbreviations for its own.)"""
     p = Parser("torchrun pissa_rwkv.py", allow_abbrev=False, description="Without options it runs a demonstration.",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+               formatter_class=Help)
     for f in fields(Config):
         kind = dict(type=type(f.default))
         if isinstance(f.default, bool):
@@ -314,6 +324,14 @@ def said(argv: list[str]) -> set[str]:
     keys = JSON_OPTIONS.get(option, {})
     inside = [keys[key] for key in read_json(option, given.get(option, "")) if key in keys]
     return {*given, *inside}
+
+
+def is_text(x: Any) -> bool:
+    """Whether it is a string of whole characters. (Python lets other bytes of a command line pass, as half ones.)"""
+    try:
+        return isinstance(x, str) and x.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def switch(text: str) -> bool:
@@ -341,6 +359,8 @@ def parse(argv: list[str]) -> Config:
     for f in fields(Config):
         if isinstance(f.default, tuple) and len(words := given[f.name]) == 1 and words[0].startswith("["):
             given[f.name] = [str(word) for word in read_json(f.name, words[0], list)]  # as scripts have it: '["ln"]'
+        if isinstance(f.default, str) and not is_text(given[f.name]):
+            raise Fatal(f"--{f.name} {given[f.name]!r}: that is no UTF-8 text")
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name) is not None:
             say(f"--{name} has no effect here: {reason}")
@@ -355,9 +375,10 @@ def parse(argv: list[str]) -> Config:
             kind = type(given[keys[key]])
             try:
                 converted = given[keys[key]] if value is None else kind(value)
+                exact = kind is str or not isinstance(value, bool) and float(value or 0) == converted or value is None
             except (TypeError, ValueError, OverflowError):
-                converted = None
-            if converted is None or kind is int and float(value or 0) != converted:
+                exact = False
+            if not exact:
                 raise Fatal(f"--{option}: {key} is {value!r}; a value like {given[keys[key]]!r} is wanted")
             given[keys[key]] = converted
     return Config(**given)
@@ -365,10 +386,18 @@ def parse(argv: list[str]) -> Config:
 
 def read_json(option: str, text: str, kind: type = dict) -> Any:
     """The JSON object, or list, an option was given; an empty one for nothing."""
+    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for i, (key, _) in enumerate(items) if key in dict(items[:i])]
+        if twice:
+            raise Fatal(f"--{option}: {twice[0]!r} is there twice: {text}")
+        return dict(items)
+
     try:
-        value = json.loads(text) if text else kind()
+        value = json.loads(text, object_pairs_hook=once) if text else kind()
     except json.JSONDecodeError as e:
         raise Fatal(f"--{option}: not valid JSON ({e.msg} at character {e.pos}): {text}") from None
+    except (ValueError, RecursionError) as e:                         # numbers of 5000 digits, brackets in brackets
+        raise Fatal(f"--{option}: {first_line(e)}: {text[:60]}") from None
     if not isinstance(value, kind):
         raise Fatal(f'--{option}: an object like {{"key": 1}} is wanted, this is {text}')
     return value
@@ -1064,6 +1093,8 @@ NOT_OURS = {  # a key that ends so -> what the file is
     "att.time_maa_rkvw_w1": "x060b or x060c, experiments", "ffn.s_emb.weight": "x070a (DeepEmbed)",
     "qkv.q.weight": "x070b (with attention)", "pos_emb_x": "a model with --my_pos_emb", "tiny_q.weight": "a model with"
     " --tiny_att_dim",
+    **dict.fromkeys((".lora_A", ".disha"), "a run's adapters, which --adapter_load takes, beside the base they are of"),
+    "init_lora_A": "a run's init_pissa.pth, which --adapter_init takes", "master": "a run's resume.pth, for --resume",
 }
 # Some files have layer 0's value residual, and those with head_qk the mask that `tril` is.
 UNUSED = (*(f"blocks.0.att.v{i}" for i in "012"), "copy_mask")
@@ -1081,18 +1112,21 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
     Raises Fatal, in one line, for anything else: no file, another format, truncation, flipped bits, objects.
     """
     path = Path(path)
+    refuse_device(path, what)
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.pth"))[:4]) if path.parent.is_dir() else ""
         raise Fatal(f"{what} {path}: {'this is a folder' if path.is_dir() else 'no such file'}"
                     + (f"; beside it: {there}" if there else ""))
     try:
         with open(path, "rb") as file:
-            head = file.read(5)
+            head = file.read(9)
     except OSError as e:
         raise Fatal(f"{what} {path}: cannot be read ({e.strerror})") from None
     for start, kind in NOT_A_PTH.items():
         if head.startswith(start) and (start or not head):
             raise Fatal(f"{what} {path}: this is {kind}")
+    if head[8:] == b"{":
+        raise Fatal(f"{what} {path}: this is safetensors, made for other programs; the .pth beside it is wanted")
     pickled = pickles_of(path, what, checksums)
     try:
         check_names(pickled)
@@ -1155,7 +1189,7 @@ def describe(value: Any) -> str:
 
 def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     """The Arch of a model file, from its keys and shapes alone."""
-    layers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
+    layers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d{1,9})\.", name))}
     last = f"blocks.{max(layers, default=0)}."                        # (block 0 may lack what the others have)
     held = {name.partition("att.")[2] for name in tensors}
     version = next((v for v, mix in TIME_MIX.items() if held.issuperset(mix.signature)), None)
@@ -1168,7 +1202,7 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     mix = TIME_MIX[version]
     low_rank = {m: f"{last}att.{factor}" for m, factor in mix.low_rank.items() if (m, len(layers)) != ("v", 1)}
     matrices = ["emb.weight", "head.weight", f"{last}att.key.weight", f"{last}ffn.key.weight",
-                f"{last}att.{mix.per_head}"]
+                f"{last}att.{mix.per_head}", *(["head_q.weight"] if "head_q.weight" in tensors else [])]
     missing = [name for name in (*matrices, *low_rank.values())
                if name not in tensors or tensors[name].dim() < 2 or name in matrices and tensors[name].dim() > 2]
     if missing:
@@ -1178,7 +1212,7 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     H, N = tensors[f"{last}att.{mix.per_head}"].shape
     ranks = {"v": 32} if "v" in mix.low_rank else {}                  # one layer has no such map to read it from
     ranks |= {m: tensors[factor].shape[-2] for m, factor in low_rank.items()}
-    if A != H * N:
+    if A != H * N or not A:
         raise Fatal(f"--load_model {path}: its attention is {A} wide, but has {H} heads of {N}")
     head_qk = len(tensors["head_q.weight"]) if "head_q.weight" in tensors else 0
     pre_ffn = version in PRE_FFN and "blocks.0.ffnPre.key.weight" in tensors
@@ -1225,8 +1259,11 @@ def fill(
         t = tensors[name]
         if [n for n in t.shape if n > 1] != [n for n in p.shape if n > 1] or not t.is_floating_point():
             raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; {list(p.shape)} is wanted")
-        if not t.isfinite().all():
+        largest = torch.stack(t.aminmax()).abs().max() if t.numel() else torch.zeros(())  # (of NaN it is NaN)
+        if not largest.isfinite():
             raise Fatal(f"--load_model {path}: {name} holds NaN or infinity; the file is of no use")
+        if not largest.double() <= torch.finfo(dtype).max:
+            raise Fatal(f"--load_model {path}: {name} reaches {largest:.1e}, beyond {dtype}; take --precision bf16")
         module, _, leaf = name.rpartition(".")
         if module not in in_file:
             t = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
@@ -1970,6 +2007,7 @@ class WorldTokenizer(ByteTokenizer):
 
     def __init__(self, path: str | Path, vocab_size: int = 65536):
         self.vocab_size, self.ids, self.bytes, self.lengths = vocab_size, {}, {0: b"\0"}, {}
+        refuse_device(path, "--vocab_file")
         try:
             lines = Path(path).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
@@ -1980,10 +2018,10 @@ class WorldTokenizer(ByteTokenizer):
                 literal, length = rest.rsplit(" ", 1)
                 value = ast.literal_eval(literal)
                 value = value.encode() if isinstance(value, str) else value
-                if len(value) != int(length):
+                if len(value) != int(length) or not 0 < int(token) < 2**31:
                     raise ValueError
                 self.ids[value], self.bytes[int(token)] = int(token), value
-            except (ValueError, SyntaxError, TypeError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 raise Fatal(f"--vocab_file {path}: line {number} is no World token: {line[:60]!r}") from None
         for value in self.ids:
             self.lengths.setdefault(value[:3], set()).add(len(value))
@@ -2068,6 +2106,8 @@ def read_text(path: str, encoding: str = "utf-8") -> str:
         raise Fatal(f"{path}: not {encoding.upper()} text (byte {e.start}: {e.reason})") from None
     except OSError as e:
         raise Fatal(f"{path}: cannot be read ({e.strerror})") from None
+    if "\0" in text:
+        raise Fatal(f"{path}: holds bytes that are 0, so it is no {encoding.upper()} text; is it --data_type utf-16le?")
     if text.startswith("\ufffe"):                                     # the mark, its two bytes the other way round
         raise Fatal(f"{path}: UTF-16 with the high byte first; --data_type utf-16le has the low byte first")
     return text.removeprefix("\ufeff")
@@ -2085,10 +2125,22 @@ def read_lines(path: str, fields: tuple[str, ...]) -> Iterator[list[str]]:
             raise Fatal(f"{path}: line {number} is no JSON text ({first_line(e)}): {line[:60]}") from None
         absent = [f for f in fields if not isinstance(row, dict) or not isinstance(row.get(f), str)]
         if absent:
-            has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+            has = f"it is {json_type(row)}"
+            if isinstance(row, dict):
+                has = f"its fields are {', '.join(itertools.starmap(typed, row.items()))}"
             remedy = "--data_type sft --sft_fields names two" if fields == ("text",) else "--sft_fields names others"
             raise Fatal(f"{path}: line {number} has no text in field {absent[0]!r}; {has}; {remedy}")
         yield [row[f] for f in fields]
+
+
+def json_type(x: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(x), "a number")
+
+
+def typed(field: str, x: Any) -> str:
+    """A field, and what is in it if that is no text."""
+    return field if isinstance(x, str) else f"{field} ({json_type(x)})"
 
 
 def chat(question: str, answer: str) -> str:
@@ -2262,7 +2314,7 @@ def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     """WebDataset's tar shards: every image is a document, and the captions beside them are not read."""
     if importlib.util.find_spec("PIL") is None:
         raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed:"
-                    " `pip install 'pissa_rwkv[image]'`")
+                    " `pip install Pillow`")
     documents = []
     for shard in progress(shards(path), "reading images"):
         for name, image in images(shard):
@@ -2299,16 +2351,17 @@ def data_type_of(cfg: Config, path: str) -> str:
 
 
 def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
+    refuse_device(path, "--data_file")
     return pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
 
 
-def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
+def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:
     """The corpus of a file, with every token checked against the vocabulary."""
     corpus = read_any(cfg, path, tokenizer)
     for at, piece in pieces(corpus.tokens):
         bad = np.flatnonzero((piece < 0) | (piece >= tokenizer.vocab_size))
         if len(bad):
-            raise Fatal(f"--data_file {path}: token {piece[bad[0]]} at position {at + bad[0]} is outside the vocabulary"
+            raise Fatal(f"{flag} {path}: token {piece[bad[0]]} at position {at + bad[0]} is outside the vocabulary"
                         f" of {tokenizer.vocab_size}; was it made with another tokenizer?")
     return corpus
 
@@ -2350,7 +2403,8 @@ def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]
     rows = progress(range(len(start)), "what is learnt")
     keep = [i for i in rows if learnable(int(start[i]), int(stop[i]))]
     if not keep:
-        raise Fatal(f"--data_file {cfg.data_file}: no document has two tokens, so there is nothing to predict")
+        left = f" of those that --val_split {cfg.val_split:g} leaves or takes" if cfg.val_split else ""
+        raise Fatal(f"--data_file {cfg.data_file}: no document{left} has two tokens, so there is nothing to predict")
     start, stop = start[keep], stop[keep]
 
     @lru_cache(maxsize=2)
@@ -2408,7 +2462,7 @@ def between(mark: re.Pattern, on: bytes, text: bytes) -> list[tuple[int, int]]:
 
 def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
     ids = read_json("mask_id", cfg.mask_id)
-    if ids.keys() != {"mask0", "mask1"} or not all(isinstance(s, str) and s for s in ids.values()):
+    if ids.keys() != {"mask0", "mask1"} or not all(is_text(s) and s for s in ids.values()):
         raise Fatal('--loss_mask se takes --mask_id \'{"mask0": "stop learning here", "mask1": "learn after this"}\';'
                     f" given: {cfg.mask_id or 'nothing'}")
     return ids["mask1"].encode(), ids["mask0"].encode()
@@ -3141,20 +3195,17 @@ def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict
 
 
 def is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and 0 <= x < math.inf
+    return isinstance(x, (int, float)) and 0 <= x < 1e30
 
 
 def is_count(x: Any) -> bool:
     return is_number(x) and isinstance(x, int)
 
 
-def is_text(x: Any) -> bool:
-    return isinstance(x, str)
-
-
 DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
     "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
-    "epoch_loss": is_number, "loss_scale": is_number, "scaled_at": is_count, "rows": is_count, "scale": is_number,
+    "epoch_loss": is_number, "loss_scale": lambda x: is_number(x) and x > 0,
+    "scaled_at": is_count, "rows": is_count, "scale": is_number,
     "dtype": "float32 bfloat16 float16".split().__contains__,
     "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text,
     "config": lambda x: isinstance(x, dict),
@@ -3163,7 +3214,7 @@ DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not on
 
 def read_description(about: Tensor, file: str) -> dict[str, Any]:
     try:
-        described = json.loads(bytes(about.tolist()))
+        described = json.loads(bytes(about.tolist()) if about.dim() == 1 else b"")
         odd = [item for item, fits in DESCRIBED.items() if item in described and not fits(described[item])]
     except (ValueError, TypeError, RecursionError):
         described, odd = None, []
@@ -3177,7 +3228,8 @@ def compare(path: str | Path, about: dict[str, Any], wanted: dict[str, Any]) -> 
     """Every item that both descriptions have must be the same."""
     for item, value in wanted.items():
         if item in about and about[item] != value:
-            raise Fatal(f"{path}: made with {item} {about[item]}, but here it is {value}")
+            whose = {"base": "of another base model: ", "init": "of another run: "}.get(item, "")
+            raise Fatal(f"{path}: {whose}made with {item} {about[item]}, but here it is {value}")
 
 
 def write_binidx(prefix: str, corpus: Corpus) -> None:
@@ -3222,20 +3274,24 @@ def merge(
             new = held(layer.left(W.float(), taken)).float()
             new = new + layer.delta(new, scale, **own) if own else new
         if new.numel() != W.numel():
-            raise Fatal(f"{name} is {list(W.shape)} in the base, {list(new.shape)} in the checkpoint")
+            raise Fatal(f"its {name} is {list(new.shape)}, that of the base {list(W.shape)}")
         merged[name] = new.reshape(W.shape).to(W.dtype).contiguous()
+        if name not in UNUSED and not merged[name].isfinite().all():
+            raise Fatal(f"{name} would hold NaN or infinity, in {W.dtype}")
+    if layer.names and not any(name.endswith(layer.names) for name in trained):
+        raise Fatal(f"it holds no adapters, whose names end in {' or '.join(layer.names)}")
     if left:
-        raise Fatal(f"the checkpoint holds {some(left)}, which the base lacks")
+        raise Fatal(f"it holds {some(left)}, which the base lacks")
     return merged
 
 
 def merged_state(left: dict[str, Tensor], name: str, receptance: Tensor) -> Tensor:
     """Takes a block's time_state (H,N,N) from what is left of a checkpoint; the matrix (H N,C) tells size and dtype."""
     if name not in left:
-        raise Fatal(f"the checkpoint lacks {name}")
+        raise Fatal(f"it lacks {name}")
     S = left.pop(name)
     if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(receptance):
-        raise Fatal(f"{name} is {list(S.shape)} in the checkpoint; the base's attention is {len(receptance)} wide")
+        raise Fatal(f"its {name} is {list(S.shape)}; the base's attention is {len(receptance)} wide")
     return S.to(receptance.dtype).contiguous()
 
 
@@ -3243,10 +3299,10 @@ def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: typ
     """An adapter that a checkpoint has for a matrix (out,in) has to be whole, and of its size."""
     missing = [f"{module}.{x}" for x in layer.names if x not in own]
     if missing:
-        raise Fatal(f"the checkpoint lacks {some(missing)}")
+        raise Fatal(f"it lacks {some(missing)}")
     if not layer.fits(shape, **own):
         found = ", ".join(f"{x} {list(t.shape)}" for x, t in own.items())
-        raise Fatal(f"{module} is {list(shape)} in the base, which the checkpoint's {found} does not fit")
+        raise Fatal(f"its {found} does not fit {module}, which is {list(shape)} in the base")
 
 
 def merge_files(
@@ -3266,10 +3322,14 @@ def merge_files(
         compare(path, found, {"peft": kind, "base": fingerprint(tensors)})
     compare(init, about_init, {"init": about["init"]} if "init" in about else {})
     if not about:
-        say(f"{checkpoint} has no description (RWKV-PEFT writes none): that it belongs to {base} cannot be checked")
+        say(f"{checkpoint} has no description (like those of RWKV-PEFT and pissa2lora): that it is of {base} cannot be"
+            " checked")
     scale = about.get("scale", method.layer.unsaid_scale)
     if alpha is not None:
-        given = alpha / max(1, next((len(t) for name, t in trained.items() if name.endswith(".lora_A")), 1))
+        ranks = [t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2]
+        given = alpha / max(1, *ranks[:1], 1)
+        if not is_within(alpha, "(0,1e9]"):
+            raise Fatal(f"--lora_alpha {alpha:g}: {in_words('(0,1e9]')} is wanted")
         if scale not in (None, given):
             raise Fatal(f"--lora_alpha {alpha:g}: {checkpoint} was scaled by {scale:g}; leave the flag out")
         scale = given
@@ -3280,7 +3340,11 @@ def merge_files(
         raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
     # (RWKV-PEFT, which describes nothing, computes in bf16.)
     held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
-    write(Path(output), merge(tensors, taken, trained, method, scale, held))
+    try:
+        merged = merge(tensors, taken, trained, method, scale, held)
+    except Fatal as e:
+        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
+    write(Path(output), merged)
     if method.state:
         say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there pass"
             f" what is in {checkpoint} as its state")
@@ -3295,11 +3359,18 @@ BAD_STEPS = 3                                                         # this man
 SCALE_GROWS = 2000                                                    # fp16: after so many good steps, as torch does
 
 
+def of_torchrun(name: str, usual: int) -> int:
+    """A number that torchrun puts into the environment. (Only `is_first` reads one itself.)"""
+    text = os.environ.get(name, str(usual))
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Fatal(f"{name}={text} in the environment: a number is wanted; torchrun sets it, nobody else has to")
+    return int(text)
+
+
 def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
-    """Joins the other processes; device and compute dtype. What torchrun says in the environment is read in this
-    section, and in `is_first`. A job that it restarted resumes."""
-    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    cfg = replace(cfg, resume=cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+    """Joins the other processes; device and compute dtype. A job that torchrun restarted resumes."""
+    world, here = of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_WORLD_SIZE", 1)
+    cfg = replace(cfg, resume=cfg.resume or of_torchrun("TORCHELASTIC_RESTART_COUNT", 0) > 0)
     if cfg.devices not in (0, here) and not cfg.dry_run:
         raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; it takes --nproc_per_node={cfg.devices}")
     gpu = torch.cuda.is_available()
@@ -3324,7 +3395,7 @@ def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
 
 def join(cfg: Config, accelerator: str) -> Ranks:
     """Becomes one of the processes that torchrun started, on its own GPU if there are any."""
-    here, patience = int(os.environ.get("LOCAL_RANK", 0)), timedelta(seconds=cfg.dist_timeout)
+    here, patience = of_torchrun("LOCAL_RANK", 0), timedelta(seconds=cfg.dist_timeout)
     if accelerator == "cuda":
         if here >= torch.cuda.device_count():
             raise Fatal(f"--accelerator gpu: process {here + 1} of this machine finds {torch.cuda.device_count()} GPUs;"
@@ -3432,20 +3503,24 @@ def check_together(cfg: Config) -> None:
     if cfg.train_type == "state" and cfg.peft != "state":
         raise Fatal(f"--train_type state: that is --peft state here, and this is --peft {cfg.peft}")
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
-        raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install 'pissa_rwkv[wandb]'`")
+        raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install wandb`")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
 
 
 def hint(cfg: Config) -> None:
     """Says what is allowed and hardly meant."""
-    method = ADAPTER[cfg.peft]
     for option, others in BELONGS_TO.items():
         if getattr(cfg, option) != getattr(Config, option) and all(getattr(cfg, o) != v for o, v in others.items()):
             say(f"--{option} has no effect without {' or '.join(f'--{o} {v}' for o, v in others.items())}")
+
+
+def hint_rate(cfg: Config, width: int) -> None:
+    """Of the learning rate: narrow models, as those of a demonstration, bear more."""
+    method = ADAPTER[cfg.peft]
     if cfg.lr_init < method.low_lr:
         say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
-    if cfg.lr_init > method.layer.high_lr:
+    if cfg.lr_init > method.layer.high_lr and width >= 512:
         say(f"--lr_init {cfg.lr_init:g} is high for --peft {cfg.peft}, which moves the main directions of a matrix;"
             f" {method.layer.high_lr:g} is usual")
 
@@ -3588,6 +3663,10 @@ class Run:
         return Path(self.cfg.proj_dir)
 
 
+# What `write_whole` leaves where a run is killed in it.
+LEFTOVER = re.compile(r"\.(probe|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.(part|link)")
+
+
 def open_folder(cfg: Config) -> Path:
     """proj_dir, made if need be. A run that is in it is never written over."""
     folder = Path(cfg.proj_dir)
@@ -3598,27 +3677,30 @@ def open_folder(cfg: Config) -> Path:
         probe.unlink()
     except OSError as e:
         raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
-    epochs = {p.name: re.fullmatch(r"rwkv-(\d+)\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
+    epochs = {p.name: re.fullmatch(r"rwkv-(\d{1,9})(-merged)?\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
     held = [name for name, m in epochs.items() if m and int(m[1]) >= cfg.epoch_begin]
     saved = sorted(p.name for p in folder.glob("resume*.pth"))
     if cfg.resume and held and not saved:
         raise Fatal(f"--resume: {folder} holds {some(held)} but no resume.pth;"
                     " --epoch_begin goes on from rwkv-<N-1>.pth")
-    held += [] if cfg.epoch_begin else saved + ["init_pissa.pth"] * (folder / "init_pissa.pth").exists()
+    others = [name for name in ("init_pissa.pth", "loss_data.jsonl") if (folder / name).exists()]
+    held += [] if cfg.epoch_begin else saved + others
     if held and not cfg.resume:
         raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
-    for leftover in (*folder.glob(".*.part"), *folder.glob(".*.link")):  # of a run that was killed while it wrote
-        leftover.unlink(missing_ok=True)
+    for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
 def build(cfg: Config) -> Run | None:
     """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
+    cfg = with_init(cfg)
     check(cfg)
     cfg, ranks, device, dtype = setup(from_whole_model(cfg))
     tensors = ranks.first(lambda: read_pth(cfg.load_model, "--load_model", ranks.rank == 0)) if cfg.load_model else {}
     arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
     check_arch(cfg, arch)
+    hint_rate(cfg, arch.n_embd)
     if arch.head_qk and cfg.train_type == "infctx":
         raise Fatal("--train_type infctx: this model has head_qk, which looks back at a whole row; leave the flag out")
     folder = Path(cfg.proj_dir)
@@ -3656,13 +3738,21 @@ def build(cfg: Config) -> Run | None:
     return run
 
 
+def with_init(cfg: Config) -> Config:
+    """PiSSA's adapters lie beside their init_pissa.pth, if --adapter_init does not say otherwise."""
+    beside = Path(cfg.adapter_load).with_name("init_pissa.pth") if cfg.adapter_load else None
+    layer = pick(ADAPTER, "--peft", cfg.peft).layer
+    wanted = layer.taken and not cfg.adapter_init and beside and beside.exists()
+    return replace(cfg, adapter_init=str(beside)) if wanted else cfg
+
+
 def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | None]:
     """The corpus and what is held out, if anything is."""
     corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
     if cfg.val_split:
         corpus, held_out = split(corpus, cfg.val_split)
     if cfg.val_file:
-        held_out = read_corpus(cfg, cfg.val_file, tokenizer)
+        held_out = read_corpus(cfg, cfg.val_file, tokenizer, "--val_file")
     loader = Loader(corpus, tokenizer, cfg)
     if held_out:
         in_order = replace(cfg, data_file=cfg.val_file or cfg.data_file, dataload="pad", data_shuffle=False)
@@ -3742,8 +3832,8 @@ def read_adapters(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """init_pissa.pth and rwkv-<N>.pth of an earlier run, or nothing; both have to be of this base and of this --peft.
     """
-    init, about_init = read_described(init_path, "pissa_init") if init_path else ({}, {})
-    load, about_load = read_described(load_path, "adapter_load") if load_path else ({}, {})
+    init, about_init = read_described(init_path, "--adapter_init (pissa_init)") if init_path else ({}, {})
+    load, about_load = read_described(load_path, "--adapter_load") if load_path else ({}, {})
     for path, found in ((init_path, about_init), (load_path, about_load)):
         compare(path, found, about)
     if "init" in about_load:
@@ -3780,8 +3870,10 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
     counters = ("step", "epoch_loss", "epoch_good", "loss_scale")
     shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
     compare(path, described, run.about | {"trained": run.optimiser.layout()})
-    if not {*counters, "config"} <= described.keys() or not {*shapes, "rng"} <= state.keys() or any(
-            state[name].shape != shape for name, shape in shapes.items()):
+    whole = {*counters, "config"} <= described.keys() and {*shapes, "rng"} <= state.keys() and all(
+        state[name].shape == shape for name, shape in shapes.items()) and 0 <= state["t"] < 2**31
+    rng = torch.get_rng_state()
+    if not whole or state["rng"].dtype != rng.dtype or state["rng"].shape[1:] != rng.shape:
         raise Fatal(f"{path}: not what this program writes for --resume")
     before = described["config"]
     changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := before.get(k, v)) != v]
@@ -3840,6 +3932,7 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
             if p == there[-1]:
                 raise
             say(f"{e}; taking the one before it")
+    say(f"--resume: {path} is not there; the run begins anew")
     return path, {}, {}
 
 
@@ -4024,7 +4117,9 @@ def train(run: Run) -> bool:
 
 def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
     """Logs the mean loss of an epoch, and returns it; the next begins."""
-    loss = run.epoch_loss / max(1, run.epoch_good)
+    if not run.epoch_good:
+        raise Fatal(f"epoch {epoch}: none of its steps had a finite loss; nothing was learnt, and nothing is saved")
+    loss = run.epoch_loss / run.epoch_good
     run.epoch_loss, run.epoch_good = 0.0, 0
     log.epoch(epoch, loss, lr)
     return loss
@@ -4135,7 +4230,7 @@ def chat_config(cfg: Config, given: set[str]) -> Config:
     pick(ADAPTER, "--peft", cfg.peft)
     if odd := [name for name in NOT_IN_CHAT if getattr(cfg, name) != getattr(Config, name)]:
         raise Fatal(f"--{odd[0]} is not for --chat, which only talks; leave one of them out")
-    if cfg.devices > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if cfg.devices > 1 or of_torchrun("WORLD_SIZE", 1) > 1:
         raise Fatal("--chat is for one process: start it with python, without --devices")
     cfg = replace(from_whole_model(cfg), train_parts=())              # so that every matrix is frozen and may be codes
     if not cfg.load_model:
@@ -4153,9 +4248,7 @@ def chat_config(cfg: Config, given: set[str]) -> Config:
         flag = getattr(cfg, option)
         if flag != value and (option in given or flag != getattr(Config, option)):
             raise Fatal(f"--{option} {flag}: {cfg.adapter_load} was made with {option} {value}; leave the flag out")
-    beside = Path(cfg.adapter_load).with_name("init_pissa.pth")
-    init = cfg.adapter_init or (str(beside) if layer.taken and beside.exists() else "")
-    return replace(cfg, **told, adapter_init=init)
+    return with_init(replace(cfg, **told))
 
 
 def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
@@ -4419,8 +4512,13 @@ def make_binidx(cfg: Config) -> None:
     for file in (prefix + ".bin", prefix + ".idx"):
         if Path(file).exists():
             raise Fatal(f"--make_binidx {cfg.make_binidx}: {file} exists already; move it away first")
+    if (kind := data_type_of(cfg, cfg.make_binidx)) not in ("jsonl", "sft"):
+        raise Fatal(f"--make_binidx {cfg.make_binidx}: it converts jsonl and sft, and this is {kind}")
     tokenizer = load_tokenizer(cfg, cfg.vocab_size or (256 if cfg.tokenizer == "byte" else 65536))
-    corpus = read_corpus(cfg, cfg.make_binidx, tokenizer)
+    corpus = read_corpus(cfg, cfg.make_binidx, tokenizer, "--make_binidx")
+    if corpus.tokens.max() > 65535:
+        raise Fatal(f"--make_binidx {cfg.make_binidx}: token {corpus.tokens.max()} takes more than 16 bits; train on it"
+                    " as it is")
     write_binidx(prefix, corpus)
     say(f"{prefix}.bin, {prefix}.idx: {len(corpus.starts) - 1:,} documents, {len(corpus.tokens):,} tokens;"
         f" train with --data_file {prefix}")
@@ -4450,7 +4548,7 @@ OF_THE_DEMO = ("proj_dir", "accelerator", "precision", "op", "random_seed")  # t
 def demo(cfg: Config) -> None:
     """Pretrains a base on one family of questions, adapts it to another with PiSSA and with LoRA, merges, reopens."""
     folder = Path(cfg.proj_dir)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if of_torchrun("WORLD_SIZE", 1) > 1:
         raise Fatal("the demonstration is for one process; with --load_model and --data_file there may be several")
     if folder.exists() and any(folder.iterdir()):
         raise Fatal(f"--proj_dir {folder} is not empty; name another folder for the demonstration")
@@ -4503,10 +4601,28 @@ def demo_merged(run: Run, merged: str) -> None:
         say(f"   {question}  ->  {said}" + ("" if said == answer else f"  (right: {answer})"))
 
 
+def in_one_line(e: Exception) -> str:
+    """What a user can mend; "" where it is not theirs to mend."""
+    less = "a smaller --micro_bsz or --ctx_len, or --grad_cp 1, takes less; --dry_run estimates it"
+    if isinstance(e, Fatal):
+        return " ".join(str(e).split())
+    if isinstance(e, torch.OutOfMemoryError):
+        return f"out of GPU memory ({first_line(e)}); {less}"
+    if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
+        return f"out of memory ({first_line(e)}); {less}"
+    return f"{e.filename or 'standard output'}: {e.strerror or e}" if isinstance(e, OSError) else ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, or 2 after one line about what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:                                # closed by who called
+            setattr(sys, name, open(os.devnull, mode))
     try:
+        rank, world = of_torchrun("RANK", 0), of_torchrun("WORLD_SIZE", 1)
+        if rank >= world:
+            raise Fatal(f"RANK={rank} and WORLD_SIZE={world} in the environment: torchrun sets both, from 0 on")
         cfg = parse(argv)
         if cfg.chat:
             talk(cfg, said(argv))
@@ -4524,16 +4640,12 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
-    except Fatal as e:
-        error = " ".join(str(e).split())
-    except torch.OutOfMemoryError as e:
-        error = (f"out of GPU memory ({first_line(e)}); a smaller --micro_bsz or --ctx_len, or --grad_cp 1, takes less;"
-                 " --dry_run estimates it")
-    except OSError as e:
-        error = f"{e.filename or ''}: {e.strerror or e}"
     except KeyboardInterrupt:
         print("pissa_rwkv: stopped before training began", file=sys.stderr)
         return 130
+    except Exception as e:
+        if not (error := in_one_line(e)):
+            raise
     if not is_first():                                                # where all found the same, one line is enough:
         time.sleep(2)                                                 # torchrun ends the others when the first has
     print(f"pissa_rwkv: error: {error}", file=sys.stderr, flush=True)

@@ -351,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     now = record.circumstances(device, args.commit)
     path, deadline = args.out / f"curves-{args.size}.json", began + 60 * args.minutes
     plan, base = planned(args, device)
+    print("a base is trained first, which takes minutes; then about an hour of runs, each with a line", flush=True)
     row = plan.about | pretrain(base) | now
     record.update(path, [row], KEY)
     print(f"base: {row['trained']:,} numbers, held out {row['after']:.4f}, {time.time() - began:.0f} s", flush=True)

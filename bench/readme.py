@@ -574,7 +574,7 @@ OPS = {  # what it needs, what it is; in README's order
     "cuda": ("a GPU and nvcc", "bf16: 32 tokens at a time on tensor cores; else RWKV-7 takes `cuda_precise`"),
     "cuda_precise": ("a GPU and nvcc", "the recurrence in fp32, state in registers"),
     "triton": ("a GPU and the package `triton`", "16 or 32 tokens at a time as matrix products, on tensor cores"),
-    "fla": ("a GPU and `pip install 'pissa_rwkv[fla]'`", "flash-linear-attention's kernels; only when asked for"),
+    "fla": ("a GPU and `pip install flash-linear-attention`", "flash-linear-attention's kernels; only when asked for"),
     "cpu": ("a C++ compiler", "the recurrence in C++, threads over batch and heads"),
     "chunk": ("nothing", "16 or 32 tokens at a time as matrix products"),
     "torch": ("nothing", "the definition, one token at a time"),

@@ -72,6 +72,7 @@ def write_models(good):
     model("flat-v1", blocks_1_att_v1=lambda t: t.flatten())
     model("integers", **{key: lambda t: t.int()})
     model("sparse", **{key: lambda t: t.to_sparse()})
+    model("beyond-fp16", emb_weight=lambda t: 1e6 * t)
     model("nan", **{key: lambda t: t * torch.nan})
     model("number", extra=lambda t: 3)
     torch.save({**good, 5: torch.zeros(1)}, "int-key.pth")
@@ -89,10 +90,13 @@ def write_models(good):
     model("meta", **{key: lambda t: t.to("meta")})
     model("repeated", emb_weight=lambda t: torch.zeros(1, 1).expand(2**30, 64))
     write_zips()
+    os.mkfifo("pipe.jsonl")
     Path("code.pkl").write_bytes(pickle.dumps(Code()))
     Path("empty.pth").touch()
     Path("text.pth").write_text("hello\n")
     Path("page.pth").write_text("<!DOCTYPE html><html>404</html>")
+    Path("st.pth").write_bytes(struct.pack("<Q", 2) + b"{}")
+    Path("utf-16.txt").write_bytes("a text".encode("utf-16le"))
     Path("json.pth").write_text('{"error": "not found"}')
     Path("lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     data = Path("m.pth").read_bytes()
@@ -142,7 +146,7 @@ def write_corpora():
         "number": b'{"text": 5}\n', "array": b'["text"]\n', "latin1": '{"text": "caf\u00e9"}\n'.encode("latin-1"),
         "surrogate": b'{"text": "good"}\n{"text": "\\ud800"}\n', "deep": b"[" * 100_000, "nothing": b"",
         "blank": b"\n \n", "one-token": b'{"text": ""}\n{"text": ""}\n', "short": b'{"text": "abc"}\n',
-        "half-sft": b'{"question": "Q"}\n',
+        "half-sft": b'{"question": "Q"}\n', "null": b'{"text": null}\n', "one": b'{"text": "hello"}\n',
     }.items():  # fmt: skip
         Path(f"{name}.jsonl").write_bytes(data)
     Path("latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
@@ -155,6 +159,8 @@ def write_corpora():
     Path("vocab.txt").write_text("1 'a' 1\n2 'b' 5\n")
     Path("vocab-part.txt").write_text("1 'a' 1\n2 'b' 1\n")
     Path("vocab-code.txt").write_text("1 __import__('os').system('touch the-code-was-run') 1\n")
+    bytes_ = "".join(f"{b + 1} {bytes([b])!r} 1\n" for b in range(256))
+    Path("vocab-minus.txt").write_text(f"{bytes_}-5 'ab' 2\n")
     Path("there.bin").touch()
     Path("there.jsonl").write_text('{"text": "a"}\n')
 
@@ -165,6 +171,7 @@ def write_arrays():
                         "number": good[0], "none": good[:0], "above": good + 254, "negative": good.astype("i4") - 2,
                         "huge": good.astype("i8") << 40, "texts": good.astype(str)}.items():
         np.save(f"{name}.npy", array)
+    np.save("ids.npy", np.array([5, 70_000, 3]))
     np.save("pickled.npy", np.array([Code()], object), allow_pickle=True)
     np.savez("zipped.npz", good)
     Path("code.npy").write_bytes(pickle.dumps(Code()))
@@ -227,6 +234,8 @@ def write_runs():
         "text": lambda f: describe_anew(f, tensors, dtype="float4"),
         "nan": lambda f: torch.save({**tensors, "v": tensors["v"] * torch.nan}, f),
         "short": lambda f: torch.save({**tensors, "v": tensors["v"][:5]}, f),
+        "rng": lambda f: torch.save({**tensors, "rng": tensors["rng"][:, :99]}, f),
+        "t": lambda f: torch.save({**tensors, "t": torch.tensor(-1)}, f),
         "no-m": lambda f: torch.save({k: t for k, t in tensors.items() if k != "m"}, f),
         "init": lambda f: shutil.copy("run-seed/init_pissa.pth", f.with_name("init_pissa.pth")),
         "no-init": lambda f: f.with_name("init_pissa.pth").unlink(),
@@ -240,6 +249,13 @@ def write_runs():
     Path("plain").mkdir()
     for name in ("init_pissa.pth", "rwkv-0.pth"):
         torch.save({k: t for k, t in P.read_pth(f"run/{name}", "").items() if k != P.DESCRIPTION}, f"plain/{name}")
+    lora = {k: t for k, t in P.read_pth("run-lora/rwkv-0.pth", "").items() if k != P.DESCRIPTION}
+    torch.save(lora, "plain/lora.pth")
+    torch.save({k: t + 1e20 for k, t in lora.items()}, "plain/large.pth")
+    Path("merged").mkdir()
+    shutil.copy("m.pth", "merged/rwkv-0-merged.pth")
+    Path("logged").mkdir()
+    shutil.copy("run/loss_data.jsonl", "logged")
     only_A = {k: t for k, t in P.read_pth("plain/rwkv-0.pth", "").items() if not k.endswith("lora_B")}
     torch.save(only_A, "plain/only-A.pth")
     torch.save({"blocks.0.att.time_state": torch.zeros(1, 64, 64)}, "half-state.pth")
@@ -306,6 +322,7 @@ MODEL = [  # (what is wrong, options, words in the line)
     ("a pickle that asks for 64 GB", "--load_model hungry.pth", "hungry.pth|none of it was run"),
     ("a pickle of 100,000 brackets", "--load_model brackets.pth", "brackets.pth|cannot be read"),
     ("numbers of 8 bits", "--load_model float8.pth", "float8.pth|blocks.1.att.key.weight|float8_e4m3fn"),
+    ("beyond the precision", "--load_model beyond-fp16.pth --precision fp16", "beyond-fp16.pth|emb.weight|float16"),
     ("a tensor without numbers", "--load_model meta.pth", "meta.pth|blocks.1.att.key.weight"),
     ("one number a billion times", "--load_model repeated.pth", "repeated.pth|emb.weight"),
     ("code in a plain pickle", "--load_model code.pkl", "code.pkl|plain pickle"),
@@ -316,7 +333,11 @@ MODEL = [  # (what is wrong, options, words in the line)
     ("a number among the tensors", "--load_model number.pth", "number.pth|'extra': int"),
     ("a key that is no name", "--load_model int-key.pth", "int-key.pth|5"),
     ("another program's model", "--load_model other.pth", "other.pth|no RWKV model"),
-    ("an adapter file", "--load_model run/rwkv-0.pth", "run/rwkv-0.pth|no RWKV model"),
+    ("an adapter file", "--load_model run/rwkv-0.pth", "run/rwkv-0.pth|a run's adapters, which --adapter_load takes"),
+    ("an init file", "--load_model run/init_pissa.pth", "run/init_pissa.pth|--adapter_init"),
+    ("a file to resume from", "--load_model run/resume.pth", "run/resume.pth|--resume"),
+    ("safetensors", "--load_model st.pth", "st.pth|safetensors|.pth beside it"),
+    ("a text in UTF-16 without a mark", "--data_file utf-16.txt", "utf-16.txt|0|--data_type utf-16le"),
     ("RWKV-6", "--load_model x060.pth", "x060.pth|x060|x070"),
     ("a key missing", "--load_model missing.pth", "missing.pth|lacks blocks.1.att.x_r"),
     ("a key too many", "--load_model unknown.pth", "unknown.pth|unknown extra"),
@@ -395,13 +416,13 @@ OPTIONS = [
     ("products of all chunks", "--train_type infctx --chunk_grad full --grad_cp products", "--grad_cp products|0 or 1"),
     ("compiling a loop", "--compile 1 --op torch", "--compile 1|--op torch|chunk"),
     ("unknown grad_cp", "--grad_cp 2", "--grad_cp 2|'products'|'auto'"),
-    ("adam_eps 0", "--adam_eps 0", "--adam_eps 0.0|a number above 0, and finite"),
-    ("infinite rate", "--lr_init inf", "--lr_init inf|from 0 on, and finite"),
+    ("adam_eps 0", "--adam_eps 0", "--adam_eps 0.0|a number above 0 to 1e9"),
+    ("infinite rate", "--lr_init inf", "--lr_init inf|from 0 to 1e9"),
     ("unknown chunk_grad", "--train_type infctx --chunk_grad half", "--chunk_grad half|'full'"),
     ("chunks longer than rows", "--train_type infctx --chunk_ctx 9", "--chunk_ctx 9|--ctx_len 8"),
     ("negative chunks", "--train_type infctx --chunk_ctx -1", "--chunk_ctx -1"),
     ("negative save_steps", "--save_steps -1", "--save_steps -1"),
-    ("negative lr", "--lr_init -1", "--lr_init -1|from 0 on"),
+    ("negative lr", "--lr_init -1", "--lr_init -1|from 0 to 1e9"),
     ("lr that is no number", "--lr_init nan", "--lr_init nan"),
     ("infinite lr", "--lr_final inf", "--lr_final inf"),
     ("clipping at no number", "--grad_clip nan", "--grad_clip nan"),
@@ -414,7 +435,18 @@ OPTIONS = [
     ("negative seed", "--random_seed -1", "--random_seed -1"),
     ("val_split of 1", "--val_split 1", "--val_split 1"),
     ("negative val_split", "--val_split -0.1", "--val_split -0.1"),
-    ("pissa_load without pissa_init", "--pissa_config '{\"pissa_load\": \"run/rwkv-0.pth\"}'", "pissa_load|pissa_init"),
+    ("pissa_load without pissa_init", "--adapter_load run-rank.pth", "pissa_load|pissa_init|--adapter_init"),
+    ("a rank of 400 digits", f"--pissa_config '{{\"pissa_r\": 1{400 * '0'}}}'", "--pissa_config|pissa_r is 1000"),
+    ("a rank of 5000 digits", f"--pissa_config '{{\"pissa_r\": 1{5000 * '0'}}}'", "--pissa_config|4300 digits"),
+    ("a rank that is true", "--pissa_config '{\"pissa_r\": true}'", "--pissa_config|pissa_r is True"),
+    ("two ranks", "--pissa_config '{\"pissa_r\": 4, \"pissa_r\": 8}'", "--pissa_config|'pissa_r' is there twice"),
+    ("brackets in JSON", f"--pissa_config {99999 * '['}", "--pissa_config|recursion"),
+    ("half a character as a mark", """--loss_mask se --mask_id '{"mask0": "\\ud800", "mask1": "b"}'""", "--mask_id"),
+    ("bytes that are no text", "--sample_prompt \udcff", "--sample_prompt|no UTF-8"),
+    ("a billion billion rows", "--micro_bsz 1000000000000000000", "--micro_bsz 1000000000000000000|from 1 to 1e6"),
+    ("a rate beyond all", "--lr_init 1e300", "--lr_init 1e+300|from 0 to 1e9"),
+    ("files beyond number", "--keep 1000000000", "--keep 1000000000|from 1 to 999"),
+    ("memory", "--data_type dummy --data_file base --dataload get --ctx_len 90000 --micro_bsz 900000", "out of memory"),
 ]
 NEW_MODEL = [
     ("version that is not there", "--version x051", "--version x051|x070|x060|x052"),
@@ -511,13 +543,24 @@ DATA = [
     ("a broken vocabulary", "--tokenizer world --vocab_file vocab.txt", "vocab.txt|line 2"),
     ("half a vocabulary", "--tokenizer world --vocab_file vocab-part.txt", "vocab-part.txt|254"),
     ("code in the vocabulary", "--tokenizer world --vocab_file vocab-code.txt", "vocab-code.txt|line 1"),
+    ("a pipe", "--data_file pipe.jsonl", "--data_file pipe.jsonl|no ordinary file"),
+    ("a pipe as vocabulary", "--tokenizer world --vocab_file pipe.jsonl", "--vocab_file pipe.jsonl|no ordinary file"),
+    ("a vocabulary with -5", "--tokenizer world --vocab_file vocab-minus.txt", "vocab-minus.txt|line 257"),
+    ("no text in the field", "--data_file null.jsonl", "null.jsonl|line 1|text (null)"),
+    ("all of it held out", "--data_file one.jsonl --val_split 0.99", "one.jsonl|--val_split 0.99"),
+    ("other tokens held out", "--val_file outside", "--val_file outside: token 300"),
+    ("make_binidx of an array", "--make_binidx ids.npy", "--make_binidx ids.npy|numpy"),
     ("make_binidx of nothing", "--make_binidx nope.jsonl", "nope.jsonl|No such file"),
     ("make_binidx onto a file", "--make_binidx there.jsonl", "there.bin|exists"),
 ]
 RESULTS = [
     ("proj_dir below a file", "--proj_dir a-file/out", "--proj_dir a-file/out"),
     ("proj_dir is a file", "--proj_dir a-file", "--proj_dir a-file"),
-    ("proj_dir holds a run", "--proj_dir run", "--proj_dir run|rwkv-0.pth|--resume"),
+    ("proj_dir holds a merged model", "--proj_dir merged", "--proj_dir merged|rwkv-0-merged.pth"),
+    ("proj_dir holds a log", "--proj_dir logged", "--proj_dir logged|loss_data.jsonl"),
+    ("resume.pth with half a random state", "--proj_dir run-rng --resume", "run-rng/resume.pth|not what this program"),
+    ("resume.pth before its first step", "--proj_dir run-t --resume", "run-t/resume.pth|not what this program"),
+    ("proj_dir holds a run", "--proj_dir run", "--proj_dir run|resume.pth|--resume"),
     ("resume on another base", "--proj_dir run --resume --load_model another.pth", "run/init_pissa.pth|base"),
     ("resume on a wider base", "--proj_dir run --resume --load_model wide.pth", "run/init_pissa.pth|base"),
     ("resume with another rank", "--proj_dir run --resume --rank 5", "run/init_pissa.pth|[4, 64]|[5, 64]|--rank"),
@@ -549,7 +592,7 @@ RESULTS = [
     ("a state of another width", "--peft state --adapter_load wide-state.pth", "wide-state.pth|att.time_state"),
     ("bone without its matrices", "--peft bone --adapter_load half-state.pth", "half-state.pth|does not fit"),
     ("a model as adapters", "--peft bone --adapter_load m.pth", "m.pth|lacks blocks.0.att.receptance.disha"),
-    ("adapters as a model to go on from", "--peft none --adapter_load run/rwkv-0.pth", "run/rwkv-0.pth|no RWKV model"),
+    ("adapters as a model", "--peft none --adapter_load run/rwkv-0.pth", "run/rwkv-0.pth|a run's adapters"),
     ("none after nothing", "--peft none --epoch_begin 1", "rwkv-0.pth|no such file"),
     ("adapters of LoRA", "--adapter_load run-lora/rwkv-0.pth --adapter_init run/init_pissa.pth", "run-lora/|peft lora"),
 ]
@@ -582,6 +625,11 @@ CHATS = [
 ]
 MERGES = [
     ("nothing", "", "--type"),
+    ("an alpha that is no number", "--type lora --lora_checkpoint plain/lora.pth --lora_alpha nan", "--lora_alpha nan"),
+    ("an alpha below 0", "--type lora --lora_checkpoint plain/lora.pth --lora_alpha -8", "--lora_alpha -8"),
+    ("an alpha beyond fp32", "--type lora --lora_checkpoint plain/large.pth --lora_alpha 1e9", "infinity"),
+    ("a model as adapters", "--type lora --lora_checkpoint m.pth --lora_alpha 8", "m.pth|no adapters"),
+    ("a name too long for a file", f"--output {300 * 'a'}.pth", "aaa|too long"),
     ("unknown type", "--type dora", "--type|dora"),
     ("unknown flag", "--base m.pth", "--base"),
     ("no init", "--lora_init ''", "--lora_init"),
@@ -594,7 +642,7 @@ MERGES = [
     ("PiSSA as LoRA", "--type lora", "run/rwkv-0.pth|peft pissa"),
     ("init as checkpoint", "--lora_checkpoint plain/init_pissa.pth", "init_lora_A"),
     ("checkpoint as init", "--lora_init plain/rwkv-0.pth", "init_lora_A"),
-    ("undescribed files, a wider base", f"{PLAIN} --base_model wide.pth", "[128|in the base"),
+    ("undescribed files, a wider base", f"{PLAIN} --base_model wide.pth", "plain/rwkv-0.pth|of the base [128]"),
     ("undescribed files, half of them", f"{PLAIN} --lora_checkpoint plain/only-A.pth", "lora_B"),
     ("undescribed LoRA without alpha", "--type lora --lora_checkpoint plain/rwkv-0.pth", "--lora_alpha"),
     ("PiSSA as bone", "--type bone", "run/rwkv-0.pth|peft pissa|bone"),
@@ -623,7 +671,7 @@ def no_gpu(monkeypatch):
 
 def run(place, capfd, options, words, good=GOOD):
     # (a proj_dir of its own for every row, so that none meets the leavings of another)
-    argv = shlex.split(f"{good} --proj_dir out/{hashlib.md5(options.encode()).hexdigest()} {options}")
+    argv = shlex.split(f"{good} --proj_dir out/{hashlib.md5(options.encode(errors='replace')).hexdigest()} {options}")
     check_line(place, capfd, lambda: P.main(argv), words)
 
 

@@ -427,7 +427,7 @@ def test_wds_img_cuts_scales_and_forgets_colour(tmp_path):
 
 def test_wds_img_without_pillow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(P.Fatal, match=r"pissa_rwkv\[image\]"):
+    with pytest.raises(P.Fatal, match=r"`pip install Pillow`"):
         read(tmp_path / "x.tar")
 
 

@@ -163,7 +163,7 @@ def test_lora_of_rwkv_peft_needs_its_alpha(model_file, tmp_path, capsys):
 
 def test_another_base_is_refused(model_file, tmp_path):
     run = finished(tmp_path / "run", model_file())
-    with pytest.raises(Fatal, match=r"rwkv-0\.pth: made with base \w+, but here it is \w+"):
+    with pytest.raises(Fatal, match=r"rwkv-0\.pth: of another base model: made with base \w+, but here it is \w+"):
         merged(run, base=model_file(name="other.pth", seed=1))
     tensors = torch.load(run.base)
     tensors["blocks.1.att.w0"][0, 0, 5] += 0.5  # one weight
@@ -176,7 +176,7 @@ def test_another_base_is_refused(model_file, tmp_path):
 def test_the_init_file_of_another_run_is_refused(model_file, tmp_path):
     run = finished(tmp_path / "run", model_file())
     other = finished(tmp_path / "other", run.base, random_seed=1)
-    with pytest.raises(Fatal, match=r"other/init_pissa\.pth: made with init \w+, but here it is \w+"):
+    with pytest.raises(Fatal, match=r"other/init_pissa\.pth: of another run: made with init \w+, but here it is \w+"):
         merged(run, init=other.init)
 
 
@@ -197,7 +197,7 @@ BAD_CHECKPOINTS = {  # of RWKV-PEFT, which describes nothing: what is wrong -> (
     "more layers": (lambda t: t | {"blocks.7.ln1.bias": torch.zeros(64)}, r"holds blocks\.7\.ln1\.bias"),
     "another rank": (lambda t: {n: x[:2] if n.endswith("lora_A") else x[:, :2] if n.endswith("lora_B") else x
                                 for n, x in t.items()}, r"init_lora_A is \[4, 64\], \[2, 64\] is wanted"),
-    "a part of another size": (lambda t: t | {"ln_out.bias": torch.zeros(65)}, r"ln_out\.bias is \[64\].*\[65\]"),
+    "a part of another size": (lambda t: t | {"ln_out.bias": torch.zeros(65)}, r"ln_out\.bias is \[65\].*\[64\]"),
 }
 
 
@@ -303,6 +303,8 @@ def test_a_file_for_web_rwkv(version, tmp_path):
     base = random_tensors(seed=3, version=version) | {"blocks.1.att.time_state": torch.randn(1, 64, 64)}
     otherwise = OTHERWISE[version] | {"att.time_state": ("att.time_state", True)}
     command.save_st(tmp_path / "m.st", base)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "m.st").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with safe_open(tmp_path / "m.st", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         left = set(file.keys())

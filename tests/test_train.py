@@ -302,7 +302,26 @@ def test_save_steps_saves_at_the_end_of_an_epoch_too(command, monkeypatch, capsy
 
 def test_resume_in_an_empty_folder_starts(command, out, capsys):
     assert P.main(command("--epoch_steps 2 --resume")) == 0
-    assert len(steps(out)) == 2 and "resumed" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert len(steps(out)) == 2 and "resumed" not in said and f"--resume: {out / 'resume.pth'} is not there" in said
+
+
+def test_only_what_a_killed_run_left_is_removed(command, out):
+    out.mkdir()
+    mine = [".resume.pth.77.part", ".rwkv-0-merged.pth.5.part", ".resume.1.pth.5.link", ".probe.8.part"]
+    others = [".film.mp4.part", ".film.mp4.5.part", "resume.pth.5.part", ".resume.pth.part"]
+    for name in mine + others:
+        (out / name).touch()
+    assert P.main(command("--epoch_steps 1")) == 0
+    assert [(out / name).exists() for name in mine + others] == 4 * [False] + 4 * [True]
+
+
+def test_adapters_are_taken_with_the_init_file_beside_them(command, out, tmp_path, capsys):
+    assert P.main(command("--epoch_steps 2")) == 0
+    assert P.main([*command("--epoch_steps 1"), "--adapter_load", str(out / "rwkv-0.pth"), "--proj_dir",
+                   str(tmp_path / "again")]) == 0
+    same = [P.read_pth(folder / "init_pissa.pth", "") for folder in (out, tmp_path / "again")]
+    assert P.fingerprint(same[0]) == P.fingerprint(same[1])
 
 
 def test_resume_beside_a_stale_init_starts_with_a_fitting_one(command, out, capfd):

@@ -41,7 +41,7 @@ def function(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
         return getattr(importlib.import_module(f"fla.ops.{name}"), f"chunk_{name}")
     except ImportError as error:
         problem = f"the fla operator needs the package flash-linear-attention ({error})"
-        raise build.BuildError(f"{problem}: pip install pissa_rwkv[fla], {build.REMEDY}") from None
+        raise build.BuildError(f"{problem}: pip install flash-linear-attention, {build.REMEDY}") from None
 
 
 def operator(recurrence: str, call: op.WKV7 | op.WKV6) -> op.WKV7 | op.WKV6:
