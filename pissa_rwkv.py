@@ -92,6 +92,11 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+if __name__ == "__main__":
+    # A thread that waits for others turns some 10 us in a circle, then sleeps. (OpenMP's own measure is a hundred times
+    # that: with other programs beside it a step takes ten times as long. It reads this when torch is imported.)
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -426,7 +431,10 @@ def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
 @dataclass(frozen=True)
 class Ranks:
     """The processes that train together, and which of them this is. One alone has nobody to talk to: its collectives
-    do nothing. All have to call the same ones in the same order."""
+    do nothing. All have to call the same ones in the same order.
+
+    Which rank is lost is told where a collective fails, as gloo's do. NCCL's only begin one: there its watchdog ends
+    the processes after --dist_timeout, in words of its own."""
 
     rank: int = 0
     size: int = 1
@@ -577,10 +585,12 @@ FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "c
 def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = True) -> Callable:
     """The operator `op` of a version; for op "" the fastest that this machine can build, said in one line.
 
-    Not `ready`: for tensors without values, whose bytes are counted; then a GPU's operator needs no GPU.
+    Not `ready`: for tensors without values, whose bytes are counted; then a GPU's operator needs no GPU, and for fla,
+    which would launch its kernels on them all the same, another is taken.
     """
     ops = {o: load for (v, o), load in WKV.items() if v == version and (head_size == 64 or o not in FOR_HEADS_OF_64)}
     if not ready:
+        op = "" if op == "fla" else op
         ops |= {o: partial(ops[o], ready=False) for o in TRACED_ANYWHERE if o in ops}
     if op:
         load = pick(ops, f"--version {version} --op", op)
@@ -1364,7 +1374,8 @@ def hold_int8(W: Tensor, dtype: torch.dtype) -> Parts:
     overflow the scale; below 4e-6 they are lost.
     """
     blocks = in_blocks(W, BLOCK)                                                          # (n/64,64)
-    scale = (blocks.abs().amax(1) / 127).half()
+    absmax = blocks.abs().amax(1)
+    scale = (absmax / absmax.new_tensor(127)).half()                  # (by a number CUDA multiplies: other bits)
 
     def whole(w: Tensor, s: Tensor) -> Tensor:
         return (w / torch.where(s > 0, s.float(), 1)[:, None]).round_().clamp_(-127, 127)
@@ -2672,8 +2683,13 @@ def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
     """One loss, whose gradient goes back through all states. What stays of a chunk are the states it began with: the
     rest is computed again in backward, one chunk at a time, for one more forward pass."""
     total, states = 0.0, None
+
+    def again(weight: Tensor, *rest: Any) -> tuple[Tensor, list[BlockState]]:
+        return chunk_loss(*rest)
+
     for chunk in chunks:
-        loss, states = checkpoint(chunk_loss, model, chunk, n, states, use_reentrant=False)
+        # (The weight tells on which device random numbers are drawn: it looks for tensors, and the rest are none.)
+        loss, states = checkpoint(again, model.head.weight, model, chunk, n, states, use_reentrant=False)
         total = total + loss
     yield total
 
@@ -3584,8 +3600,8 @@ class Graphs:
         try:
             self.graphs[shape] = self.captured(work)
         except RuntimeError as e:
-            error = e.__context__ or e                                # (the end of a capture that broke fails as well)
-            say(f"--cuda_graph 1: what a step does could not be recorded ({first_line(error)}); going on without")
+            why = first_line(e.__context__ or e)                      # (the end of a capture that broke fails as well)
+            say(f"--cuda_graph 1: what a step does could not be recorded ({why}); going on without")
             self.most = 0
             self.graphs.clear()
             for p in model.parameters():
@@ -4443,6 +4459,8 @@ class Rehearsal:
         with self.peak:
             train_step(self.run, 0.0)
         optimiser, activations = self.run.optimiser.nbytes(), self.peak.most - self.held
+        if self.run.cfg.cuda_graph:                                   # the first of a shape runs eagerly, beside the
+            activations *= 2                                          # graphs' memory, which it cannot use
         other = OTHER[self.device].fixed + int(OTHER[self.device].share * max(self.peak.most, self.loading))
         return Memory(self.held - optimiser, optimiser, activations, self.loading, other)
 
@@ -4604,8 +4622,8 @@ def demo_merged(run: Run, merged: str) -> None:
 def in_one_line(e: Exception) -> str:
     """What a user can mend; "" where it is not theirs to mend."""
     less = "a smaller --micro_bsz or --ctx_len, or --grad_cp 1, takes less; --dry_run estimates it"
-    if isinstance(e, Fatal):
-        return " ".join(str(e).split())
+    if isinstance(e, (Fatal, wkv7_cuda.Misfit)):
+        return "--op: " * isinstance(e, wkv7_cuda.Misfit) + " ".join(str(e).split())
     if isinstance(e, torch.OutOfMemoryError):
         return f"out of GPU memory ({first_line(e)}); {less}"
     if isinstance(e, MemoryError) or "can't allocate memory" in str(e):

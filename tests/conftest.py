@@ -38,6 +38,12 @@ def pretend_gpu(monkeypatch):
     return pretend
 
 
+def pytest_configure(config):
+    """Only `-m gpu` sees a GPU: all other tests say what happens on a CPU, also where there is one."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA reads it when it is first asked for
+
+
 RANKS = dict(w=8, a=12, v=16, g=20)  # all different, so that a mix-up is an error of shapes
 MIX_RANK, DECAY_RANK = 12, 20  # likewise, of x060
 

@@ -28,6 +28,7 @@ from PIL import Image
 
 import merge
 import pissa_rwkv as P
+import wkv7_cuda.cuda
 
 # Options of a small good run; those of a row come behind them and win.
 GOOD = "--load_model m.pth --data_file d.jsonl --op torch --rank 4 --ctx_len 8 --micro_bsz 2 --epoch_steps 1"
@@ -448,6 +449,7 @@ OPTIONS = [
     ("files beyond number", "--keep 1000000000", "--keep 1000000000|from 1 to 999"),
     ("memory", "--data_type dummy --data_file base --dataload get --ctx_len 90000 --micro_bsz 900000", "out of memory"),
 ]
+OTHER_DEVICE = "--op cuda", "--op: wkv7 cuda|is on cpu, not cuda|--op chunk"
 NEW_MODEL = [
     ("version that is not there", "--version x051", "--version x051|x070|x060|x052"),
     ("heads that do not fit", "--n_embd 100", "--n_embd 100|--head_size 64"),
@@ -678,6 +680,14 @@ def run(place, capfd, options, words, good=GOOD):
 @pytest.mark.parametrize(("options", "words"), rows(MODEL, OPTIONS, DATA, RESULTS))
 def test_bad_input(place, capfd, options, words):
     run(place, capfd, options, words)
+
+
+def test_an_operator_of_another_device(place, capfd, monkeypatch):
+    """A GPU is there, and the run is on the CPU."""
+    monkeypatch.setattr(wkv7_cuda.cuda, "load", lambda: wkv7_cuda.cuda.operator())
+    wkv7_cuda._load.cache_clear()
+    run(place, capfd, *OTHER_DEVICE)
+    wkv7_cuda._load.cache_clear()
 
 
 @pytest.mark.parametrize(("options", "words"), rows(NEW_MODEL))

@@ -125,6 +125,21 @@ def test_the_full_gradient_is_that_of_whole_rows(base, learnt, size, grad_cp):
         assert all(gradient.any() for gradient in whole[1].values())
 
 
+def test_what_is_computed_again_draws_the_same_numbers(base, monkeypatch):
+    """torch's checkpoint keeps the random state of the devices on which tensors among its arguments are: on a GPU
+    without one it would keep the CPU's alone, and backward dropped out other numbers."""
+    seen = []
+
+    def recorded(f, *arguments, **options):
+        seen.append([x for x in arguments if isinstance(x, torch.Tensor)])
+        return f(*arguments)
+
+    monkeypatch.setattr(P, "checkpoint", recorded)
+    model = load_model(base, torch.float64, grad_cp="0")
+    gradients(model, batch_of(ROWS, LEARNT["some"]), 7, config(chunk_ctx=5, chunk_grad="full"))
+    assert len(seen) > 1 and all(tensors and tensors[0] is model.head.weight for tensors in seen)
+
+
 @pytest.mark.parametrize(("size", "grad_cp"), [(1, "0"), (5, "1"), (6, "products")])
 @pytest.mark.parametrize("learnt", [name for name in LEARNT if name != "nothing"])
 def test_the_truncated_gradient_is_that_of_states_detached_by_hand(base, learnt, size, grad_cp):

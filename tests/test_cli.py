@@ -1,5 +1,6 @@
 """The command line: every option, its other spellings, and what flags without effect say."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -101,6 +102,17 @@ def test_json_of_another_method_has_no_effect(capsys):
 
 def test_json_null_leaves_the_default():
     assert parse("""--pissa_config '{"pissa_load": null, "pissa_r": 8}'""").adapter_load == ""
+
+
+def test_as_a_program_it_lets_waiting_threads_sleep(tmp_path):
+    """And only then: an import changes nothing."""
+    for name, found in (("__main__", "3000"), ("other", "None")):
+        script = (f"import os, runpy, sys; sys.argv[1:] = ['--help']\n"
+                  f"try: runpy.run_path({P.__file__!r}, run_name={name!r})\nexcept SystemExit: pass\nprint(os.environ.get('GOMP_SPINCOUNT'))")
+        clean = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+        run = subprocess.run([sys.executable, "-c", script], env=clean | {"PYTHONPATH": str(Path(P.__file__).parent)},
+                             capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert run.stdout.split()[-1] == found, run.stderr
 
 
 def test_json_takes_no_half_rank(capsys):

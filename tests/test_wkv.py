@@ -109,11 +109,12 @@ CPU_OPS = [  # float64, raw kernels: what the cuda op lacks or others test
 FP32_OPS = [  # which compute half types in float32
     *CPU_OPS,
     pytest.param(Op("chunk", "cuda"), id="chunk-on-cuda", marks=gpu),
-    pytest.param(Op("cuda", "cuda"), id="cuda", marks=gpu),
+    pytest.param(Op("cuda_precise", "cuda"), id="cuda_precise", marks=gpu),
     pytest.param(Op("chunk", "cuda", "wkv6"), id="wkv6-chunk-on-cuda", marks=gpu),
 ]
 OPS = [
     *FP32_OPS,
+    pytest.param(Op("cuda", "cuda"), id="cuda", marks=gpu),
     pytest.param(Op("triton", "cuda"), id="triton", marks=gpu),
     pytest.param(Op("triton", "cpu"), id="triton-interpreted", marks=INTERPRETED),
 ]
@@ -193,7 +194,7 @@ def test_float32_accuracy(op, B, T, H, regime):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("op", FP32_OPS)  # triton multiplies in half types too: test_wkv_triton.py
+@pytest.mark.parametrize("op", FP32_OPS)  # the others multiply in half types: test_wkv_fast.py, _triton.py
 def test_half_types(op, dtype):
     """Half-precision inputs cost the rounding of the outputs and no more: half types travel, float32 computes."""
     inputs, dy, dstate = op.make(1, 33, 2, dtype=dtype)

@@ -13,6 +13,7 @@ import torch
 from test_wkv import RECURRENCES, error, gpu, make, run
 
 import wkv7_cuda
+from pissa_rwkv import load_wkv
 from wkv7_cuda import fla, wkv6_fla
 
 
@@ -70,7 +71,7 @@ def test_without_a_gpu_or_the_package(recurrence, monkeypatch):
         module.load()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "fla", None)
-    with pytest.raises(wkv7_cuda.BuildError, match=r"pip install pissa_rwkv\[fla\], or use"):
+    with pytest.raises(wkv7_cuda.BuildError, match=r"pip install flash-linear-attention, or use"):
         module.load()
 
 
@@ -86,8 +87,16 @@ def test_arguments_are_checked(recurrence, monkeypatch):
     f = module.load()
     for dtype, problem in ((torch.float32, "r is torch.float32, .* cast all (six|five) to one of bfloat16 or float16"),
                            (torch.bfloat16, "r is on cpu, not cuda: move it, or use --op chunk")):
-        with pytest.raises(ValueError, match=f"{recurrence} fla: {problem}"):
+        with pytest.raises(wkv7_cuda.Misfit, match=f"{recurrence} fla: {problem}"):
             f(*make(1, 3, 1, dtype=dtype, recurrence=recurrence)[0])
+
+
+def test_its_kernels_never_see_tensors_without_values(monkeypatch):
+    """They would be launched on them. What is counted in its place is the `cuda` operator."""
+    monkeypatch.setattr(fla, "load", lambda: pytest.fail("loaded"))
+    wkv7 = load_wkv("x070", 64, "fla", "cuda", ready=False)
+    inputs = [torch.empty(1, 3, 1, 64, device="meta") for _ in range(6)]
+    assert wkv7(*inputs, torch.empty(1, 1, 64, 64, device="meta"))[0].shape == (1, 3, 1, 64)
 
 
 @pytest.mark.parametrize("T", [1, 65, 200])

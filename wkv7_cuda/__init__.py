@@ -20,9 +20,9 @@ import functools
 import importlib
 
 from .build import BuildError
-from .op import WKV6, WKV7
+from .op import WKV6, WKV7, Misfit
 
-__all__ = ["OPS", "BuildError", "load"]
+__all__ = ["OPS", "BuildError", "Misfit", "load"]
 
 OPS = {  # recurrence -> op -> its module
     "wkv7": {op: op for op in ("cuda", "cuda_precise", "triton", "fla", "cpu", "chunk")},

@@ -29,6 +29,10 @@ WKV6 = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class Misfit(ValueError):
+    """Inputs that an operator does not compute with. The text is one line: what it is, and the way out."""
+
+
 class Recurrence(NamedTuple):
     """The inputs before `state`, a letter each: (B,T,H,N), then (H,N); and how many they are, for an error's text."""
 
@@ -55,7 +59,7 @@ def register(
 
     new_saved(r, state): an uninitialised tensor like the one `forward` saves (what the fake implementation returns).
     recurrence: which of RECURRENCES it is, thus what the inputs are.
-    device, dtypes, head_size: what the kernel can do; None: anything. f raises ValueError on the rest, in one line.
+    device, dtypes, head_size: what the kernel can do; None: anything. f raises Misfit on the rest, in one line.
     To be called once per name, recurrence and process.
     """
     letters = (*RECURRENCES[recurrence].tokens, *RECURRENCES[recurrence].heads, "state")
@@ -115,28 +119,28 @@ def check(
     name: str, inputs: Sequence[Tensor], device: str | None, dtypes: Sequence[torch.dtype], head_size: int | None,
     recurrence: str = "wkv7",
 ) -> None:  # fmt: skip
-    """Raise ValueError with one line that names the value, the choices and the way out."""
+    """Raise Misfit, that names the value, the choices and the way out."""
     (tokens, heads, count), name = RECURRENCES[recurrence], f"{recurrence} {name}"
     letters = (*tokens, *heads, "state")
     if len(inputs) != len(letters):
-        raise ValueError(f"{name}: {len(inputs)} tensors; it takes {' '.join(letters)}")
+        raise Misfit(f"{name}: {len(inputs)} tensors; it takes {' '.join(letters)}")
     r, state = inputs[0], inputs[-1]
     for letter, x in zip(letters[:-1], inputs, strict=False):
         if letter in tokens and (x.dim() != 4 or x.shape != r.shape or 0 in x.shape):
-            raise ValueError(f"{name}: {letter} has shape {list(x.shape)}, not that of r, [B,T,H,N], all >= 1")
+            raise Misfit(f"{name}: {letter} has shape {list(x.shape)}, not that of r, [B,T,H,N], all >= 1")
         if letter in heads and x.shape != r.shape[2:]:
-            raise ValueError(f"{name}: {letter} has shape {list(x.shape)}, not {list(r.shape[2:])}, [H,N] of r")
+            raise Misfit(f"{name}: {letter} has shape {list(x.shape)}, not {list(r.shape[2:])}, [H,N] of r")
         if x.dtype != r.dtype or x.dtype not in dtypes:
             choices = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ValueError(f"{name}: {letter} is {x.dtype}, r is {r.dtype}; cast all {count} to one of {choices}")
+            raise Misfit(f"{name}: {letter} is {x.dtype}, r is {r.dtype}; cast all {count} to one of {choices}")
     if head_size is not None and r.shape[3] != head_size:
-        raise ValueError(f"{name}: head size {r.shape[3]}, compiled for {head_size}; --op chunk takes any")
+        raise Misfit(f"{name}: head size {r.shape[3]}, compiled for {head_size}; --op chunk takes any")
     (batch, _, heads, size), dtype = r.shape, torch.promote_types(r.dtype, torch.float32)
     if state.shape != (batch, heads, size, size) or state.dtype != dtype:
         expected = f"{dtype} [{batch},{heads},{size},{size}] (batch, head, value, key)"
-        raise ValueError(f"{name}: state is {state.dtype} {list(state.shape)}; pass {expected}")
+        raise Misfit(f"{name}: state is {state.dtype} {list(state.shape)}; pass {expected}")
     for letter, x in zip(letters, inputs, strict=True):
         if x.device != r.device or device not in (None, x.device.type) and not x.is_meta:
-            raise ValueError(
+            raise Misfit(
                 f"{name}: {letter} is on {x.device}, not {device or r.device}: move it, or use --op chunk, for any"
             )
