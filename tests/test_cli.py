@@ -108,7 +108,8 @@ def test_as_a_program_it_lets_waiting_threads_sleep(tmp_path):
     """And only then: an import changes nothing."""
     for name, found in (("__main__", "3000"), ("other", "None")):
         script = (f"import os, runpy, sys; sys.argv[1:] = ['--help']\n"
-                  f"try: runpy.run_path({P.__file__!r}, run_name={name!r})\nexcept SystemExit: pass\nprint(os.environ.get('GOMP_SPINCOUNT'))")
+                  f"try: runpy.run_path({P.__file__!r}, run_name={name!r})\nexcept SystemExit: pass\n"
+                  "print(os.environ.get('GOMP_SPINCOUNT'))")
         clean = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
         run = subprocess.run([sys.executable, "-c", script], env=clean | {"PYTHONPATH": str(Path(P.__file__).parent)},
                              capture_output=True, text=True, timeout=120)  # fmt: skip
