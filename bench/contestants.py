@@ -6,7 +6,7 @@ its inputs is part of its time.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import sequential
 import torch
@@ -74,22 +74,39 @@ def loaders(device: str, dtype: torch.dtype, recurrence: str = "wkv7") -> dict[s
     return peers | ours
 
 
+class ContextLost(Exception):
+    """A name, and why: after this the process can use the GPU no more."""
+
+
 def ready(
-    device: str, dtype: torch.dtype, recurrence: str = "wkv7"
+    device: str, dtype: torch.dtype, recurrence: str = "wkv7", without: Container[str] = ()
 ) -> tuple[dict[str, Callable], dict[str, str]]:
     """Those that load and survive 16 tokens on this device, and one line on each that does not."""
     works, fails, (tokens, heads, _) = {}, {}, RECURRENCES[recurrence]
     x = torch.zeros(1, 16, 1, 64, device=device, dtype=dtype)
     inputs = [*(x for _ in tokens), *(x[0, 0] for _ in heads), torch.zeros(1, 1, 64, 64, device=device)]
     for name, load in loaders(device, dtype, recurrence).items():
+        if name in without:
+            continue
         try:
             f = load()
             with torch.no_grad():
                 f(*inputs)
+            settle(device)
             works[name] = f
         except Exception as error:  # other people's code may raise anything
             fails[name] = one_line(error)
+            try:
+                settle(device)
+            except Exception:
+                raise ContextLost(name, fails[name]) from error
     return works, fails
+
+
+def settle(device: str) -> None:
+    """Waits for the device: a kernel that fails does so after its launch."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def one_line(error: BaseException) -> str:

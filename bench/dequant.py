@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import record
 import torch
@@ -106,8 +107,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", default=[*SHAPES], help="each ROWSxCOLUMNS")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
+    parser.add_argument("--commit", default="", help="name of the sources where git does not tell")
     args = parser.parse_args()
-    about, rows = record.circumstances(device), []
+    about, rows = record.circumstances(device, args.commit), []
     print("{machine}, {threads} threads, load {load:.1f}, torch {torch}, commit {commit}".format(**about))
     if device == "cpu":
         print("no GPU here: these are PyTorch's readers on the CPU; of the kernel they say nothing")
@@ -118,13 +121,15 @@ def main():
     for name, quant, dtype in itertools.product(args.shapes, PLAIN, args.dtypes):
         shape = torch.Size(map(int, name.split("x")))
         row = measure(quant, shape, getattr(torch, dtype), device)
-        rows.append({"model": SHAPES.get(name, ""), "matrix": list(shape), "quant": quant, "dtype": dtype, **row})
+        what = {"model": SHAPES.get(name, ""), "matrix": list(shape), "quant": quant, "dtype": dtype}
+        rows.append(what | row | about)
+        file = record.save(args.out / f"dequant-{device}.json", rows)
         line = f"{name:>11}  {quant:6} {dtype:>9} {row['bytes'] / 1e6:5.1f} "
         if device == "cuda":
             line += "{kernel_us:11.1f} {kernel_gb_s:7.0f} {copy_gb_s:11.0f} {share:6.2f} ".format(**row)
             line += f"{row['call_us']:9.1f}"
-        print(line + "{plain_us:14.1f} {plain_gb_s:7.1f}".format(**row))
-    print(record.write(f"dequant-{device}", rows, device))
+        print(line + "{plain_us:14.1f} {plain_gb_s:7.1f}".format(**row), flush=True)
+    print(file)
 
 
 if __name__ == "__main__":

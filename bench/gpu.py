@@ -1,19 +1,22 @@
 """Everything that needs a GPU, in one command, for someone who has one for half an hour.
 
-    python bench/gpu.py OUT                          # builds, tests, sanitizers, benchmarks: 25 minutes
+    python bench/gpu.py OUT                          # builds, tests, sanitizers, benchmarks: an hour
     python bench/gpu.py OUT --minutes 9 --only build tests bench
+    python bench/gpu.py OUT --minutes 9 --only dequant memory levers
     python bench/gpu.py OUT --minutes 9 --only step learning --qa gsm8k_train.jsonl gsm8k_test.jsonl
     python bench/gpu.py OUT --list                   # what would be done, and what is missing; does nothing
 
 Into OUT, which need not exist: log.txt (all output), steps.json (what happened and how long it took) and the results,
-*-cuda.json, vram.json and vram-levers.json: copy them to bench/results (they began as those there), then
-`python bench/readme.py`. A step that cannot run says why in one line, and the next begins. Sources without git: give
---commit.
+each as soon as there is a row: copy them to bench/results (they began as those there), then `python bench/readme.py`.
+A step that cannot run says why in one line, and the next begins. Sources without git: give --commit.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,12 +29,14 @@ TABLE = 11_000  # characters of the benchmark's output that are shown
 
 
 class Step(NamedTuple):
-    """A command; the program it needs; the most it may take, s (0: what is left); statuses after which it runs again"""
+    """A command; the program it needs; the most it may take, s (0: what is left); statuses after which it runs again;
+    the file of its results"""
 
     command: list[str]
     needs: str = ""
     seconds: float = 300
     again_after: tuple[int, ...] = ()
+    result: str = ""
 
 
 BUILD = """
@@ -46,6 +51,8 @@ for name, load in (ours | {"sequential": sequential.load}).items():
         print(name, "not built:", str(error).splitlines()[0][:200], flush=True)
 """
 SMALL = """
+import os
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # what is beyond a tensor would be the cache's, and so no error
 import contestants, torch, wkv, wkv7_cuda
 for dtype in (torch.bfloat16, torch.float32):
     for its in wkv.RECURRENCES.values():
@@ -64,8 +71,9 @@ def steps(out: Path, commit: str, qa: list[str] | None = None) -> dict[str, Step
     into = ["--out", str(out), *(["--commit", commit] if commit else [])]
     run = f"import sys; sys.path[:0] = [{str(record.ROOT)!r}, {str(bench)!r}]\n"
     checker = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    measure = [python, str(bench / "wkv.py"), "--device", "cuda", "--minutes", "{minutes}", *into]
-    learning = [python, str(bench / "curves.py"), "--size", "large", "--minutes", "{minutes}", *into,
+    timed = ["--minutes", "{minutes}", *into]
+    measure = [python, str(bench / "wkv.py"), "--device", "cuda", *timed]
+    learning = [python, str(bench / "curves.py"), "--size", "large", *timed,
                 *(["--qa", qa[0], "--qa_held_out", qa[1]] if qa else [])]  # fmt: skip
     return {
         "machine": Step(["nvidia-smi"], "nvidia-smi", 60),
@@ -73,14 +81,15 @@ def steps(out: Path, commit: str, qa: list[str] | None = None) -> dict[str, Step
         "tests": Step([python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], "", 400),
         "memcheck": Step([*checker, "memcheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
         "racecheck": Step([*checker, "racecheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
-        "dequant": Step([python, str(bench / "dequant.py")], "", 150),
-        "curve": Step([python, str(bench / "wkv_curve.py")], "", 240),
-        "memory": Step([python, str(bench / "vram.py"), *into], "", 400),
-        "levers": Step([python, str(bench / "vram.py"), "--levers", "--models", "RWKV7-7.2B", *into], "", 200),
-        "step": Step([python, str(bench / "step.py"), "--quick", *into], "", 500),
-        "learning": Step(learning, "", 500, (3,)),
-        "wkv6": Step([*measure, "--recurrence", "wkv6"], "", 240, (3,)),
-        "bench": Step(measure, "", 0, (3,)),
+        "dequant": Step([python, str(bench / "dequant.py"), *into], "", 150, (), "dequant-cuda"),
+        "curve": Step([python, str(bench / "wkv_curve.py"), *into], "", 240, (), "wkv_curve-cuda"),
+        "memory": Step([python, str(bench / "vram.py"), *timed], "", 480, (), "vram"),
+        "levers": Step([python, str(bench / "vram.py"), "--levers", "--models", "RWKV7-7.2B", *timed], "", 300, (),
+                       "vram-levers"),
+        "step": Step([python, str(bench / "step.py"), "--quick", *into], "", 500, (), "step-cuda"),
+        "learning": Step(learning, "", 500, (3,), "curves-large"),
+        "wkv6": Step([*measure, "--recurrence", "wkv6"], "", 240, (3,), "wkv6-cuda"),
+        "bench": Step(measure, "", 0, (3,), "wkv-cuda"),
     }
 
 
@@ -102,11 +111,16 @@ def run(name: str, step: Step, seconds: float, log: Path) -> dict:
     with open(log, "a") as file:
         print(f"\n==== {name}", file=file, flush=True)
         begin = file.tell()
+        process = subprocess.Popen(command, cwd=record.ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                   start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})  # fmt: skip
         try:
-            status = subprocess.run(command, cwd=record.ROOT, stdout=file, stderr=subprocess.STDOUT,
-                                    timeout=seconds).returncode  # fmt: skip
+            status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             status = f"stopped after {seconds:.0f} s"
+        finally:                                         # with all that it started, which would stay on the GPU
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     text = log.read_bytes()[begin:].decode(errors="replace").strip()
     return {"step": name, "status": status, "seconds": round(time.monotonic() - start, 1), "text": text}
 
@@ -136,7 +150,7 @@ def show(row: dict) -> None:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("out", type=Path, help="folder for all that comes out")
-    p.add_argument("--minutes", type=float, default=25, help="for everything")
+    p.add_argument("--minutes", type=float, default=60, help="for everything")
     p.add_argument("--only", nargs="+", choices=list(steps(Path(), "")), help="these steps alone")
     p.add_argument("--qa", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="questions for bench/curves.py, .jsonl")
     p.add_argument("--commit", default="", help="name of the sources where git does not tell")
@@ -156,18 +170,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     out.mkdir(parents=True, exist_ok=True)
     # Rows that are there already are kept, and most of them not measured again.
-    for name in ("wkv-cuda", "wkv6-cuda", "vram", "vram-levers", "step-cuda", "curves-large"):
-        if not (out / f"{name}.json").exists() and (record.RESULTS / f"{name}.json").exists():
-            shutil.copy(record.RESULTS / f"{name}.json", out)
+    for file in (f"{step.result}.json" for step in todo.values() if step.result):
+        if not (out / file).exists() and (record.RESULTS / file).exists():
+            shutil.copy(record.RESULTS / file, out)
     rows = []
     for name, step in todo.items():
         for row in perform(name, step, deadline, out / "log.txt"):
             show(row)
             rows.append({k: v for k, v in row.items() if k != "text"})
             (out / "steps.json").write_text(json.dumps(rows, indent=1) + "\n")
-    for name in ("dequant-cuda.json", "wkv_curve-cuda.json"):
-        if (record.RESULTS / name).exists():
-            shutil.copy(record.RESULTS / name, out)
     return int(any(row["status"] not in (0, *todo[row["step"]].again_after)
                    and not str(row["status"]).startswith("left out") for row in rows))  # fmt: skip
 

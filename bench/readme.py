@@ -157,8 +157,7 @@ AGAINST = {"cuda": ("sequential", "fla"), "cpu": ("torch",)}  # whose time is di
 
 def wkv_rows(device: str) -> list[dict]:
     """The rows of the machine measured last, without those that only say what does not run there at all."""
-    rows = record.read(f"wkv-{device}")
-    return [r for r in rows if r["machine"] == rows[-1]["machine"] and r["shape"]]
+    return [r for r in of_last_machine(record.read(f"wkv-{device}")) if r["shape"]]
 
 
 def wkv_shapes(device: str) -> list[tuple]:
@@ -509,8 +508,13 @@ OPENS = {"rwkv": "`.pth`, in fp32", "web-rwkv": "`.st`, in fp16", "llama.cpp": "
 
 
 def cells(kind: str) -> dict[tuple[str, str], dict]:
-    """(model, quant) -> the newest row, at the tutorial's setting."""
-    return {(r["model"], r["quant"]): r for r in record.read("vram") if r["kind"] == kind and not r["setting"]}
+    """(model, quant) -> the newest row, at the tutorial's setting; of the machine measured last."""
+    rows = [r for r in record.read("vram") if r["kind"] == kind and not r["setting"]]
+    return {(r["model"], r["quant"]): r for r in of_last_machine(rows)}
+
+
+def of_last_machine(rows: list[dict]) -> list[dict]:
+    return [r for r in rows if r["machine"] == rows[-1]["machine"]]
 
 
 def memory() -> str:
@@ -524,7 +528,8 @@ def memory() -> str:
         found = [f"{measured[name, q]['total'] / 1e9:.2f}" for q in vram.QUANTS if (name, q) in measured]
         lines.append(f"| {name} | {' / '.join(published)} | {' / '.join(f'{GB(r):.2f}' for r in ours)} |"
                      f" {' / '.join(ratios)} | {' / '.join(found) or 'not yet measured'} |")
-    return "\n".join(lines) + f"\n\n{source(list(predicted.values()))}"
+    return ("\n".join(lines) + f"\n\n{source(list(predicted.values()))}"
+            + (f" Measured: {source([*measured.values()])}" if measured else ""))
 
 
 def GB(row: dict) -> float:
@@ -536,8 +541,8 @@ def levers() -> str:
     the newest commit there is."""
     rows = record.read("vram-levers")
     models = [m for m in vram.LEVER_CELLS if any(r["model"] == m for r in rows)]
-    predicted, measured = ({(r["setting"], r["model"]): r for r in rows if r["kind"] == kind}
-                           for kind in ("predicted", "measured"))     # (the last of several is the newest)
+    kinds = ([r for r in rows if r["kind"] == kind] for kind in ("predicted", "measured"))
+    predicted, measured = ({(r["setting"], r["model"]): r for r in of_last_machine(kind)} for kind in kinds)
     shown = {cell: f"{GB(r):.2f}" + (f" ({GB(measured[cell]):.2f})" if cell in measured else "")
              for cell, r in predicted.items()}
     lines = ["| setting (nf4), GB | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
@@ -559,8 +564,9 @@ def steps() -> str:
 
 def steps_table(device: str, rows: list[dict]) -> str:
     """Nothing where there are no rows; a memory that could not be counted stays empty."""
+    rows = of_last_machine([r for r in rows if not r["failed"] and not r["setting"]])
     peer, lines = STEP_PEER[device], []
-    for r in (r for r in rows if not r["failed"] and not r["setting"]):
+    for r in rows:
         model, quant = r["model"].removeprefix("RWKV7-"), "" if r["quant"] == "none" else f" {r['quant']}"
         times = f"{r['faster_than'][peer]:.2f}" if peer in r["faster_than"] else ""
         memory = f"{r['peak'] / 1e9:.2f}" if r["peak"] else ""

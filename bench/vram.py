@@ -122,6 +122,14 @@ def in_use() -> int:
     return int(found) * 2**20
 
 
+def prepare(cfg: P.Config, device: str, dtype: torch.dtype) -> None:
+    """What is done once in a process, and not for each matrix: libraries are opened, kernels compiled."""
+    W = torch.randn(256, 256, device=device)
+    P.top_singular(W, 8, cfg.svd_niter, torch.Generator().manual_seed(0))
+    P.QUANT[cfg.quant].through(W, dtype)
+    torch.cuda.synchronize()
+
+
 def measure(name: str, cfg: P.Config) -> dict:
     """Loads, adapts and trains on the GPU."""
     before = in_use()
@@ -133,7 +141,7 @@ def measure(name: str, cfg: P.Config) -> dict:
     with torch.device("meta"):
         model = P.RWKV(arch, P.load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
     P.fill(model, tensors, name, device, dtype, P.left_in_file(model, cfg))
-    torch.cuda.synchronize()
+    prepare(cfg, device, dtype)
     start = time.perf_counter()
     P.add_adapters(model, cfg, {}, {})
     torch.cuda.synchronize()
@@ -146,6 +154,8 @@ def measure(name: str, cfg: P.Config) -> dict:
     losses = [P.train_step(run, 1e-5)["loss"] for _ in range(STEPS)]
     torch.cuda.synchronize()
     step, own, used = torch.cuda.max_memory_allocated(), optimiser.nbytes(), in_use() - before
+    if used < max(step, loading):
+        raise SystemExit("another process on the GPU let go of its memory meanwhile: no figure")
     reserved = torch.cuda.max_memory_reserved()
     return {"weights": held - own, "optimiser": own, "activations": step - held, "loading": loading,
             "other": used - max(step, loading), "total": used, "allocated": max(step, loading), "reserved": reserved,
@@ -185,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of pissa_rwkv, over the setting")
     p.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
     p.add_argument("--commit", default="", help="name of the sources where git does not tell")
+    p.add_argument("--minutes", type=float, default=1e6, help="begin no cell later than that")
     p.add_argument("--cell", help=argparse.SUPPRESS)                  # of a cell's own process
     return p
 
@@ -198,7 +209,8 @@ def todo(args: argparse.Namespace) -> list[tuple[str, str, str, str, dict]]:
     if args.levers:
         return [(kind, name, (lever | {"quant": lever.get("quant", "nf4")})["quant"], title, lever | options)
                 for name in args.models if name in LEVER_CELLS for title, lever in LEVERS.items()]
-    return [(kind, name, quant, title, options) for name in args.models for quant in args.quants]
+    published_first = sorted(args.models, key=lambda name: not MODELS[name].published)
+    return [(kind, name, quant, title, options) for name in published_first for quant in args.quants]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -212,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     file = args.out / ("vram-levers.json" if args.levers else "vram.json")
     key = ("kind", "model", "quant", "setting", *(["commit"] if args.levers else []))
-    failed = 0
+    failed, deadline = 0, time.monotonic() + 60 * args.minutes
     for kind, name, quant, title, options in todo(args):
         about = record.circumstances("cuda" if kind == "measured" else "cpu", args.commit)
         row = {"kind": kind, "model": name, "quant": quant, "setting": title, "options": options}
@@ -220,6 +232,9 @@ def main(argv: list[str] | None = None) -> int:
         if any(all(r.get(k) == (row | about)[k] for k in same) for r in record.load(file)):
             print(f"{kind} {name} {quant} {title}: is there", flush=True)
             continue
+        if time.monotonic() > deadline:
+            print("out of time: run again for what is left", flush=True)
+            return 1
         row |= cell(kind, name, quant, options)
         if "failed" not in row:
             published = MODELS[name].published.get(quant)

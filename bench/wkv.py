@@ -43,6 +43,7 @@ from typing import NamedTuple
 import contestants
 import record
 import torch
+from contestants import ContextLost
 from torch import Tensor
 
 import wkv7_cuda
@@ -82,10 +83,6 @@ RECURRENCES = {
     "wkv6": Recurrence("wkv6", "rwkvu", REGIMES[:4], {"forward": (5, 5), "save": (5, 5), "both": (14, 16)}, "wkv6"),
 }
 WKV7 = RECURRENCES["wkv7"]
-
-
-class ContextLost(Exception):
-    """A contestant (args[0]) left the GPU unusable for this process (args[1]: how)."""
 
 
 def curve(device: str) -> list[tuple]:
@@ -209,8 +206,9 @@ def captured(f: Callable, run: Callable, cases: list[list[Tensor]], pool: object
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        for case in cases:
-            run(f, case)
+        # (Kept until all are captured: in memory used twice, results would be written to lines that are in the cache.)
+        kept = [run(f, case) for case in cases]
+    del kept
     return graph.replay
 
 
@@ -270,7 +268,10 @@ def by_token(x: Tensor) -> Tensor:
 def attempt(name: str, failed: dict[str, str], action: Callable, device: str) -> object:
     """action(), or None and a line in `failed`."""
     try:
-        return action()
+        result = action()
+        if device == "cuda":
+            torch.cuda.synchronize()                                  # a kernel that fails does so after its launch
+        return result
     except Exception as error:  # other people's code may raise anything
         failed[name] = contestants.one_line(error)
         check(name, error, device)
@@ -435,13 +436,21 @@ class Run:
     def ready(self, dtype: torch.dtype) -> dict[str, Callable]:
         """Who takes part; who does not says why, and has a row for it unless there is no reason that it should."""
         if dtype not in self.contestants:
-            works, fails = contestants.ready(self.device, dtype, self.its.name)
+            short = str(dtype).removeprefix("torch.")
+            lost = {row["op"] for row in self.old() if not row["shape"] and row["dtype"] == short
+                    and row["failed"].startswith("ContextLost")}  # fmt: skip
+            try:
+                works, fails = contestants.ready(self.device, dtype, self.its.name, lost)
+            except ContextLost as error:
+                name, reason = error.args
+                self.keep([{"op": name, "shape": [], "dtype": short, "regime": "", "failed": f"ContextLost: {reason}"}])
+                raise
             for name, reason in fails.items():
                 print(f"  without {name}: {reason}")
             expected = self.device == "cuda"
-            self.keep([{"op": name, "shape": [], "dtype": str(dtype).removeprefix("torch."), "regime": "",
-                        "failed": reason} for name, reason in fails.items()
-                       if expected and not reason.startswith(("ImportError", "ModuleNotFoundError", "ValueError"))])
+            absent = ("ImportError", "ModuleNotFoundError", "ValueError")
+            self.keep([{"op": name, "shape": [], "dtype": short, "regime": "", "failed": reason}
+                       for name, reason in fails.items() if expected and not reason.startswith(absent)])
             asked = self.args.ops or works
             self.contestants[dtype] = {name: f for name, f in works.items() if name in asked}
         return self.contestants[dtype]
@@ -506,6 +515,12 @@ def main(argv: list[str] | None = None) -> int:
     print("copy {copy_bytes_per_s:.3g} bytes/s, product {product_flop_per_s:.3g} FLOP/s".format(**run.ceiling))
     print(HEADING, flush=True)
     status = 0
+    try:
+        for dtype in {dtype for _, dtype, _ in wanted}:               # what they compile is not the first shape's time
+            run.ready(dtype)
+    except ContextLost as lost:
+        print("the CUDA context is lost, run again to go on: {}: {}".format(*lost.args), file=sys.stderr)
+        return 3
     for i, job in enumerate(wanted):
         start = time.monotonic()
         if start + longest > run.deadline:

@@ -42,7 +42,10 @@ def curve(cfg: P.Config) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=200)
-    steps = parser.parse_args().steps
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
+    parser.add_argument("--commit", default="", help="name of the sources where git does not tell")
+    args = parser.parse_args()
+    steps = args.steps
     device = "cuda" if torch.cuda.is_available() else "cpu"
     modes = {"cuda": ("cuda_precise", "cuda"), "cpu": ("cpu", "chunk_rounded")}[device]
     P.WKV["x070", "chunk_rounded"] = rounded_chunks
@@ -65,7 +68,7 @@ def main() -> None:
            "between_seeds": [apart((mode, SEEDS[0]), (mode, SEEDS[1])) for mode in modes],
            "last_losses": {f"{mode}, seed {seed}": c[-1].item() for (mode, seed), c in curves.items()}}
     print(row)
-    print(record.write(f"wkv_curve-{device}", [row], device))
+    print(record.save(args.out / f"wkv_curve-{device}.json", [row | record.circumstances(device, args.commit)]))
 
 
 if __name__ == "__main__":

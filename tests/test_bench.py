@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,24 @@ def test_a_lost_context_ends_the_run_and_the_next_one_leaves_its_cause_out(tmp_p
     assert "run again" in capsys.readouterr().err
 
 
+def test_who_ends_the_gpu_before_anything_is_measured_is_left_out_of_the_next_run(tmp_path, monkeypatch):
+    """A kernel that fails does so after its launch: it is waited for, so that nobody else is blamed."""
+    dead = []
+
+    def settle(device):
+        if dead:
+            raise RuntimeError("an illegal memory access")
+
+    loaders = {"chunk": lambda: lambda *_: dead.append("chunk"), "torch": lambda: wkv.contestants.wkv7_ref}
+    monkeypatch.setattr(wkv.contestants, "settle", settle)
+    monkeypatch.setattr(wkv.contestants, "loaders", lambda *_: loaders)
+    assert bench(tmp_path) == 3
+    dead.clear()
+    assert bench(tmp_path) == 0
+    assert {row["op"]: row["failed"] for row in record.load(tmp_path / "wkv-cpu.json")} == {
+        "chunk": "ContextLost: RuntimeError: an illegal memory access", "torch": ""}  # fmt: skip
+
+
 def test_what_is_measured_on_a_gpu_first():
     quick, all_of_it = wkv.jobs("cuda", True), wkv.jobs("cuda", False)
     assert [shape for shape, _, regimes in quick if not regimes] == [wkv.S1, wkv.S2, wkv.S3]
@@ -198,6 +217,16 @@ def test_the_one_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert {row["status"] for row in steps} == {"left out: no NVIDIA GPU: nvidia-smi is not there"}
     with pytest.raises(SystemExit):
         gpu.main([str(tmp_path), "--only", "dance"])
+
+
+def test_a_step_that_is_stopped_leaves_nothing_running(tmp_path):
+    """What it started would stay on the GPU, beside the next step."""
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    row = gpu.run("x", gpu.Step([sys.executable, "-c", parent]), 1, tmp_path / "log.txt")
+    assert row["status"] == "stopped after 1 s"
+    time.sleep(3)
+    assert not (tmp_path / "alive").exists()
 
 
 def test_its_steps_are_logged_limited_and_resumed(tmp_path, monkeypatch, capsys):
@@ -310,7 +339,7 @@ def test_operations_are_told_apart(small):
 
 
 def test_shapes_and_sizes_of_the_step():
-    assert step.shapes("cpu", True) == [("RWKV7-0.1B", 1, 128)] and len(step.shapes("cuda", False)) == 10
+    assert step.shapes("cpu", True) == [("RWKV7-0.1B", 1, 128)] and len(step.shapes("cuda", False)) == 9
     assert {model for model, _, _ in step.shapes("cuda", True)} == {"RWKV7-0.4B", "RWKV7-1.5B", "RWKV7-2.9B"}
     assert step.hf_sizes(vram.arch_of("RWKV7-1.5B")) == dict(
         vocab_size=65536, hidden_size=2048, num_hidden_layers=24, intermediate_size=8192, head_dim=64,

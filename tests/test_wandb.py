@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import wandb
 from conftest import random_model
-from wandb.proto import wandb_internal_pb2 as records
 
 import pissa_rwkv as P
+
+wandb = pytest.importorskip("wandb")
+records = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
 
 @pytest.fixture
