@@ -433,12 +433,11 @@ class Ranks:
     """The processes that train together, and which of them this is. One alone has nobody to talk to: its collectives
     do nothing. All have to call the same ones in the same order.
 
-    Which rank is lost is told where a collective fails, as gloo's do. NCCL's only begin one: there its watchdog ends
-    the processes after --dist_timeout, in words of its own."""
+    Which rank is lost is told where a collective fails, as gloo's do. (NCCL's begin and return: if a rank is lost in
+    one of these, its watchdog ends the others after --dist_timeout, in words of its own.)"""
 
     rank: int = 0
     size: int = 1
-    device: str = "cpu"
     store: Any = None                                                 # a dist.Store, which outlives a rank
 
     def call(self, collective: Callable, *inputs: Any) -> Any:
@@ -471,10 +470,11 @@ class Ranks:
         return x
 
     def totals(self, *numbers: float) -> list[float]:
-        """Each number summed over the ranks, in fp64."""
+        """Each number summed over the ranks, in fp64. On the host, also where there are GPUs: gloo notices at once that
+        a rank is lost, and a step begins with such a sum and has another between backward and what NCCL does."""
         if self.size == 1:
             return [*numbers]
-        return self.sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+        return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def first(self, action: Callable[[], Any]) -> Any:
         """What action() returns, which rank 0 does before the others: where it fails, it fails once."""
@@ -3420,7 +3420,7 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     try:
         store, rank, size = next(rendezvous("env://", timeout=patience))
         store.set_timeout(patience)
-        ranks = Ranks(rank, size, accelerator, agreed(store, rank, size, cfg.dist_timeout))
+        ranks = Ranks(rank, size, agreed(store, rank, size, cfg.dist_timeout))
     except (RuntimeError, ValueError) as e:
         first = "" if is_first() else "rank 0 did not answer: "         # the others need nobody else for this
         raise Fatal(f"the processes did not find each other: {first}{first_line(e)}") from None

@@ -3,13 +3,15 @@
 What g++ makes of a .cu for the CPU says nothing of the functions that wrap PTX on a GPU, whose twins it calls, nor of
 what nvcc did to the rest. This takes nvcc's own text, inline assembler and all, an instruction a statement, with the
 meaning that the PTX ISA (9.0) gives it; what is not known here is an error. An instruction that touches memory is a
-call into ptx.h, which checks alignment, bounds and order.
+call into ptx.h, which checks alignment, bounds and order, and can write accesses down: `cost` counts what they take.
 """
 
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 TYPE = {"pred": "bool", "f32": "float"} | {
     f"{kind}{bits}": f"{'' if kind == 's' else 'u'}int{bits}_t" for kind in "bus" for bits in (8, 16, 32, 64)
@@ -43,7 +45,7 @@ def of_ptx(ptx: str, source: Path) -> str:
     for i, (entry, name) in enumerate(zip(entries, names, strict=True)):
         first = ptx.count("\n", 0, entry.start(3)) + 1
         kernel = name[: matching(name)].removeprefix("void ")
-        code += [f"// {kernel}", f"void kernel_{i}(const char* const* param) {{", "Self self;"]
+        code += [f"// {kernel}", f"void kernel_{i}(const char* const* param) {{", f"Self self({i});"]
         code += [statement for line in function(entry[3], first, files) for statement in line]
         code += ["}", f"const Translated translated_{i}({kernel}, kernel_{i});"]
     return "\n".join([*code, "}", ""])
@@ -178,6 +180,42 @@ def instruction(op: str, args: list[str], where: str) -> str:
     if set(more[:-1]) - {"rn", "lo", "to", "global", "approx", "rm", "ftz"}:
         raise ValueError(op)
     return computed(value(args[0]), kind, VALUE[named], args[1:], kinds, "ftz" in more)
+
+
+TRACED = np.dtype([(name, "i4") for name in ("kernel", "block", "thread", "line")] + [("address", "i8")]
+                  + [(name, "i4") for name in ("space", "size")])  # fmt: skip
+GLOBAL, SHARED = 1, 2
+
+
+def cost(trace: np.ndarray, space: int) -> dict[int, tuple[int, int]]:
+    """Of every kernel in a trace (ptx.h), by its number: what its accesses cost, and the least that so many could.
+
+    A warp's access to shared memory takes a *wavefront* for each 128 bytes, if no two lanes want different words of one
+    of the 32 banks, and as many more as do; to global memory, a *sector* of 32 bytes for each that it touches.
+    """
+    warp, lane = trace["thread"] // 32, trace["thread"] % 32
+    who = np.stack([trace["kernel"], trace["block"], trace["thread"], trace["line"]], 1)
+    by_thread = np.lexsort(who.T[::-1])                                # stable: in the order of what a thread does
+    first = np.r_[True, (np.diff(who[by_thread], axis=0) != 0).any(1)]
+    nth = np.empty(len(trace), int)                                    # how often the thread was at this line before
+    nth[by_thread] = np.arange(len(trace)) - np.maximum.accumulate(np.where(first, np.arange(len(trace)), 0))
+    access = np.stack([trace["kernel"], trace["block"], warp, trace["line"], nth], 1)
+    names, access = np.unique(access, axis=0, return_inverse=True)     # what a warp does at once
+    here, access = trace["space"] == space, access.ravel()
+    size, at, kernel = trace["size"], trace["address"], names[:, 0]
+    if space == SHARED:
+        phase = lane // np.select([size == 16, size == 8], [8, 16], 32)
+        words = [np.stack([access, phase, at // 4 + w], 1)[here & (4 * w < size)] for w in range(4)]
+        words = np.unique(np.concatenate(words), axis=0)
+        banks, wanted = np.unique(np.c_[words[:, :2], words[:, 2] % 32], axis=0, return_counts=True)
+        phases, of = np.unique(banks[:, :2], axis=0, return_inverse=True)
+        np.maximum.at(taken := np.zeros(len(phases), int), of.ravel(), wanted)
+        spent, least = np.bincount(phases[:, 0], taken, len(names)), np.bincount(phases[:, 0], minlength=len(names))
+    else:
+        sectors = np.unique(np.stack([access, at // 32], 1)[here], axis=0)
+        spent = np.bincount(sectors[:, 0], minlength=len(names))
+        least = np.ceil(np.bincount(access[here], size[here], len(names)) / 32)
+    return {k: (int(spent[kernel == k].sum()), int(least[kernel == k].sum())) for k in np.unique(kernel[spent > 0])}
 
 
 def fail(what: object) -> str:

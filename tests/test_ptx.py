@@ -10,6 +10,7 @@ import struct
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import ptx
 import pytest
 import test_dequant
@@ -94,7 +95,52 @@ def test_tiles_are_stored_8_or_16_bytes_at_a_time(tmp_path):
         assert ".v2.u16" not in text and text.count("st.global.wb.v4.u32") + text.count("st.global.v4.u32") >= 8
 
 
+def traced(call, file: Path, monkeypatch) -> np.ndarray:
+    """The accesses of all launches that call() makes. (The next launch closes the file.)"""
+    monkeypatch.setenv("PTX_TRACE", str(file))
+    call()
+    monkeypatch.delenv("PTX_TRACE")
+    call()
+    return np.fromfile(file, ptx.TRACED)
+
+
+def test_memory_is_used_well(compiled, tmp_path, monkeypatch):
+    """No bank of shared memory is waited for, but by a few accesses; of global memory whole sectors are read and
+    written, but for gradients that leave the tensor cores' fragments as they stand there, 16 bytes of a row."""
+    tokens, quantised = test_wkv_fast.problem(96, heads=1), test_dequant.parts_of("nf4", 16384)
+
+    def walk(library, kernels):
+        forward, backward = kernels.kernels(lambda device: kernels.bind(library), lambda heads, chunks: 2)
+        (inputs, grads) = tokens if kernels is fast else test_wkv6_cuda.problem(96, torch.bfloat16, regimes=["random"])
+        backward(*inputs, forward(*inputs, True)[2], *grads)
+
+    for i, (source, flags, call, shared, sectors) in enumerate([
+        (fast.SOURCE, fast.FLAGS, lambda library: walk(library, fast), 1.02, 1.3),
+        (wkv6_cuda.SOURCE, (), lambda library: walk(library, wkv6_cuda), 1.08, 1.1),
+        (dequant.SOURCE, (), lambda library: test_dequant.check(dequant.bind(library), "nf4", quantised, 16384,
+                                                                torch.bfloat16), 1.0, 1.0),
+    ]):  # fmt: skip
+        library = compiled(source, *flags)
+        trace = traced(lambda call=call, library=library: call(library), tmp_path / f"{i}", monkeypatch)
+        for space, bar in ((ptx.SHARED, shared), (ptx.GLOBAL, sectors)):
+            found = ptx.cost(trace, space)
+            print(source.name, space, found)
+            assert all(spent <= bar * least for spent, least in found.values()), (source.name, space, found)
+
+
 # ---------------------------------------------------------------------------------------------------- the instrument
+
+
+def test_cost():
+    """Lanes 0..31 at 4 bytes each: side by side, all at one word, every second word, in one bank; 16 bytes each."""
+    lanes = np.arange(32)
+    for addresses, size, wavefronts, sectors in ((4 * lanes, 4, (1, 1), (4, 4)), (0 * lanes, 4, (1, 1), (1, 4)),
+                                                 (8 * lanes, 4, (2, 1), (8, 4)), (128 * lanes, 4, (32, 1), (32, 4)),
+                                                 (16 * lanes, 16, (4, 4), (16, 16))):  # fmt: skip
+        for space, expected in ((ptx.SHARED, wavefronts), (ptx.GLOBAL, sectors)):
+            trace = np.zeros(32, ptx.TRACED)
+            trace["thread"], trace["address"], trace["size"], trace["space"] = lanes, addresses, size, space
+            assert ptx.cost(trace, space) == {0: expected}
 
 
 @pytest.mark.parametrize("bug, found", [

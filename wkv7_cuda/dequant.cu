@@ -147,7 +147,7 @@ dequant_kernel(Format format, int64_t n, const uint8_t* __restrict__ codes, cons
             make(place, w);
             uint4 packed;
             memcpy(&packed, w, sizeof packed);
-            *reinterpret_cast<uint4*>(out + first + place) = packed;
+            store(out + first + place, packed);
         }
     } else {
 #pragma unroll 1

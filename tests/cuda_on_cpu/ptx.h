@@ -101,13 +101,25 @@ std::string told(const Access& x) {
     return by + " at " + x.where.source + " (PTX " + std::to_string(x.where.line) + ")";
 }
 
+// Every access, for ptx.py to count what it costs; written down where PTX_TRACE names a file, when a launch begins.
+struct Traced {
+    int32_t kernel, block, thread, line;
+    int64_t address;
+    int32_t space, size;
+};
+FILE* trace;
+
 // ---------------------------------------------------------------------------------------------- a thread
 
 struct Self {
-    const int thread = cuda_cpu::current;
+    const int kernel, thread = cuda_cpu::current;
     Clock clock;
 
-    Self() {
+    explicit Self(int kernel) : kernel(kernel) {
+        if (seen_launches != cuda_cpu::launches) {
+            if (trace) fclose(trace);
+            trace = getenv("PTX_TRACE") ? fopen(getenv("PTX_TRACE"), "ab") : nullptr;
+        }
         if (seen_launches != cuda_cpu::launches) global_cells.clear();
         if (seen_blocks != cuda_cpu::blocks) shared_cells.assign(cuda_cpu::shared_size, {});
         seen_launches = cuda_cpu::launches, seen_blocks = cuda_cpu::blocks;
@@ -131,6 +143,11 @@ struct Self {
     }
 
     void touch(Space space, uintptr_t address, size_t size, Action action, const Access& now) const {
+        if (trace) {
+            const Traced x = {kernel, now.block, thread, now.where.line, static_cast<int64_t>(address), space,
+                              static_cast<int32_t>(size)};
+            fwrite(&x, sizeof x, 1, trace);
+        }
         for (uintptr_t byte = address; byte < address + size; byte++) {
             Cell& it = cell(space, byte);
             const bool clash = !ordered(it.write, now);
