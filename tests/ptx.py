@@ -35,8 +35,9 @@ CONVERSION = {"bf16.f32": "__float2bfloat16(x).bits", "f16.f32": "__float2half(x
               "f32.f16": "__half2float({x})", "bf16x2.f32": "pack(y, x)"}  # fmt: skip
 
 
-def of_ptx(ptx: str, source: Path) -> str:
-    """C++ that includes the source, for its functions of the host, and runs `ptx` where they launch a kernel."""
+def of_ptx(ptx: str, source: Path, without: str = "no kernel") -> str:
+    """C++ that includes the source, for its functions of the host, and runs `ptx` where they launch a kernel; but for
+    those in whose name `without` is, of which g++ makes what it always did."""
     entries = [*re.finditer(r"^(?:\.visible )?\.entry (\w+)\((.*?)^\{\n(.*?)^\}", ptx, re.S | re.M)]
     files = dict(re.findall(r'^\s*\.file\s+(\d+) "([^"]+)"', ptx, re.M))
     names = subprocess.run(["c++filt"], input="\n".join(m[1] for m in entries), text=True, capture_output=True,
@@ -45,6 +46,8 @@ def of_ptx(ptx: str, source: Path) -> str:
     for i, (entry, name) in enumerate(zip(entries, names, strict=True)):
         first = ptx.count("\n", 0, entry.start(3)) + 1
         kernel = name[: matching(name)].removeprefix("void ")
+        if without in kernel:
+            continue
         code += [f"// {kernel}", f"void kernel_{i}(const char* const* param) {{", f"Self self({i});"]
         code += [statement for line in function(entry[3], first, files) for statement in line]
         code += ["}", f"const Translated translated_{i}({kernel}, kernel_{i});"]

@@ -23,13 +23,15 @@ from test_wkv_cuda import NVCC, needs_cpp, needs_nvcc, one_torch_thread  # noqa:
 
 from wkv7_cuda import cuda_precise, dequant, fast, nvcc, wkv6_cuda
 
+DTYPES = torch.float32, torch.bfloat16
 pytestmark = [needs_cpp, needs_nvcc]
 
 
-def ptx_of(source: Path, folder: Path, *flags: str) -> str:
+@functools.cache
+def ptx_of(source: Path, *flags: str) -> str:
     flags = ["-std=c++17", "-O3", "-lineinfo", "-arch=sm_80", f"-I{nvcc.HEADERS[0].parent}", *flags]
-    subprocess.run([NVCC, "-ptx", *flags, source, "-o", folder / "kernels.ptx"], check=True, timeout=120)
-    return (folder / "kernels.ptx").read_text()
+    return subprocess.run([NVCC, "-ptx", *flags, source, "-o", "-"], check=True, timeout=120, text=True,
+                          stdout=subprocess.PIPE).stdout  # fmt: skip
 
 
 def compile_cpp(text: str, folder: Path) -> ctypes.CDLL:
@@ -42,12 +44,13 @@ def compile_cpp(text: str, folder: Path) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """compiled(source, flags): the library of a .cu whose kernels are nvcc's PTX. Once each."""
+    """compiled(source, flags): the library of a .cu whose kernels are nvcc's PTX. Once each. (Those for fp16 are left
+    out: they are those for fp32 but for how a number is read and written, and take a third of the time.)"""
 
     @functools.cache
     def library(source: Path, *flags: str) -> ctypes.CDLL:
         folder = tmp_path_factory.mktemp(source.stem)
-        return compile_cpp(ptx.of_ptx(ptx_of(source, folder, *flags), source), folder)
+        return compile_cpp(ptx.of_ptx(ptx_of(source, *flags), source, without="__half"), folder)
 
     return library
 
@@ -64,24 +67,24 @@ def test_wkv7_fast(compiled, plan, time, regime):
     test_wkv_fast.check(outputs, inputs, grads, regime)
 
 
-@pytest.mark.parametrize("dtype", nvcc.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_wkv7_precise(compiled, dtype):
     library = cuda_precise.bind(compiled(cuda_precise.SOURCE))
-    inputs, grads = test_wkv_cuda.problem(1, 35, dtype)
+    inputs, grads = test_wkv_cuda.problem(1, 20, dtype)
     test_wkv_cuda.check(test_wkv_cuda.by_kernels(cuda_precise.kernels(lambda device: library), inputs, grads),
                         inputs, grads)  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", test_wkv6_cuda.PLANS)
-@pytest.mark.parametrize("dtype", nvcc.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_wkv6(compiled, plan, dtype):
     library = wkv6_cuda.bind(compiled(wkv6_cuda.SOURCE))
-    inputs, grads = test_wkv6_cuda.problem(100, dtype)
+    inputs, grads = test_wkv6_cuda.problem(70, dtype)
     kernels = wkv6_cuda.kernels(lambda device: library, test_wkv6_cuda.PLANS[plan])
     test_wkv6_cuda.check(test_wkv6_cuda.by_kernels(kernels, inputs, grads), inputs, grads)
 
 
-@pytest.mark.parametrize("dtype", nvcc.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant", test_dequant.PLAIN)
 def test_dequantising(compiled, quant, dtype):
     library = dequant.bind(compiled(dequant.SOURCE))
@@ -89,9 +92,9 @@ def test_dequantising(compiled, quant, dtype):
         test_dequant.check(library, quant, test_dequant.parts_of(quant, n), n, dtype)
 
 
-def test_tiles_are_stored_8_or_16_bytes_at_a_time(tmp_path):
+def test_tiles_are_stored_8_or_16_bytes_at_a_time():
     for source, flags in ((cuda_precise.SOURCE, ()), (wkv6_cuda.SOURCE, ()), (fast.SOURCE, fast.FLAGS)):
-        text = ptx_of(source, tmp_path, *flags)
+        text = ptx_of(source, *flags)
         assert ".v2.u16" not in text and text.count("st.global.wb.v4.u32") + text.count("st.global.v4.u32") >= 8
 
 
@@ -107,11 +110,11 @@ def traced(call, file: Path, monkeypatch) -> np.ndarray:
 def test_memory_is_used_well(compiled, tmp_path, monkeypatch):
     """No bank of shared memory is waited for, but by a few accesses; of global memory whole sectors are read and
     written, but for gradients that leave the tensor cores' fragments as they stand there, 16 bytes of a row."""
-    tokens, quantised = test_wkv_fast.problem(96, heads=1), test_dequant.parts_of("nf4", 16384)
+    tokens, quantised = test_wkv_fast.problem(64, heads=1), test_dequant.parts_of("nf4", 16384)
 
     def walk(library, kernels):
-        forward, backward = kernels.kernels(lambda device: kernels.bind(library), lambda heads, chunks: 2)
-        (inputs, grads) = tokens if kernels is fast else test_wkv6_cuda.problem(96, torch.bfloat16, regimes=["random"])
+        forward, backward = kernels.kernels(lambda device: kernels.bind(library), lambda heads, chunks: 1)
+        (inputs, grads) = tokens if kernels is fast else test_wkv6_cuda.problem(64, torch.bfloat16, regimes=["random"])
         backward(*inputs, forward(*inputs, True)[2], *grads)
 
     for i, (source, flags, call, shared, sectors) in enumerate([
