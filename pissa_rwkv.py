@@ -94,7 +94,8 @@ from typing import IO, Any, NamedTuple
 
 if __name__ == "__main__":
     # A thread that waits for others turns some 10 us in a circle, then sleeps. (OpenMP's own measure is a hundred times
-    # that: with other programs beside it a step takes ten times as long. It reads this when torch is imported.)
+    # that: with other programs beside it a step takes ten times as long. It reads this when torch is imported: for the
+    # command that pip installs, which imports this file, that is too late.)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -150,7 +151,7 @@ def some(names: Iterable[str]) -> str:
 def refuse_device(path: str | Path, what: str) -> None:
     """A pipe or a device would be read to an end that may never come."""
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
-        raise Fatal(f"{what} {path}: this is no ordinary file")
+        raise Fatal(f"{what} {path}: this is no ordinary file; write what it gives into one")
 
 
 def opt(default: Any, help: str, also: str = "", within: str = "[0,1e9]") -> Any:
@@ -263,7 +264,7 @@ class Config:
     sample_top_p: float = opt(0.5, "nucleus of what is written; 0 takes the likeliest token always", within="[0,1]")
     sample_temperature: float = opt(1.0, "of what is written: below 1 the likely comes oftener", within="(0,1e9]")
     chat: bool = opt(False, "talk to load_model, or to it with adapter_load: a line is a question, /exit ends")
-    wandb: str = opt("", "project of Weights & Biases to log to (extra `wandb`); WANDB_MODE=offline needs no network")
+    wandb: str = opt("", "project of Weights & Biases (`pip install wandb`) to log to; WANDB_MODE=offline: no network")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
     vram_gb: float = opt(0.0, "dry_run, grad_cp auto: 10^9 bytes that may be filled; default: what is free on the GPU")
 
@@ -1253,22 +1254,29 @@ def check_arch(cfg: Config, arch: Arch) -> None:
             raise Fatal(f"--{name} {flag}: {cfg.load_model} has {name} {found}; leave the flag out")
 
 
-def fill(
-    model: RWKV, tensors: dict[str, Tensor], path: str, device: str, dtype: torch.dtype, in_file: Container[str] = ()
-) -> RWKV:
-    """Puts a file's tensors into a model built on the meta device: every key, no other, every shape.
-
-    The modules named in `in_file` are given theirs as it lies in the file, memory-mapped: that takes no memory.
-    """
+def check_tensors(model: RWKV, tensors: dict[str, Tensor], path: str) -> None:
+    """A file has to have every key of the model, no other, and every shape."""
     wanted = dict(model.named_parameters())
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys() - set(UNUSED)
     if missing or unknown:
         wrong = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
         raise Fatal(f"--load_model {path}: {'; '.join(wrong)}")
-    for name, p in progress(wanted.items(), "loading"):
+    for name, p in wanted.items():
         t = tensors[name]
         if [n for n in t.shape if n > 1] != [n for n in p.shape if n > 1] or not t.is_floating_point():
             raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; {list(p.shape)} is wanted")
+
+
+def fill(
+    model: RWKV, tensors: dict[str, Tensor], path: str, device: str, dtype: torch.dtype, in_file: Container[str] = ()
+) -> RWKV:
+    """Puts a file's tensors into a model built on the meta device.
+
+    The modules named in `in_file` are given theirs as it lies in the file, memory-mapped: that takes no memory.
+    """
+    check_tensors(model, tensors, path)
+    for name, p in progress(list(model.named_parameters()), "loading"):
+        t = tensors[name]
         largest = torch.stack(t.aminmax()).abs().max() if t.numel() else torch.zeros(())  # (of NaN it is NaN)
         if not largest.isfinite():
             raise Fatal(f"--load_model {path}: {name} holds NaN or infinity; the file is of no use")
@@ -2118,7 +2126,7 @@ def read_text(path: str, encoding: str = "utf-8") -> str:
     except OSError as e:
         raise Fatal(f"{path}: cannot be read ({e.strerror})") from None
     if "\0" in text:
-        raise Fatal(f"{path}: holds bytes that are 0, so it is no {encoding.upper()} text; is it --data_type utf-16le?")
+        raise Fatal(f"{path}: holds the character 0, as no text does; if it is UTF-16, save it as UTF-8")
     if text.startswith("\ufffe"):                                     # the mark, its two bytes the other way round
         raise Fatal(f"{path}: UTF-16 with the high byte first; --data_type utf-16le has the low byte first")
     return text.removeprefix("\ufeff")
@@ -2361,14 +2369,14 @@ def data_type_of(cfg: Config, path: str) -> str:
     raise Fatal(f"--data_file {path}: its name does not tell what it is; say so with --data_type ({', '.join(CORPUS)})")
 
 
-def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
-    refuse_device(path, "--data_file")
+def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:
+    refuse_device(path, flag)
     return pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
 
 
 def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:
     """The corpus of a file, with every token checked against the vocabulary."""
-    corpus = read_any(cfg, path, tokenizer)
+    corpus = read_any(cfg, path, tokenizer, flag)
     for at, piece in pieces(corpus.tokens):
         bad = np.flatnonzero((piece < 0) | (piece >= tokenizer.vocab_size))
         if len(bad):
@@ -3308,7 +3316,9 @@ def merged_state(left: dict[str, Tensor], name: str, receptance: Tensor) -> Tens
     S = left.pop(name)
     if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(receptance):
         raise Fatal(f"its {name} is {list(S.shape)}; the base's attention is {len(receptance)} wide")
-    return S.to(receptance.dtype).contiguous()
+    if not (S := S.to(receptance.dtype).contiguous()).isfinite().all():
+        raise Fatal(f"{name} would hold NaN or infinity, in {receptance.dtype}")
+    return S
 
 
 def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
@@ -3624,16 +3634,21 @@ class Graphs:
         return loss
 
 
-def graphs(model: RWKV, cfg: Config, device: str, ranks: Ranks) -> Callable[..., Tensor]:
-    """--cuda_graph 1: Graphs, or, where a step cannot be one, `add_gradient` itself and a line that says why."""
+def no_graph(model: RWKV, cfg: Config, device: str, ranks: Ranks) -> str:
+    """Why a step cannot be a graph, or nothing."""
     why = {"draws dropout anew each time": any(block.draws for block in model.blocks),
            "reads its embedding from a file (--emb_on_cpu)": cfg.emb_on_cpu,
            "passes on states from chunk to chunk (--train_type infctx)": cfg.train_type == "infctx",
            "sends gradients while it makes them (--strategy zero2)": ranks.size > 1 and STAGE[cfg.strategy] == 2,
            f"runs on a {device}": device != "cuda"}
-    if not any(why.values()):
+    return next((reason for reason, so in why.items() if so), "")
+
+
+def graphs(model: RWKV, cfg: Config, device: str, ranks: Ranks) -> Callable[..., Tensor]:
+    """--cuda_graph 1: Graphs, or, where a step cannot be one, `add_gradient` itself and a line that says why."""
+    if not (why := no_graph(model, cfg, device, ranks)):
         return Graphs()
-    say(f"--cuda_graph 1 has no effect: this run {next(reason for reason, so in why.items() if so)}")
+    say(f"--cuda_graph 1 has no effect: this run {why}")
     return add_gradient
 
 
@@ -3728,6 +3743,9 @@ def build(cfg: Config) -> Run | None:
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
     arch, tensors = begin(arch, tensors, cfg)
+    if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
+        with torch.device("meta"):
+            check_tensors(RWKV(arch, RECURRENCE[arch.version][1]), tensors, cfg.load_model)
     if cfg.grad_cp == "auto":
         cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
     if cfg.dry_run:
@@ -4133,9 +4151,9 @@ def train(run: Run) -> bool:
 
 def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
     """Logs the mean loss of an epoch, and returns it; the next begins."""
-    if not run.epoch_good:
-        raise Fatal(f"epoch {epoch}: none of its steps had a finite loss; nothing was learnt, and nothing is saved")
-    loss = run.epoch_loss / run.epoch_good
+    if run.step == run.steps and not run.optimiser.t:
+        raise Fatal("no step had a finite loss and gradient; nothing was learnt, and nothing is saved")
+    loss = run.epoch_loss / run.epoch_good if run.epoch_good else math.nan
     run.epoch_loss, run.epoch_good = 0.0, 0
     log.epoch(epoch, loss, lr)
     return loss
@@ -4459,8 +4477,8 @@ class Rehearsal:
         with self.peak:
             train_step(self.run, 0.0)
         optimiser, activations = self.run.optimiser.nbytes(), self.peak.most - self.held
-        if self.run.cfg.cuda_graph:                                   # the first of a shape runs eagerly, beside the
-            activations *= 2                                          # graphs' memory, which it cannot use
+        if self.run.cfg.cuda_graph and not no_graph(self.run.model, self.run.cfg, self.device, self.run.ranks):
+            activations *= 2                  # the first of a shape runs eagerly, beside the graphs' memory, their own
         other = OTHER[self.device].fixed + int(OTHER[self.device].share * max(self.peak.most, self.loading))
         return Memory(self.held - optimiser, optimiser, activations, self.loading, other)
 
@@ -4619,16 +4637,20 @@ def demo_merged(run: Run, merged: str) -> None:
         say(f"   {question}  ->  {said}" + ("" if said == answer else f"  (right: {answer})"))
 
 
-def in_one_line(e: Exception) -> str:
-    """What a user can mend; "" where it is not theirs to mend."""
-    less = "a smaller --micro_bsz or --ctx_len, or --grad_cp 1, takes less; --dry_run estimates it"
+LESS_MEMORY = "a smaller --micro_bsz or --ctx_len, or --grad_cp 1, takes less; --dry_run estimates it"
+
+
+def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
+    """What a user can mend; "" where it is not theirs to mend. less: what helps where memory is full."""
     if isinstance(e, (Fatal, wkv7_cuda.Misfit)):
         return "--op: " * isinstance(e, wkv7_cuda.Misfit) + " ".join(str(e).split())
     if isinstance(e, torch.OutOfMemoryError):
         return f"out of GPU memory ({first_line(e)}); {less}"
     if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
         return f"out of memory ({first_line(e)}); {less}"
-    return f"{e.filename or 'standard output'}: {e.strerror or e}" if isinstance(e, OSError) else ""
+    if isinstance(e, BrokenPipeError):
+        return "nobody reads the standard output any more"
+    return ": ".join(str(x) for x in (e.filename, e.strerror or e) if x) if isinstance(e, OSError) else ""
 
 
 def main(argv: list[str] | None = None) -> int:

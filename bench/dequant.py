@@ -110,7 +110,7 @@ def main():
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
     parser.add_argument("--commit", default="", help="name of the sources where git does not tell")
     args = parser.parse_args()
-    about, rows = record.circumstances(device, args.commit), []
+    about = record.circumstances(device, args.commit)
     print("{machine}, {threads} threads, load {load:.1f}, torch {torch}, commit {commit}".format(**about))
     if device == "cpu":
         print("no GPU here: these are PyTorch's readers on the CPU; of the kernel they say nothing")
@@ -122,8 +122,7 @@ def main():
         shape = torch.Size(map(int, name.split("x")))
         row = measure(quant, shape, getattr(torch, dtype), device)
         what = {"model": SHAPES.get(name, ""), "matrix": list(shape), "quant": quant, "dtype": dtype}
-        rows.append(what | row | about)
-        file = record.save(args.out / f"dequant-{device}.json", rows)
+        file = record.update(args.out / f"dequant-{device}.json", [what | row | about], tuple(what))
         line = f"{name:>11}  {quant:6} {dtype:>9} {row['bytes'] / 1e6:5.1f} "
         if device == "cuda":
             line += "{kernel_us:11.1f} {kernel_gb_s:7.0f} {copy_gb_s:11.0f} {share:6.2f} ".format(**row)

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command, for someone who has one for half an hour.
+"""Everything that needs a GPU, in one command, for someone who has one for a short time.
 
     python bench/gpu.py OUT                          # builds, tests, sanitizers, benchmarks: an hour
     python bench/gpu.py OUT --minutes 9 --only build tests bench

@@ -508,9 +508,14 @@ OPENS = {"rwkv": "`.pth`, in fp32", "web-rwkv": "`.st`, in fp16", "llama.cpp": "
 
 
 def cells(kind: str) -> dict[tuple[str, str], dict]:
-    """(model, quant) -> the newest row, at the tutorial's setting; of the machine measured last."""
-    rows = [r for r in record.read("vram") if r["kind"] == kind and not r["setting"]]
-    return {(r["model"], r["quant"]): r for r in of_last_machine(rows)}
+    """(model, quant) -> the newest row, at the tutorial's setting."""
+    return {(r["model"], r["quant"]): r for r in of_kind("vram", kind) if not r["setting"]}
+
+
+def of_kind(name: str, kind: str) -> list[dict]:
+    """Rows that were `predicted`, wherever, or `measured` on the machine that was last."""
+    rows = [r for r in record.read(name) if r["kind"] == kind]
+    return of_last_machine(rows) if kind == "measured" else rows
 
 
 def of_last_machine(rows: list[dict]) -> list[dict]:
@@ -539,10 +544,9 @@ def GB(row: dict) -> float:
 def levers() -> str:
     """What each setting that saves memory comes to, predicted, and where it was measured on a GPU, that in brackets; of
     the newest commit there is."""
-    rows = record.read("vram-levers")
-    models = [m for m in vram.LEVER_CELLS if any(r["model"] == m for r in rows)]
-    kinds = ([r for r in rows if r["kind"] == kind] for kind in ("predicted", "measured"))
-    predicted, measured = ({(r["setting"], r["model"]): r for r in of_last_machine(kind)} for kind in kinds)
+    predicted, measured = ({(r["setting"], r["model"]): r for r in of_kind("vram-levers", kind)}
+                           for kind in ("predicted", "measured"))     # (the last of several is the newest)
+    models = [m for m in vram.LEVER_CELLS if any(model == m for _, model in predicted)]
     shown = {cell: f"{GB(r):.2f}" + (f" ({GB(measured[cell]):.2f})" if cell in measured else "")
              for cell, r in predicted.items()}
     lines = ["| setting (nf4), GB | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]

@@ -23,13 +23,13 @@ SPECIAL = {"%tid.x": "threadIdx.x", "%ctaid.x": "blockIdx.x", "%ntid.x": "blockD
 VALUE = {
     "mov": "x", "cvta": "x", "add": "x + y", "sub": "x - y", "mul": "x * y", "mad": "x * y + z", "div": "x / y",
     "rem": "x % y", "neg": "-x", "not": "x ^ T(-1)", "and": "x & y", "or": "x | y", "xor": "x ^ y",
-    "min": "std::min(x, y)", "max": "std::max(x, y)", "abs": "std::fabs(x)", "rcp": "1 / x", "fma": "std::fma(x, y, z)",
-    "fma.rm": "fma_down(x, y, z)", "ex2": "std::exp2(x)", "div.approx": "quotient(x, y)",
+    "min": "ptx::lesser(x, y)", "max": "ptx::greater(x, y)", "abs": "std::fabs(x)", "rcp": "1 / x",
+    "fma": "std::fma(x, y, z)", "fma.rm": "fma_down(x, y, z)", "ex2": "std::exp2(x)", "div.approx": "quotient(x, y)",
     "shl": "y < 8 * sizeof(T) ? x << y : 0", "shr": "shifted_right(x, y)",
     "selp": "z ? x : y", "bfi": "inserted(x, y, z, w)", "prmt": "permuted(x, y, z)",
 }  # fmt: skip
 OTHER_TYPES = {"shl": {1: "u32"}, "shr": {1: "u32"}, "selp": {2: "pred"}}  # of operands, where they are not T
-COMPARISON = {"eq": "x == y", "ne": "x != y", "lt": "x < y", "le": "x <= y", "gt": "x > y", "ge": "x >= y",
+COMPARISON = {"eq": "x == y", "ne": "(x < y || x > y)", "lt": "x < y", "le": "x <= y", "gt": "x > y", "ge": "x >= y",
               "ltu": "!(x >= y)", "leu": "!(x > y)", "gtu": "!(x <= y)", "geu": "!(x < y)"}  # fmt: skip
 CONVERSION = {"bf16.f32": "__float2bfloat16(x).bits", "f16.f32": "__float2half(x).bits",
               "f32.f16": "__half2float({x})", "bf16x2.f32": "pack(y, x)"}  # fmt: skip
@@ -169,18 +169,21 @@ def instruction(op: str, args: list[str], where: str) -> str:
                 f"{value(predicate)} = true;")  # fmt: skip
     if name == "setp":
         comparison, *flush = more[:-1]
+        if flush not in ([], ["ftz"]) or len(args) != 3:
+            fail(op)
         return computed(value(args[0]), "pred", COMPARISON[comparison], args[1:], [kind] * 2, flush == ["ftz"])
     if name == "cvt":
         return conversion(more, args)
     if name == "mov" and "{" in "".join(args):
-        return halves(args)
+        return halves(args) if kind == "b32" else fail(op)
     if name == "mul" and more[0] == "wide":
         wide = f"{kind[0]}{2 * int(kind[1:])}"
         return computed(value(args[0]), wide, "T(x) * T(y)", args[1:], [kind] * 2)
     kinds = [OTHER_TYPES.get(name, {}).get(i, kind) for i in range(4)]
-    known = {"fma": ("rm",), "div": ("approx",)}.get(name, ())
+    known = {"fma": {"rm"}, "div": {"approx"}}.get(name, set())
     named = ".".join([name, *(m for m in more if m in known)])
-    if set(more[:-1]) - {"rn", "lo", "to", "global", "approx", "rm", "ftz"}:
+    silent = {"mul": {"lo"}, "mad": {"lo"}, "cvta": {"to", "global"}, "ex2": {"approx"}}.get(name, set())
+    if set(more[:-1]) - {"rn", "ftz"} - known - silent or (name, kind) == ("bfi", "b64"):
         raise ValueError(op)
     return computed(value(args[0]), kind, VALUE[named], args[1:], kinds, "ftz" in more)
 
@@ -197,12 +200,12 @@ def cost(trace: np.ndarray, space: int) -> dict[int, tuple[int, int]]:
     of the 32 banks, and as many more as do; to global memory, a *sector* of 32 bytes for each that it touches.
     """
     warp, lane = trace["thread"] // 32, trace["thread"] % 32
-    who = np.stack([trace["kernel"], trace["block"], trace["thread"], trace["line"]], 1)
+    who = np.stack([trace[name] for name in ("kernel", "block", "thread", "line", "space")], 1)
     by_thread = np.lexsort(who.T[::-1])                                # stable: in the order of what a thread does
     first = np.r_[True, (np.diff(who[by_thread], axis=0) != 0).any(1)]
     nth = np.empty(len(trace), int)                                    # how often the thread was at this line before
     nth[by_thread] = np.arange(len(trace)) - np.maximum.accumulate(np.where(first, np.arange(len(trace)), 0))
-    access = np.stack([trace["kernel"], trace["block"], warp, trace["line"], nth], 1)
+    access = np.stack([trace["kernel"], trace["block"], warp, trace["line"], trace["space"], nth], 1)
     names, access = np.unique(access, axis=0, return_inverse=True)     # what a warp does at once
     here, access = trace["space"] == space, access.ravel()
     size, at, kernel = trace["size"], trace["address"], names[:, 0]
@@ -237,12 +240,12 @@ def memory(name: str, more: list[str], args: list[str], where: str) -> str:
 
 def conversion(more: list[str], args: list[str]) -> str:
     to, of = more[-2:]
-    if f"{to}.{of}" in CONVERSION:
+    if f"{to}.{of}" in CONVERSION and not set(more[:-2]) - {"rn"}:
         target = {"bf16": "b16", "f16": "b16", "bf16x2": "b32"}.get(to, to)
         kind = {"f16": "b16"}.get(of, of)
         return computed(value(args[0]), target, CONVERSION[f"{to}.{of}"], args[1:], [kind] * 2)
-    saturated = "std::isnan(x) ? 0 : std::clamp(x, 0.0f, 1.0f)" if more[0] == "sat" else "x"
-    if set(more[:-2]) - {"sat", "rn", "ftz"}:
+    saturated = "std::isnan(x) ? 0 : std::clamp(x, 0.0f, 1.0f)" if "sat" in more[:-2] else "x"
+    if set(more[:-2]) - {"sat", "rn", "ftz"} or f"{to}.{of}" in CONVERSION or "sat" in more and to != "f32":
         raise ValueError(more)
     return computed(value(args[0]), to, saturated, args[1:], [of], "ftz" in more)
 

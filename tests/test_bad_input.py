@@ -338,9 +338,10 @@ MODEL = [  # (what is wrong, options, words in the line)
     ("an init file", "--load_model run/init_pissa.pth", "run/init_pissa.pth|--adapter_init"),
     ("a file to resume from", "--load_model run/resume.pth", "run/resume.pth|--resume"),
     ("safetensors", "--load_model st.pth", "st.pth|safetensors|.pth beside it"),
-    ("a text in UTF-16 without a mark", "--data_file utf-16.txt", "utf-16.txt|0|--data_type utf-16le"),
+    ("a text in UTF-16 without a mark", "--data_file utf-16.txt", "utf-16.txt|the character 0|UTF-16"),
     ("RWKV-6", "--load_model x060.pth", "x060.pth|x060|x070"),
     ("a key missing", "--load_model missing.pth", "missing.pth|lacks blocks.1.att.x_r"),
+    ("a key missing, to a dry run", "--load_model missing.pth --dry_run", "missing.pth|lacks blocks.1.att.x_r"),
     ("a key too many", "--load_model unknown.pth", "unknown.pth|unknown extra"),
     ("no embedding", "--load_model no-emb.pth", "no-emb.pth|emb.weight"),
     ("a layer missing", "--load_model gap.pth", "gap.pth|[0, 2]"),
@@ -447,7 +448,6 @@ OPTIONS = [
     ("a billion billion rows", "--micro_bsz 1000000000000000000", "--micro_bsz 1000000000000000000|from 1 to 1e6"),
     ("a rate beyond all", "--lr_init 1e300", "--lr_init 1e+300|from 0 to 1e9"),
     ("files beyond number", "--keep 1000000000", "--keep 1000000000|from 1 to 999"),
-    ("memory", "--data_type dummy --data_file base --dataload get --ctx_len 90000 --micro_bsz 900000", "out of memory"),
 ]
 OTHER_DEVICE = "--op cuda", "--op: wkv7 cuda|is on cpu, not cuda|--op chunk"
 NEW_MODEL = [

@@ -221,12 +221,17 @@ def test_the_one_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
 
 def test_a_step_that_is_stopped_leaves_nothing_running(tmp_path):
     """What it started would stay on the GPU, beside the next step."""
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    file = tmp_path / "pid"
+    child = f"import os, time, pathlib; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(600)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    row = gpu.run("x", gpu.Step([sys.executable, "-c", parent]), 1, tmp_path / "log.txt")
-    assert row["status"] == "stopped after 1 s"
-    time.sleep(3)
-    assert not (tmp_path / "alive").exists()
+    row = gpu.run("x", gpu.Step([sys.executable, "-c", parent]), 5, tmp_path / "log.txt")
+    assert row["status"] == "stopped after 5 s"
+    state = Path(f"/proc/{file.read_text()}/stat")
+    for _ in range(50):                                  # (it may take a moment to be gone, or stay as a zombie)
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("what it started is still there")
 
 
 def test_its_steps_are_logged_limited_and_resumed(tmp_path, monkeypatch, capsys):

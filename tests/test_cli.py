@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import merge
 import pissa_rwkv as P
@@ -114,6 +115,18 @@ def test_as_a_program_it_lets_waiting_threads_sleep(tmp_path):
         run = subprocess.run([sys.executable, "-c", script], env=clean | {"PYTHONPATH": str(Path(P.__file__).parent)},
                              capture_output=True, text=True, timeout=120)  # fmt: skip
         assert run.stdout.split()[-1] == found, run.stderr
+
+
+@pytest.mark.parametrize("error, words", [
+    (MemoryError("Unable to allocate 589. GiB"), "out of memory (Unable to allocate 589. GiB); a smaller --micro_bsz"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory (Default"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory (CUDA out of memory.); a smaller --micro_bsz"),
+    (BrokenPipeError(32, "Broken pipe"), "nobody reads the standard output"),
+    (OSError(28, "No space left"), "No space"),
+    (FileNotFoundError(2, "No such file", "x.pth"), "x.pth: No such file"), (RuntimeError("our own fault"), ""),
+])  # fmt: skip
+def test_what_a_user_can_mend_is_one_line(error, words):
+    assert P.in_one_line(error).startswith(words) and bool(P.in_one_line(error)) == bool(words)
 
 
 def test_json_takes_no_half_rank(capsys):

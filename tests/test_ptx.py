@@ -165,6 +165,7 @@ def test_planted_bugs_are_found_in_one_schedule(compiled, bug, found):
     (1, r"a read by warp 0 at device.cuh:\d+, called at planted.cu:{ldmatrix} .* races with a copy by thread .*"),
     (2, r"a read by warp 0 at device.cuh:\d+, called at planted.cu:{ldmatrix} .* races with a copy by thread .*"),
     (3, r"16 bytes at address 0x1[0-9a-f]+2 are not aligned .*"),
+    (4, r"a write by thread 0 at planted.cu:\d+ .* races with a copy by thread 5 at device.cuh:.*"),
 ])  # fmt: skip
 def test_planted_bugs_of_tensor_cores(compiled, bug, found):
     library = bind_planted(compiled)
@@ -193,7 +194,10 @@ INSTRUCTIONS = [  # operation, operands, result; an operand with a point is a fl
     ("ex2.approx.f32", [-3.0], 0.125), ("ex2.approx.ftz.f32", [-140.0], 0.0),
     ("add.ftz.f32", [2 * SUBNORMAL, 1.0], 1.0), ("mul.ftz.f32", [SUBNORMAL, 2.0**100], 0.0),
     ("ex2.approx.f32", [-140.0], SUBNORMAL),
-    ("div.approx.f32", [1.0, 4.0], 0.25), ("div.approx.f32", [2.0**126, 2.0**127], 0.0),
+    ("min.f32", [float("nan"), 2.0], 2.0), ("max.s32", [7, 2**32 - 7], 7), ("bfi.b32", [7, 0xff00, 40, 2], 0xff00),
+    ("fma.rm.f32", [1.0, 2.0**-60, 1.0], 1.0), ("fma.rm.f32", [1.0, -(2.0**-60), 1.0], 1.0 - 2.0**-24),
+    ("cvt.ftz.sat.f32.f32", [1.5], 1.0), ("div.approx.f32", [1.0, 4.0], 0.25),
+    ("div.approx.f32", [2.0**126, 2.0**127], 0.0),
     ("cvt.sat.f32.f32", [1.5], 1.0), ("cvt.sat.f32.f32", [-1.5], 0.0), ("cvt.rn.bf16x2.f32", [1.0, 2.0], 0x3f804000),
 ]  # fmt: skip
 
@@ -226,7 +230,11 @@ def test_instructions(tmp_path):
         assert found == bits(expected), (operation, operands, hex(found))
 
 
-def test_what_is_not_known_is_an_error(tmp_path):
-    text = ".entry _Z5probePKjPj(\n)\n{\n.reg .b32 %r<2>;\nvote.sync.any.pred %p1, %p2, -1;\n}\n"
-    with pytest.raises(ValueError, match="PTX line 5: vote.sync.any.pred"):
-        ptx.of_ptx(text, tmp_path / "probe.cu")
+@pytest.mark.parametrize("line", [
+    "vote.sync.any.pred %p1, %p2, -1;", "add.rm.f32 %f1, %f2, %f3;", "mov.b64 {%r1, %r2}, %rd1;", "bar.sync 1;",
+    "setp.lt.and.f32 %p1, %f1, %f2, %p2;", "cvt.rz.bf16.f32 %rs1, %f1;", "bfi.b64 %rd1, %rd2, %rd3, 1, 2;",
+    "ld.volatile.global.u32 %r1, [%rd1];", "shfl.sync.up.b32 %r1|%p1, %r2, 1, 31, -1;",
+])  # fmt: skip
+def test_what_is_not_known_is_an_error(line, tmp_path):
+    with pytest.raises(ValueError, match=f"PTX line 5: {ptx.re.escape(line)}"):
+        ptx.of_ptx(f".entry _Z5probePKjPj(\n)\n{{\n.reg .b32 %r<2>;\n{line}\n}}\n", tmp_path / "probe.cu")

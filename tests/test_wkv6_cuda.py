@@ -230,14 +230,14 @@ def test_as_an_operator(library):
 def test_what_was_compiled_is_looked_at(library):
     """load compares with wkv6_chunk.py before anything is trained: right kernels pass, wrong ones are refused."""
     forward, backward = wkv6_cuda.kernels(lambda device: library)
-    nvcc.verify("cuda", forward, backward, wkv6_chunk.differs, "cpu")
+    op.verify("cuda", forward, backward, wkv6_chunk.differs, "cpu")
 
     def swapped(*arguments):
         dr, dw, dk, dv, du, dstate = backward(*arguments)
         return dk, dw, dr, dv, du, dstate
 
     with pytest.raises(build.BuildError, match=r"wrongly on this GPU: in torch.float32 it is off by .*--op chunk"):
-        nvcc.verify("cuda", forward, swapped, wkv6_chunk.differs, "cpu")
+        op.verify("cuda", forward, swapped, wkv6_chunk.differs, "cpu")
 
 
 def test_what_is_saved_is_known_without_a_gpu():

@@ -212,7 +212,7 @@ def test_what_was_compiled_is_looked_at(library):
     def by_dtype(x):  # as in cuda.py
         return (forward, backward) if x.dtype == torch.bfloat16 else precise
 
-    nvcc.verify("cuda", lambda r, *rest: by_dtype(r)[0](r, *rest), lambda r, *rest: by_dtype(r)[1](r, *rest),
+    op.verify("cuda", lambda r, *rest: by_dtype(r)[0](r, *rest), lambda r, *rest: by_dtype(r)[1](r, *rest),
                 chunk.differs, "cpu")  # fmt: skip
 
     def swapped(*arguments):
@@ -220,9 +220,9 @@ def test_what_was_compiled_is_looked_at(library):
         return dr, dw, dk, dv, db, da, dstate
 
     with pytest.raises(build.BuildError, match=r"wrongly on this GPU: in torch.float32 it is off by .*--op chunk"):
-        nvcc.verify("cuda", chunk.forward, lambda *x: [2 * d for d in chunk.backward(*x)], chunk.differs, "cpu")
+        op.verify("cuda", chunk.forward, lambda *x: [2 * d for d in chunk.backward(*x)], chunk.differs, "cpu")
     with pytest.raises(build.BuildError, match=r"in torch.bfloat16 it is off by"):
-        nvcc.verify("cuda", lambda r, *rest: by_dtype(r)[0](r, *rest),
+        op.verify("cuda", lambda r, *rest: by_dtype(r)[0](r, *rest),
                     lambda r, *rest: (swapped if r.dtype == torch.bfloat16 else chunk.backward)(r, *rest),
                     chunk.differs, "cpu")  # fmt: skip
 
@@ -236,11 +236,11 @@ def test_a_gpu_that_takes_no_launch_is_left_to_the_next_operator(monkeypatch, ca
     monkeypatch.setattr(cuda, "check_gpu", lambda name: (9, 0))
     monkeypatch.setattr(cuda, "open_library", lambda *arguments: None)
     monkeypatch.setattr(cuda, "kernels", lambda: (refuses, refuses))
-    monkeypatch.setattr(cuda, "verify", functools.partial(nvcc.verify, device="cpu"))
+    monkeypatch.setattr(op, "verify", functools.partial(op.verify, device="cpu"))
     assert load_wkv("x070", 64, "", "cuda") is not None
     said = capsys.readouterr().out
     assert re.match(r"no WKV operator cuda: the cuda operator does not run on this GPU \(wkv7_forward: CUDA .*35\)\)"
-                    r": is the driver as new as nvcc\? Update it, or use .*; taking the next one", said)  # fmt: skip
+                    r": is the driver as new as the compiler\? or use .*; taking the next one", said)  # fmt: skip
 
 
 @pytest.mark.parametrize("heads, chunks, length", [(128, 32, 32), (320, 5, 5), (40, 32, 5), (12, 32, 2), (64, 128, 32),

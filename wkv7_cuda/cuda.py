@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import chunk, cuda_precise, fast, op
-from .nvcc import DTYPES, check_gpu, open_library, verify
+from .nvcc import DTYPES, check_gpu, open_library
 
 
 def load(ready: bool = True) -> op.WKV7:
@@ -24,7 +24,7 @@ def load(ready: bool = True) -> op.WKV7:
         open_library(cuda_precise.SOURCE, cuda_precise.bind, capability)
         if capability >= fast.CAPABILITY:
             open_library(fast.SOURCE, fast.bind, capability, *fast.FLAGS)
-        verify("cuda", *kernels(), chunk.differs)
+        op.verify("cuda", *kernels(), chunk.differs)
     return operator()
 
 

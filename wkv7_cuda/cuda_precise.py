@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import chunk, op
-from .nvcc import DTYPES, aligned, call, check_gpu, open_library, verify
+from .nvcc import DTYPES, aligned, call, check_gpu, open_library
 
 SOURCE = Path(__file__).with_name("wkv7.cu")
 N = 64  # head size
@@ -27,7 +27,7 @@ def load(ready: bool = True) -> op.WKV7:
     """
     if ready:
         open_library(SOURCE, bind, check_gpu("cuda_precise"))
-        verify("cuda_precise", *kernels(library), chunk.differs)
+        op.verify("cuda_precise", *kernels(library), chunk.differs)
     return operator()
 
 

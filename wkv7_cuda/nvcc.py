@@ -43,26 +43,6 @@ def open_library(
     return bind(build.load(f"{source.stem}_{arch}", source, nvcc, [*FLAGS, *flags, f"-arch={arch}"], HEADERS))
 
 
-def verify(
-    name: str, forward: Callable, backward: Callable, differs: Callable[..., float], device: str = "cuda"
-) -> None:
-    """A look at what was compiled, for this GPU and by this nvcc, before a run is trusted to it; BuildError if it errs.
-
-    differs: the worst relative error of (forward, backward) in a dtype on a device.
-    """
-    for dtype, bar in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 5e-2)):
-        try:
-            error = differs((forward, backward), dtype, device)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as refused:
-            problem = f"the {name} operator does not run on this GPU ({refused})"
-            raise build.BuildError(f"{problem}: is the driver as new as nvcc? Update it, {build.REMEDY}") from None
-        if not error < bar:
-            problem = f"the {name} operator computes wrongly on this GPU: in {dtype} it is off by {error:.1e}"
-            raise build.BuildError(f"{problem}: please report it with nvidia-smi and nvcc --version, {build.REMEDY}")
-
-
 def aligned(x: Tensor) -> Tensor:
     """x, or its copy if it starts inside a 16-byte unit, the most that one thread reads at once."""
     return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import build
+
 WKV7 = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 WKV6 = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -113,6 +115,32 @@ def register(
 
     wkv.__name__ = f"{recurrence}_{name}"
     return wkv
+
+
+BARS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # beyond that an error is no rounding
+
+
+def verify(
+    name: str, forward: Callable, backward: Callable, differs: Callable[..., float], device: str = "cuda",
+    dtypes: Sequence[torch.dtype] = tuple(BARS),
+) -> None:  # fmt: skip
+    """A look at what was compiled, for this GPU and by this compiler, before a run is trusted to it; BuildError if it
+    errs.
+
+    differs: the worst relative error of (forward, backward) in a dtype on a device.
+    """
+    for dtype in dtypes:
+        try:
+            error = differs((forward, backward), dtype, device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as refused:  # of whichever compiler or driver
+            problem = f"the {name} operator does not run on this GPU ({str(refused).strip() or repr(refused)})"
+            problem = problem.splitlines()[0]
+            raise build.BuildError(f"{problem}: is the driver as new as the compiler? {build.REMEDY}") from None
+        if not error < BARS[dtype]:
+            problem = f"the {name} operator computes wrongly on this GPU: in {dtype} it is off by {error:.1e}"
+            raise build.BuildError(f"{problem}: please report it with nvidia-smi and nvcc --version, {build.REMEDY}")
 
 
 def check(

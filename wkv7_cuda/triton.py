@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import build, op
+from . import build, chunk, op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N = 64  # head size
@@ -19,8 +19,8 @@ FUSED = dict(enable_fp_fusion=True)  # x y + z rounded once; Triton's own defaul
 
 
 def load() -> op.WKV7:
-    """Return the operator; BuildError without triton or a GPU that it can compile for. Kernels compile when first run.
-    """
+    """Return the operator; BuildError without triton or a GPU that it can compile for, or if it errs in bf16. (In other
+    dtypes kernels are compiled when they are first run, which takes seconds each.)"""
     try:
         import triton
 
@@ -40,6 +40,8 @@ def load() -> op.WKV7:
             raise build.BuildError(f"{problem}: it needs a C compiler and Python's headers, {build.REMEDY}") from None
     forward, backward = kernels(wkv7_triton)
     device = "cpu" if interpreted else "cuda"
+    if not interpreted:
+        op.verify("triton", forward, backward, chunk.differs, dtypes=(torch.bfloat16,))
     return op.register("triton", forward, backward, new_saved, device=device, dtypes=DTYPES, head_size=N)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import build, op, wkv6_chunk
 from .fast import segment_chunks
-from .nvcc import DTYPES, aligned, call, check_gpu, open_library, verify
+from .nvcc import DTYPES, aligned, call, check_gpu, open_library
 
 SOURCE = Path(__file__).with_name("wkv6.cu")
 CAPABILITY = (8, 0)  # bf16 on tensor cores, cp.async
@@ -34,7 +34,7 @@ def load(ready: bool = True) -> op.WKV6:
                 f"the cuda operator of wkv6 needs a GPU of sm_80, not {found}: take another, {build.REMEDY}"
             )
         open_library(SOURCE, bind, capability)
-        verify("cuda", *kernels(library), wkv6_chunk.differs)
+        op.verify("cuda", *kernels(library), wkv6_chunk.differs)
     return operator()
 
 

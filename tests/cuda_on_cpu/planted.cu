@@ -45,7 +45,7 @@ __global__ void half_warp_sums_kernel(const float* x, float* y, int bug) {
     y[threadIdx.x] = sum;
 }
 
-enum Product { NO_WAIT = 1, NEVER_WAITED, NOT_ALIGNED };
+enum Product { NO_WAIT = 1, NEVER_WAITED, NOT_ALIGNED, SOURCE_WRITTEN };
 
 // c (16x8) = a (16x16) b, where b (8x16) is given transposed: a and b through shared memory, one warp.
 __global__ void product_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int bug) {
@@ -54,6 +54,10 @@ __global__ void product_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, f
     cp_async16(shared + 8 * lane, a + 8 * lane, true);
     cp_async16(shared + 256 + 8 * lane, b + 8 * (lane % 16), lane < 16);  // and 8 rows of zeros
     cp_async_commit();
+    if (bug == SOURCE_WRITTEN) {
+        __syncwarp();  // the copy has begun, and that is all
+        if (lane == 0) const_cast<__nv_bfloat16*>(a)[8 * 5] = b[0];  // what lane 5 copies
+    }
     if (bug != NO_WAIT && bug != NEVER_WAITED) cp_async_wait<0>();
     __syncwarp();
     uint32_t left[4], right[4];

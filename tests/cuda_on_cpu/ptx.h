@@ -4,11 +4,13 @@
 // or a GPU ends the kernel. Inside: of shared memory, what the launch asked for. Ordered: of two accesses to a byte, one
 // of them a write, by different threads, the later must come after a barrier that both passed: the block's or, within a
 // warp, the warp's (__syncwarp; not a shuffle, not mma: these order no memory). Threads of different blocks never are
-// ordered. A copy by cp.async is a write that begins when it is issued and is over when its thread has waited for its
-// group; in between nobody may touch its bytes. Each byte remembers its last write and the reads since.
+// ordered. A copy by cp.async reads and writes from when it is issued until its thread has waited for its group; in
+// between nobody may touch the bytes it writes, nor write those it reads. Each byte remembers its last write and the
+// reads since.
 #pragma once
 
 #include <array>
+#include <cfenv>
 #include <memory>
 #include <unordered_map>
 
@@ -63,7 +65,8 @@ struct Access {
 };
 struct Cell {
     Access write, read;
-    int copier = NOBODY;  // the thread whose cp.async is under way
+    int copier = NOBODY;  // the thread whose cp.async to it is under way
+    int copied = 0;       // by so many cp.async that are under way
 };
 
 bool ordered(const Access& earlier, const Access& later) {
@@ -151,10 +154,11 @@ struct Self {
         for (uintptr_t byte = address; byte < address + size; byte++) {
             Cell& it = cell(space, byte);
             const bool clash = !ordered(it.write, now);
-            if (it.copier != NOBODY || clash || (action == WRITE && !ordered(it.read, now))) {
+            if (it.copier != NOBODY || clash || (action == WRITE && (it.copied || !ordered(it.read, now)))) {
                 const Access& before = it.copier != NOBODY || clash ? it.write : it.read;
+                const bool by_copy = it.copier != NOBODY || (&before == &it.read && it.copied);
                 cuda_cpu::fail(std::string(action == WRITE ? "a write" : "a read") + " by " + told(now) + " races with " +
-                               (it.copier != NOBODY ? "a copy" : &before == &it.write ? "a write" : "a read") + " by " +
+                               (by_copy ? "a copy" : &before == &it.write ? "a write" : "a read") + " by " +
                                told(before) + " of byte " + std::to_string(space == SHARED ? byte - SMEM : byte));
             }
             if (action == WRITE) {
@@ -212,6 +216,7 @@ struct Self {
         if (there) touch(GLOBAL, from, 16, READ, access(where));
         touch(SHARED, to, 16, WRITE, access(where));
         for (int i = 0; i < 16; i++) cell(SHARED, to + i).copier = thread;
+        for (int i = 0; i < 16 && there; i++) cell(GLOBAL, from + i).copied++;
         cp_async16(target, source, there);
     }
     void cp_async_wait(int newest) const {
@@ -222,6 +227,10 @@ struct Self {
             for (int i = 0; i < 16; i++) {
                 Cell& it = cell(SHARED, to + i);
                 it.copier = NOBODY, it.write.clock = clock;
+                if (!copy.from) continue;
+                Cell& source = cell(GLOBAL, reinterpret_cast<uintptr_t>(copy.from) + i);
+                const Access now = access(source.read.where);          // it has read until now
+                source.copied--, source.read = ordered(source.read, now) ? now : both(source.read, now);
             }
         }
         cuda_cpu::wait_for_copies(newest);
@@ -251,20 +260,27 @@ void shuffle(uint32_t& target, uint32_t x, uint32_t lane, uint32_t clamp, uint32
 }
 
 float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
-float quotient(float x, float y) {  // div.approx
-    return std::fabs(y) > 0x1p126f && std::isfinite(x) && std::isfinite(y) ? std::copysign(0.0f, x * y) : x / y;
+float quotient(float x, float y) {  // div.approx: x times the reciprocal, which is 0 for a large y
+    return std::fabs(y) > 0x1p126f && std::isfinite(y) ? x * std::copysign(0.0f, y) : x / y;
 }
-float fma_down(float x, float y, float z) {  // rounded towards minus infinity; x y is exact in double
-    const double exact = static_cast<double>(x) * y + z;
-    const float nearest = static_cast<float>(exact);
-    return nearest > exact ? std::nextafter(nearest, -INFINITY) : nearest;
+float fma_down(float x, float y, float z) {  // rounded towards minus infinity
+    const int usual = fegetround();
+    fesetround(FE_DOWNWARD);
+    const volatile float a = x, b = y, c = z, result = std::fma(a, b, c);
+    fesetround(usual);
+    return result;
 }
+template <typename T>
+T lesser(T x, T y) { return std::is_floating_point_v<T> ? static_cast<T>(std::fmin(x, y)) : std::min(x, y); }
+template <typename T>
+T greater(T x, T y) { return std::is_floating_point_v<T> ? static_cast<T>(std::fmax(x, y)) : std::max(x, y); }
 template <typename T>
 T shifted_right(T x, uint32_t by) {
     constexpr uint32_t bits = 8 * sizeof(T);
     return by < bits ? x >> by : std::is_signed_v<T> ? x >> (bits - 1) : 0;
 }
 uint32_t inserted(uint32_t x, uint32_t into, uint32_t at, uint32_t length) {  // bfi
+    if ((at &= 255) > 31) return into;
     const uint32_t bits = (length < 32 ? (1u << length) - 1 : ~0u) << at;
     return (into & ~bits) | (x << at & bits);
 }
