@@ -3353,7 +3353,7 @@ def merge_files(
     scale = about.get("scale", method.layer.unsaid_scale)
     if alpha is not None:
         ranks = [t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2]
-        given = alpha / max(1, *ranks[:1], 1)
+        given = alpha / max([1, *ranks[:1]])
         if not is_within(alpha, "(0,1e9]"):
             raise Fatal(f"--lora_alpha {alpha:g}: {in_words('(0,1e9]')} is wanted")
         if scale not in (None, given):
@@ -4496,8 +4496,8 @@ class Rehearsal:
         fits, too_many, bsz = 0, math.inf, 1
         while fits + 1 < too_many:                                    # Newton's steps: bytes grow nearly linearly
             fits, too_many = (bsz, too_many) if taken(bsz) <= room else (fits, bsz)
-            next = bsz + (room - taken(bsz)) // max(1, taken(bsz + 1) - taken(bsz))
-            bsz = min(max(next, fits + 1), too_many - 1, 8 * bsz)     # (while loading takes most, a row takes nothing)
+            guess = bsz + (room - taken(bsz)) // max(1, taken(bsz + 1) - taken(bsz))
+            bsz = min(max(guess, fits + 1), too_many - 1, 8 * bsz)    # (while loading takes most, a row takes nothing)
         return fits
 
 
