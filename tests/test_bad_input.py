@@ -439,7 +439,7 @@ OPTIONS = [
     ("negative val_split", "--val_split -0.1", "--val_split -0.1"),
     ("pissa_load without pissa_init", "--adapter_load run-rank.pth", "pissa_load|pissa_init|--adapter_init"),
     ("a rank of 400 digits", f"--pissa_config '{{\"pissa_r\": 1{400 * '0'}}}'", "--pissa_config|pissa_r is 1000"),
-    ("a rank of 5000 digits", f"--pissa_config '{{\"pissa_r\": 1{5000 * '0'}}}'", "--pissa_config|4300 digits"),
+    ("a rank of 5000 digits", f"--pissa_config '{{\"pissa_r\": 1{5000 * '0'}}}'", "--pissa_config|4300"),
     ("a rank that is true", "--pissa_config '{\"pissa_r\": true}'", "--pissa_config|pissa_r is True"),
     ("two ranks", "--pissa_config '{\"pissa_r\": 4, \"pissa_r\": 8}'", "--pissa_config|'pissa_r' is there twice"),
     ("brackets in JSON", f"--pissa_config {99999 * '['}", "--pissa_config|recursion"),
