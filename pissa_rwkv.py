@@ -3331,6 +3331,21 @@ def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: typ
         raise Fatal(f"its {found} does not fit {module}, which is {list(shape)} in the base")
 
 
+def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, Tensor], path: str) -> float:
+    """What an update is scaled by: as its file has said, or else as LoRA's alpha tells."""
+    if alpha is None:
+        if said is None:
+            raise Fatal(f"{path} does not say by what LoRA was scaled; give --lora_alpha")
+        return said
+    if not is_within(alpha, "(0,1e9]"):
+        raise Fatal(f"--lora_alpha {alpha:g}: {in_words('(0,1e9]')} is wanted")
+    ranks = [t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2]
+    given = alpha / max([1, *ranks[:1]])
+    if said not in (None, given):
+        raise Fatal(f"--lora_alpha {alpha:g}: {path} was scaled by {said:g}; leave the flag out")
+    return given
+
+
 def merge_files(
     kind: str, base: str, init: str, checkpoint: str, output: str, alpha: float | None = None, write: Callable = save,
     quant: str = "", formats: dict[str, Quant] = QUANT,
@@ -3350,17 +3365,7 @@ def merge_files(
     if not about:
         say(f"{checkpoint} has no description (like those of RWKV-PEFT and pissa2lora): that it is of {base} cannot be"
             " checked")
-    scale = about.get("scale", method.layer.unsaid_scale)
-    if alpha is not None:
-        ranks = [t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2]
-        given = alpha / max([1, *ranks[:1]])
-        if not is_within(alpha, "(0,1e9]"):
-            raise Fatal(f"--lora_alpha {alpha:g}: {in_words('(0,1e9]')} is wanted")
-        if scale not in (None, given):
-            raise Fatal(f"--lora_alpha {alpha:g}: {checkpoint} was scaled by {scale:g}; leave the flag out")
-        scale = given
-    if scale is None:
-        raise Fatal(f"{checkpoint} does not say by what LoRA was scaled; give --lora_alpha")
+    scale = scale_of_delta(about.get("scale", method.layer.unsaid_scale), alpha, trained, checkpoint)
     row = pick(formats, "--quant", quant or about.get("quant", "none"))
     if quant not in ("", about.get("quant", quant)):
         raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
@@ -4637,6 +4642,13 @@ def demo_merged(run: Run, merged: str) -> None:
         say(f"   {question}  ->  {said}" + ("" if said == answer else f"  (right: {answer})"))
 
 
+def open_streams() -> None:
+    """Those that whoever called has closed lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 LESS_MEMORY = "a smaller --micro_bsz or --ctx_len, or --grad_cp 1, takes less; --dry_run estimates it"
 
 
@@ -4656,9 +4668,7 @@ def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, or 2 after one line about what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:                                # closed by who called
-            setattr(sys, name, open(os.devnull, mode))
+    open_streams()
     try:
         rank, world = of_torchrun("RANK", 0), of_torchrun("WORLD_SIZE", 1)
         if rank >= world:

@@ -127,7 +127,7 @@ def test_memory_is_used_well(compiled, tmp_path, monkeypatch):
         for space, bar in ((ptx.SHARED, shared), (ptx.GLOBAL, sectors)):
             found = ptx.cost(trace, space)
             print(source.name, space, found)
-            assert all(spent <= bar * least for spent, least in found.values()), (source.name, space, found)
+            assert found and all(spent <= bar * least for spent, least in found.values()), (source.name, space, found)
 
 
 # ---------------------------------------------------------------------------------------------------- the instrument

@@ -27,7 +27,7 @@
 //                   __shfl_xor_sync. Its place is after that one.
 //   unseen          real timing, memory that becomes visible late, bank conflicts, fused multiply-add (nvcc fuses, g++
 //                   does not: compare with a GPU within a tolerance, bit by bit only between schedules). ptx.h, which
-//                   runs what nvcc made of a kernel in its place, sees the last, and every race in one schedule.
+//                   runs what nvcc made of a kernel in its place, sees the last, and races in whatever schedule.
 #pragma once
 
 #include <cmath>
