@@ -150,6 +150,8 @@ def instruction(op: str, args: list[str], where: str) -> str:
     if name == "ldmatrix":
         transposed = str("trans" in more).lower()
         return f"self.ldmatrix({transposed}, {address(args[1])}, {where}, {', '.join(several(args[0]))});"
+    if op == "movmatrix.sync.aligned.m8n8.trans.b16":
+        return f"movmatrix({value(args[0])}, {value(args[1])}, {where});"
     if name == "mma":
         (c, a, b, before) = map(several, args)
         return f"mma({{&{', &'.join(c)}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {{{', '.join(before)}}}, {where});"

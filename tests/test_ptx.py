@@ -108,7 +108,7 @@ def traced(call, file: Path, monkeypatch) -> np.ndarray:
 
 def test_memory_is_used_well(compiled, tmp_path, monkeypatch):
     """No bank of shared memory is waited for, but by a few accesses; of global memory whole sectors are read and
-    written, but for gradients that leave the tensor cores' fragments as they stand there, 16 bytes of a row."""
+    written."""
     tokens, quantised = test_wkv_fast.problem(64, heads=1), test_dequant.parts_of("nf4", 16384)
 
     def walk(library, kernels):
@@ -117,7 +117,7 @@ def test_memory_is_used_well(compiled, tmp_path, monkeypatch):
         backward(*inputs, forward(*inputs, True)[2], *grads)
 
     for i, (source, flags, call, shared, sectors) in enumerate([
-        (fast.SOURCE, fast.FLAGS, lambda library: walk(library, fast), 1.02, 1.3),
+        (fast.SOURCE, fast.FLAGS, lambda library: walk(library, fast), 1.02, 1.05),
         (wkv6_cuda.SOURCE, (), lambda library: walk(library, wkv6_cuda), 1.08, 1.1),
         (dequant.SOURCE, (), lambda library: test_dequant.check(dequant.bind(library), "nf4", quantised, 16384,
                                                                 torch.bfloat16), 1.0, 1.0),

@@ -5,6 +5,7 @@ tensors to bf16 and knows nothing of threads, fragments or shared memory.
 """
 
 import functools
+import itertools
 import re
 import shutil
 import subprocess
@@ -168,7 +169,7 @@ def test_each_barrier_is_needed(tmp_path, monkeypatch):
         y, state_T, saved = forward(*inputs, True)
         return torch.cat([x.flatten().float() for x in (y, state_T, *backward(*inputs, saved, *grads))])
 
-    assert barriers(fast.SOURCE, tmp_path, monkeypatch, results) == (10, [])
+    assert barriers(fast.SOURCE, tmp_path, monkeypatch, results) == (9, [])
 
 
 @needs_cpp
@@ -243,10 +244,15 @@ def test_a_gpu_that_takes_no_launch_is_left_to_the_next_operator(monkeypatch, ca
                     r": is the driver as new as the compiler\? or use .*; taking the next one", said)  # fmt: skip
 
 
-@pytest.mark.parametrize("heads, chunks, length", [(128, 32, 32), (320, 5, 5), (40, 32, 5), (12, 32, 2), (64, 128, 32),
+@pytest.mark.parametrize("heads, chunks, length", [(128, 32, 32), (320, 5, 5), (40, 32, 6), (12, 32, 2), (64, 128, 32),
                                                    (2, 5, 2)])  # the last: of `differs`
 def test_segments_fill_a_gpu_unless_the_heads_do(heads, chunks, length):
     assert fast.segment_chunks(heads, chunks) == length
+
+
+def test_no_segment_waits_for_another():
+    for heads, chunks in itertools.product(range(1, fast.WHOLE), (2, 3, 31, 32, 128, 1024)):
+        assert heads * -(-chunks // fast.segment_chunks(heads, chunks)) <= fast.BLOCKS
 
 
 def test_each_dtype_has_its_mode():
@@ -282,8 +288,7 @@ def test_nvcc_compiles_nothing_spills_and_tensor_cores_are_used(tmp_path, arch):
     assert len(kernels) == 6  # four modes of the walk, two scans
     for kernel in kernels:
         print(arch, re.search(r"wkv7_\w+?_kernelI\w+?E", kernel)[0], re.search(r"Used (\d+) registers", kernel)[0])
-        spilled = set(re.findall(r"(\d+) bytes (?:spill|stack)", kernel))
-        assert spilled == {"0"} or (arch, spilled) == ("89", {"8", "12"}) and "ModeE0E" in kernel, kernel  # FORWARD's
+        assert set(re.findall(r"(\d+) bytes (?:spill|stack)", kernel)) == {"0"}, kernel
     subprocess.run([*command, "-ptx", "-o", ptx], check=True, timeout=120)
     for kernel in ptx.read_text().split(".entry ")[1:]:
         assert kernel.count("mma.sync.aligned.m16n8k16") >= 32 and kernel.count("ldmatrix") >= 32

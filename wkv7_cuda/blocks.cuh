@@ -9,6 +9,23 @@ namespace {
 using bf16 = __nv_bfloat16;
 
 constexpr int N = 64;  // head size
+constexpr int L = 32;  // tokens of a chunk
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+
+// What is walked: of every head (numbered b H + h) T tokens, as chunks, as segments of segment_chunks of these (the last
+// may have fewer). `cells`: all heads' segments. Divided on the host: a GPU takes a hundred instructions for 64 bits.
+struct Sizes {
+    int64_t T, cells;
+    unsigned H, heads, chunks, segment_chunks, segments;
+
+    Sizes(int64_t B, int64_t T, int64_t H, int64_t segment_chunks)
+        : T(T), H(H), heads(B * H), chunks((T + L - 1) / L), segment_chunks(segment_chunks),
+          segments((chunks + segment_chunks - 1) / segment_chunks) {
+        cells = B * H * segments;
+    }
+    // Of the first token of a head in [B,T,H,N].
+    __device__ int64_t offset(unsigned head) const { return (head / H * T * H + head % H) * N; }
+};
 
 __device__ inline int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
 
@@ -17,19 +34,19 @@ __device__ inline int64_t lesser(int64_t x, int64_t y) { return x < y ? x : y; }
 struct alignas(16) Row {
     bf16 x[64];
 };
-__device__ inline bf16* at(Row* tile, int row, int column) {
-    return tile[row].x + ((column / 8 ^ (row & 7)) * 8 + column % 8);
+__device__ inline bf16* at(Row* tile, unsigned row, unsigned column) {
+    return tile[row].x + ((column / 8 ^ row % 8) * 8 + column % 8);
 }
-__device__ inline const bf16* at(const Row* tile, int row, int column) {
+__device__ inline const bf16* at(const Row* tile, unsigned row, unsigned column) {
     return at(const_cast<Row*>(tile), row, column);
 }
-__device__ inline float2 pair_at(const Row* tile, int row, int column) {  // column even
-    uint32_t word;
-    memcpy(&word, at(tile, row, column), sizeof word);
-    return unpack(word);
+using Word __attribute__((may_alias)) = uint32_t;  // (a memcpy would be two loads where nvcc sees no alignment)
+__device__ inline uint32_t word_at(const Row* tile, int row, int column) {  // two numbers; column even
+    return *reinterpret_cast<const Word*>(at(tile, row, column));
 }
+__device__ inline float2 pair_at(const Row* tile, int row, int column) { return unpack(word_at(tile, row, column)); }
 __device__ inline void put_pair(Row* tile, int row, int column, uint32_t word) {
-    memcpy(at(tile, row, column), &word, sizeof word);
+    *reinterpret_cast<Word*>(at(tile, row, column)) = word;
 }
 
 struct Lane {  // where a thread's numbers stand in a 16x16 block of sums: rows i, i + 8, columns j, j + 1, j + 8, j + 9
@@ -92,6 +109,23 @@ __device__ inline void put(Row* tile, int row, int column, const Factor& f) {
     const Lane lane;
 #pragma unroll
     for (int n = 0; n < 4; n++) put_pair(tile, row + lane.i + n % 2 * 8, column + lane.j + n / 2 * 8, f.x[n]);
+}
+
+__device__ inline Factor transposed(const Factor& f) {  // of a left factor, also one
+    return {{transpose(f.x[0]), transpose(f.x[2]), transpose(f.x[1]), transpose(f.x[3])}};
+}
+
+// Of the rows i and i + 8 (l = 1) of a left factor each lane gets four numbers in a row, of which two were its
+// neighbour's; so four lanes hold a row, 32 bytes.
+struct Four {
+    int row, column;  // in the block
+    uint2 words;
+};
+__device__ inline Four four_in_a_row(const Factor& f, int l) {
+    const Lane lane;
+    const bool odd = lane.lane % 2;
+    const uint32_t others = __shfl_xor_sync(0xffffffffu, odd ? f.x[l] : f.x[l + 2], 1);
+    return {lane.i + 8 * l, lane.j + 6 * odd, odd ? uint2{others, f.x[l + 2]} : uint2{f.x[l], others}};
 }
 
 // The rows 16 warp .. of a state [value,key] in fp32.

@@ -36,6 +36,12 @@ __device__ inline void ldmatrix_trans(uint32_t (&x)[4], const void* row) {
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))) : "memory");
 }
+// The transpose of an 8x8 matrix that the warp holds.
+__device__ inline uint32_t transpose(uint32_t x) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
 // c (16x8) += a (16x16) b (16x8): bf16 products, fp32 sums. a: upper left, lower left, upper right, lower right 8x8
 // matrix; b: the transposes of the upper and the lower one; c: two numbers of the upper, two of the lower one.
 __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -18,7 +18,7 @@ CAPABILITY = (8, 0)  # bf16 on tensor cores, cp.async
 N = 64  # head size
 L = 32  # tokens of a chunk
 WHOLE = 128  # from so many heads on, a head is not cut into segments
-BLOCKS = 264  # with fewer: so many segments in all; two blocks for each of 132 multiprocessors
+BLOCKS = 264  # with fewer: so many segments at most; 132 multiprocessors take two blocks each, and a third would wait
 SHORTEST = 2  # chunks of a segment
 
 
@@ -38,7 +38,7 @@ def library(device: torch.device) -> ctypes.CDLL:
 
 def segment_chunks(heads: int, chunks: int) -> int:
     """How many chunks one block walks. It depends on shapes alone, not on the card."""
-    return chunks if heads >= WHOLE else max(SHORTEST, -(-chunks * heads // BLOCKS))
+    return chunks if heads >= WHOLE else max(SHORTEST, -(-chunks // (BLOCKS // heads)))
 
 
 def kernels(library_for: Callable[[torch.device], ctypes.CDLL], plan: Callable[[int, int], int] = segment_chunks):

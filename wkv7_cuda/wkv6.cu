@@ -60,22 +60,12 @@
 
 namespace {
 
-constexpr int STEP = 16, STEPS = 2, L = STEP * STEPS, WARPS = 4, THREADS = 32 * WARPS;
+constexpr int STEP = 16, STEPS = L / STEP;
 
 enum Mode { FORWARD, GRADIENTS, LOCAL, LOCAL_MIRRORED };
 
 template <typename IO>
 constexpr int parts = std::is_same_v<IO, bf16> ? 1 : 2;  // how many bf16 a factor is
-
-struct Sizes {
-    int64_t B, T, H, segment_chunks;  // the last: of a segment, but maybe the last one
-    __host__ __device__ int64_t heads() const { return B * H; }
-    __host__ __device__ int64_t chunks() const { return (T + L - 1) / L; }
-    __host__ __device__ int64_t segments() const { return (chunks() + segment_chunks - 1) / segment_chunks; }
-    __host__ __device__ int64_t cells() const { return heads() * segments(); }
-    // Of the first token of a head (numbered b H + h) in [B,T,H,N].
-    __device__ int64_t offset(int64_t head) const { return (head / H * T * H + head % H) * N; }
-};
 
 template <typename IO>
 struct Tensors {
@@ -509,12 +499,11 @@ wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // so that nvcc knows it is the same in all lanes
     const int its_step = warp / 2, half = warp % 2, j = 32 * half + threadIdx.x % 32;
     // Of each head all segments; but nothing asks how the walk's last one changes the state.
-    const unsigned each = sizes.segments() - !M::outputs;
-    const int64_t head = blockIdx.x / each;
-    const unsigned segment = blockIdx.x % each + (MODE == LOCAL_MIRRORED);
-    const int64_t cell = head * sizes.segments() + segment;
+    const unsigned each = sizes.segments - !M::outputs;
+    const unsigned head = blockIdx.x / each, segment = blockIdx.x % each + (MODE == LOCAL_MIRRORED);
+    const int64_t cell = int64_t{head} * sizes.segments + segment;
     const int first = segment * sizes.segment_chunks;  // a chunk's number; below, the count of this segment's
-    const int count = lesser(sizes.segment_chunks, sizes.chunks() - first);
+    const int count = lesser(sizes.segment_chunks, sizes.chunks - first);
     const int stride = sizes.H * N;
     const int64_t offset = sizes.offset(head);
     const auto& reads = M::mirror ? tiles.K : tiles.Q;   // what the state is multiplied with
@@ -556,7 +545,7 @@ wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
         }
         __syncthreads();  // Q, K, P, A are
 
-        const int64_t its_saved = ((head * sizes.chunks() + chunk) * PARTS * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
+        const int64_t its_saved = ((int64_t{head} * sizes.chunks + chunk) * PARTS * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
         Block dQ[2], dK[2];
         if constexpr (M::gradients) {
             replay(tiles, x.saved + its_saved, warp);
@@ -610,8 +599,8 @@ wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
     if constexpr (!M::outputs) {
         store_state(S, x.gains + cell * N * N, warp);
         if (threadIdx.x < N) x.decays[cell * N + threadIdx.x] = all;
-    } else if (segment == (M::mirror ? 0 : sizes.segments() - 1)) {
-        store_state(S, x.end + head * N * N, warp);
+    } else if (segment == (M::mirror ? 0 : sizes.segments - 1)) {
+        store_state(S, x.end + int64_t{head} * N * N, warp);
     }
     if constexpr (M::gradients) x.du[(cell * STEPS + its_step) * N + j] = du;
 }
@@ -622,8 +611,9 @@ wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
 // thread does four numbers of a head's state.
 __global__ void __launch_bounds__(THREADS)
 wkv6_scan_kernel(Sizes sizes, bool mirror, const float* state, const float* decays, float* gains) {
-    const int64_t index = int64_t{blockIdx.x} * THREADS + threadIdx.x, segments = sizes.segments();
-    const int64_t head = index / (N * N / 4), place = index % (N * N / 4) * 4;
+    constexpr int BLOCKS = N * N / 4 / THREADS;  // of a head
+    const int64_t head = blockIdx.x / BLOCKS, segments = sizes.segments;
+    const int place = (blockIdx.x % BLOCKS * THREADS + threadIdx.x) * 4;
     float4 S = *reinterpret_cast<const float4*>(state + head * N * N + place);
     for (int64_t n = 0; n < segments; n++) {
         const int64_t cell = head * segments + (mirror ? segments - 1 - n : n);
@@ -645,16 +635,16 @@ int run(Sizes sizes, Tensors<IO> x, const float* state, float* scratch, void* st
     constexpr bool MIRROR = Traits<MODE, IO>::mirror;
     constexpr Mode ACROSS = MIRROR ? LOCAL_MIRRORED : LOCAL;
     x.start = state;
-    if (sizes.segments() > 1) {
-        x.start = x.gains = scratch, x.decays = scratch + sizes.cells() * N * N;
-        int error = launch(wkv6_walk_kernel<ACROSS, IO>, sizes.cells() - sizes.heads(), THREADS,
+    if (sizes.segments > 1) {
+        x.start = x.gains = scratch, x.decays = scratch + sizes.cells * N * N;
+        int error = launch(wkv6_walk_kernel<ACROSS, IO>, sizes.cells - sizes.heads, THREADS,
                            Traits<ACROSS, IO>::smem, stream, sizes, x);
         if (error) return error;
-        error = launch(wkv6_scan_kernel, sizes.heads() * (N * N / 4 / THREADS), THREADS, 0, stream, sizes, MIRROR,
+        error = launch(wkv6_scan_kernel, sizes.heads * (N * N / 4 / THREADS), THREADS, 0, stream, sizes, MIRROR,
                        state, static_cast<const float*>(x.decays), x.gains);
         if (error) return error;
     }
-    return launch(wkv6_walk_kernel<MODE, IO>, sizes.cells(), THREADS, Traits<MODE, IO>::smem, stream, sizes, x);
+    return launch(wkv6_walk_kernel<MODE, IO>, sizes.cells, THREADS, Traits<MODE, IO>::smem, stream, sizes, x);
 }
 
 template <typename IO>

@@ -24,22 +24,27 @@
 //
 // A chunk, from barrier to barrier; what one of the four warps does:
 //   factors    inputs -> Q, K in shared memory: 8 tokens (one barrier inside). The next chunk's inputs start to arrive
-//   products   A: 16 of its 64 rows; then the 16x16 blocks on the diagonal of I - A_ab are inverted, in fp32, by rows
+//   products   A_qk, A_qb, A_ak or A_ab; whose A_ab is, inverts the 16x16 blocks on the diagonal of I - A_ab, in fp32
 //   walk       X, U, Y, S of 16 values. FORWARD ends here
-//   P          16 rows of dY and of Z, with V or with U
-//   gradients  dQ, dK of 16 tokens and 32 keys, dw from them (one barrier inside); results go to memory
+//   P          P_qk, P_qb, P_ak or P_ab
+//   gradients  dQ, dK of 16 keys, dw from them; results go to memory
+//
+// LATENCY is what a block of four warps has too much of: within a stage nothing should wait that need not. So no branch
+// depends on a token or a warp, but for the inverse; inputs are read before results are written, since the compiler
+// does not know that they lie apart; and products that do not need each other stand side by side.
 //
 // SEGMENTS. With B*H blocks of its own every SM of a GPU is busy only from about 128 heads on. With fewer, a head's
 // tokens are cut into segments that are walked at once; for that the state before each must be known. A segment maps it
-// affinely, S' = S M + N, and the same walk finds both: N started from 0, M from the identity without V (TRANSITION).
-// wkv7_scan then joins the segments one after another. Backward likewise, from the last segment to the first.
+// affinely, S' = S M + N, and the same walk finds both at once (TRANSITION): N is what becomes of 0, M what becomes of
+// the identity without V. wkv7_scan then joins the segments. Backward likewise, from the last segment to the first.
 //
 // MEMORY. `saved`, if asked for: S~ of every chunk in bf16, 256 bytes per token and head, in the order of the
 // fragments. Nothing else is kept. Scratch with n > 1 segments: 3 * 16 KB each.
 //
 // NUMERICS. Rounded to bf16: q~ a~ k~ b~, A, the inverses, X, U, dU, Z, P, and S~, D~ where they are factors. fp32: G,
 // all sums, the carried S and D, the system that is inverted, dw. `chunk.py` with `cast=to_bf16` rounds the same
-// tensors, and tests compare. dw is summed from the *rounded* factors: contributions that must cancel then do. The order of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
+// tensors, and tests compare. dw is summed from the *rounded* factors: contributions that must cancel then do. The order
+// of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
 //
 // LIMITS. bf16, N = 64, T >= 1 (the tail is filled with tokens that change nothing), sm_80 or newer with 99 KB of
 // shared memory a block; pointers aligned to 16 bytes (the binding checks); at most 2^31 - 1 blocks a launch.
@@ -47,20 +52,9 @@
 
 namespace {
 
-constexpr int L = 32, WARPS = 4, THREADS = 32 * WARPS;
 constexpr float MINUS_RATE = -0.60653066f;  // -e^(-1/2): log d at sigma = 1
 
 enum Mode { FORWARD, GRADIENTS, TRANSITION, TRANSITION_MIRRORED };
-
-struct Sizes {
-    int64_t B, T, H, segment_chunks;  // the last: of a segment, but maybe the last one
-    __host__ __device__ int64_t heads() const { return B * H; }
-    __host__ __device__ int64_t chunks() const { return (T + L - 1) / L; }
-    __host__ __device__ int64_t segments() const { return (chunks() + segment_chunks - 1) / segment_chunks; }
-    __host__ __device__ int64_t cells() const { return heads() * segments(); }
-    // Of the first token of a head (numbered b H + h) in [B,T,H,N].
-    __device__ int64_t offset(int64_t head) const { return (head / H * T * H + head % H) * N; }
-};
 
 struct Tensors {
     const bf16 *r, *w, *k, *v, *a, *b, *dy = nullptr;
@@ -82,7 +76,7 @@ struct WalkTiles {
     Row Q[2 * L], K[2 * L];
     Row A[2 * L];            // A_ab: below the diagonal block A; on the diagonal the inverses; above nothing is read
     Row out[L];              // Y or dV, on its way to memory
-    float system[2][16 * 16];  // the blocks on the diagonal of A_ab
+    float system[2][16][16 + 4];  // the blocks on the diagonal of A_ab, transposed
     float sums[WARPS][N];    // log decay of 8 tokens each
     float e_middle[N], e_end[N];  // e^c, e^(G_L-c)
     Row in[2 * L];           // V (mirrored: dY); below it, if gradients are computed, U (Z)
@@ -91,37 +85,37 @@ struct GradientTiles : WalkTiles {
     Row VU[2 * L], S[N], D[N];  // S~ and D~, [value,key]
     float e[L + 1][N + 8];      // e[t + 1] = e^(G_t-c), e[0] = e^(-c). (8: rows start 8 banks apart)
     float diagonal[WARPS][N];   // of D~^T S~: what 16 values each add
-    float across[2][N];         // sums over the other 16 tokens of the chunk
 };
 
 // ---------------------------------------------------------------------------------------------- the stages of a chunk
 
-// Tokens first .. first + 31 of one head's [B,T,H,N] -> tile, without waiting; zeros from token T on.
-__device__ inline void fetch(Row* tile, const bf16* x, int64_t stride, int64_t first, int64_t T) {
+// A chunk of [B,T,H,N] that begins at x -> tile, without waiting; zeros after `tokens`.
+__device__ inline void fetch(Row* tile, const bf16* x, int stride, int tokens) {
 #pragma unroll
     for (int part = 0; part < L * 8 / THREADS; part++) {
         const int n = part * THREADS + threadIdx.x, t = n / 8, column = n % 8 * 8;
-        cp_async16(at(tile, t, column), x + (first + t) * stride + column, first + t < T);
+        cp_async16(at(tile, t, column), x + (t * stride + column), t < tokens);
     }
 }
-__device__ inline void write_out(const Row* tile, bf16* x, int64_t stride, int64_t first, int64_t T) {
+__device__ inline void write_out(const Row* tile, bf16* x, int stride, int tokens) {
 #pragma unroll
     for (int part = 0; part < L * 8 / THREADS; part++) {
         const int n = part * THREADS + threadIdx.x, t = n / 8, column = n % 8 * 8;
-        if (first + t < T) {
-            *reinterpret_cast<uint4*>(x + (first + t) * stride + column) =
-                *reinterpret_cast<const uint4*>(at(tile, t, column));
+        if (t < tokens) {
+            *reinterpret_cast<uint4*>(x + (t * stride + column)) = *reinterpret_cast<const uint4*>(at(tile, t, column));
         }
     }
 }
 
-// sigma(x) and sigma(-x), without overflow and without 1 - sigma, which cancels.
-struct Sigmoid {
-    float plus, minus;
-};
-__device__ inline Sigmoid sigmoid(float x) {
-    const float e = __expf(-fabsf(x)), large = __fdividef(1.0f, 1.0f + e), small = e * large;
-    return x >= 0.0f ? Sigmoid{large, small} : Sigmoid{small, large};
+__device__ inline float sigma(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ inline float slope(float x) {  // sigma(x) sigma(-x), its derivative; as 1 - sigma it would cancel
+    const float e = __expf(-fabsf(x)), large = __fdividef(1.0f, 1.0f + e);
+    return e * large * large;
+}
+
+__device__ inline uint32_t scaled(uint32_t pair, float2 by) {
+    const float2 x = unpack(pair);
+    return pack(by.x * x.x, by.y * x.y);
 }
 
 // Inputs -> Q, K, e^c, e^(G_L-c). Each warp does 8 tokens, each lane 2 channels; one barrier inside. `tokens`: how many
@@ -129,15 +123,18 @@ __device__ inline Sigmoid sigmoid(float x) {
 template <typename Tiles>
 __device__ void factors(Tiles& tiles, const Row* w, int warp, int tokens) {
     const int j = threadIdx.x % 32 * 2, first = 8 * warp;
-    float2 G[8];  // from the first of the 8 tokens on
+    uint32_t r[8], k[8], a[8], b[8];  // (read before anything is written, or each would wait for the token before)
+    float2 G[8];                      // from the first of the 8 tokens on
     float2 sum = {0.0f, 0.0f};
 #pragma unroll
     for (int t = 0; t < 8; t++) {
-        const float2 logit = pair_at(w, first + t, j);
-        if (first + t < tokens) {
-            sum.x += MINUS_RATE * sigmoid(logit.x).plus, sum.y += MINUS_RATE * sigmoid(logit.y).plus;
-        }
+        const int row = first + t;
+        const float2 logit = pair_at(w, row, j);
+        const float rate = row < tokens ? MINUS_RATE : 0.0f;
+        sum.x += rate * sigma(logit.x), sum.y += rate * sigma(logit.y);
         G[t] = sum;
+        r[t] = word_at(tiles.r, row, j), k[t] = word_at(tiles.k, row, j);
+        a[t] = word_at(tiles.a, row, j), b[t] = word_at(tiles.b, row, j);
     }
     *reinterpret_cast<float2*>(&tiles.sums[warp][j]) = sum;
     __syncthreads();
@@ -161,85 +158,67 @@ __device__ void factors(Tiles& tiles, const Row* w, int warp, int tokens) {
         const int row = first + t;
         const float2 e_q = {__expf(before.x + G[t].x), __expf(before.y + G[t].y)};
         const float2 e_k = {__fdividef(1.0f, e_q.x), __fdividef(1.0f, e_q.y)};
-        const float2 r = pair_at(tiles.r, row, j), k = pair_at(tiles.k, row, j), a = pair_at(tiles.a, row, j),
-                     b = pair_at(tiles.b, row, j);
-        put_pair(tiles.Q, row, j, pack(e_q.x * r.x, e_q.y * r.y));
-        put_pair(tiles.Q, row + L, j, pack(e_a.x * a.x, e_a.y * a.y));
-        put_pair(tiles.K, row, j, pack(e_k.x * k.x, e_k.y * k.y));
-        put_pair(tiles.K, row + L, j, pack(e_k.x * b.x, e_k.y * b.y));
+        put_pair(tiles.Q, row, j, scaled(r[t], e_q)), put_pair(tiles.Q, row + L, j, scaled(a[t], e_a));
+        put_pair(tiles.K, row, j, scaled(k[t], e_k)), put_pair(tiles.K, row + L, j, scaled(b[t], e_k));
         if constexpr (std::is_same_v<Tiles, GradientTiles>) *reinterpret_cast<float2*>(&tiles.e[row + 1][j]) = e_q;
         e_a = e_q;
     }
 }
 
-// X, U, Y or dU, Z, dV of 16 values, which their warp holds as value by token, into a tile, token by value.
+// U, Y or Z, dV of 16 values, which their warp holds as value by token, into a tile, token by value.
 __device__ inline void put_transposed(Row* tile, int row, int column, const Block (&x)[2]) {
+#pragma unroll
+    for (int t = 0; t < 2; t++) put(tile, row + 16 * t, column, transposed(x[t].round()));
+}
+
+// mask(X Y^T), X and Y of two times 32 tokens: A and, in its place later, P. A warp computes what 32 tokens (`half` of X)
+// read of what 32 wrote (`source` of Y): the blocks on the diagonal, which are returned too, and the one below. In that
+// above nothing is to be read. Half 1 reads before its token writes: there the diagonal is 0.
+__device__ inline void masked_product(Row* A, const Row* X, const Row* Y, int half, int source, Block (&diagonal)[2]) {
+    Block below;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        const Factor x0 = left(X, L * half, 16 * n), x1 = left(X, L * half + 16, 16 * n),
+                     y0 = right_t(Y, L * source, 16 * n), y1 = right_t(Y, L * source + 16, 16 * n);
+        diagonal[0].add(x0, y0), below.add(x1, y0), diagonal[1].add(x1, y1);
+    }
     const Lane lane;
 #pragma unroll
     for (int t = 0; t < 2; t++) {
 #pragma unroll
         for (int n = 0; n < 8; n++) {
-            *at(tile, row + 16 * t + lane.j + n / 4 * 8 + n % 2, column + lane.i + n / 2 % 2 * 8) =
-                __float2bfloat16(x[t].x[n]);
+            const int row = lane.i + n / 2 % 2 * 8, column = lane.j + n / 4 * 8 + n % 2;
+            if (row < column + half) diagonal[t].x[n] = 0.0f;
         }
+        put(A, L * half + 16 * t, L * source + 16 * t, diagonal[t].round());
     }
+    put(A, L * half + 16, L * source, below.round());
 }
 
-// A or P, of which a warp computes a 16x16 block: keep what lies below the diagonal (`strict`) or on it as well.
-__device__ inline void mask(Block& x, bool strict) {
+// The inverses of the 16x16 blocks on the diagonal of I - A_ab, a column a lane: row i of an inverse is row i of the
+// identity plus what A_ab makes of the rows above.
+template <typename Tiles>
+__device__ void invert(Tiles& tiles, const Block (&A_ab)[2]) {
     const Lane lane;
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
-        const int row = lane.i + n / 2 % 2 * 8, column = lane.j + n / 4 * 8 + n % 2;
-        if (row < column + strict) x.x[n] = 0.0f;
-    }
-}
-
-// The inverse of I - A_ab's 16x16 block t on the diagonal, a column a lane (of the lower 16): row i of the inverse is
-// row i of the identity plus what A_ab makes of the rows above.
-template <typename Tiles>
-__device__ void invert(Tiles& tiles, int t) {
-    const int column = threadIdx.x % 16;
-    const float* system = tiles.system[t];
-    float x[16];
+    for (int t = 0; t < 2; t++) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        x[i] = i == column ? 1.0f : 0.0f;
-#pragma unroll
-        for (int m = 0; m < i; m++) x[i] += system[16 * i + m] * x[m];
-        if (threadIdx.x % 32 < 16) *at(tiles.A, L + 16 * t + i, L + 16 * t + column) = __float2bfloat16(x[i]);
-    }
-}
-
-// A = mask(Q K^T), rows 16 warp ...; blocks above the diagonal are left out. A_ab's own diagonal goes to `system`.
-template <typename Tiles>
-__device__ void products(Tiles& tiles, int warp) {
-    const int half = warp / 2, t = warp % 2;
-    Factor q[4];
-#pragma unroll
-    for (int n = 0; n < 4; n++) q[n] = left(tiles.Q, 16 * warp, 16 * n);
-#pragma unroll
-    for (int source = 0; source < 2; source++) {
-        for (int s = 0; s <= t; s++) {
-            Block x;
-#pragma unroll
-            for (int n = 0; n < 4; n++) x.add(q[n], right_t(tiles.K, L * source + 16 * s, 16 * n));
-            if (s == t) mask(x, half == 1);
-            if (s == t && half == 1 && source == 1) {
-                const Lane lane;
-#pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    tiles.system[t][(lane.i + n / 2 % 2 * 8) * 16 + lane.j + n / 4 * 8 + n % 2] = x.x[n];
-                }
-            } else {
-                put(tiles.A, 16 * warp, L * source + 16 * s, x.round());
-            }
+        for (int n = 0; n < 8; n++) {
+            tiles.system[t][lane.j + n / 4 * 8 + n % 2][lane.i + n / 2 % 2 * 8] = A_ab[t].x[n];
         }
     }
-    if (half == 1) {
-        __syncwarp();
-        invert(tiles, t);
+    __syncwarp();
+    const int t = threadIdx.x % 32 / 16, column = threadIdx.x % 16;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+    for (int m = 0; m < 15; m++) {
+#pragma unroll
+        for (int i = m + 1; i < 16; i++) x[i] += tiles.system[t][m][i] * x[m];
     }
+#pragma unroll
+    for (int i = 0; i < 16; i++) *at(tiles.A, L + 16 * t + i, L + 16 * t + column) = __float2bfloat16(x[i]);
 }
 
 // The walk's direction. `half` 0 are the rows of Q or K that belong to r or k, half 1 those of a or b.
@@ -252,16 +231,19 @@ struct Walk {
         return MIRROR ? right(A, L * source + 16 * s, L * half + 16 * t)
                       : right_t(A, L * half + 16 * t, L * source + 16 * s);
     }
-    // From the state and from the input: X (dU) with half 1; with half 0 Y (dV) but for what U (Z) adds.
-    __device__ static void begin(Block (&x)[2], int half, const Factor (&S)[4], const Factor (&in)[2], const Row* reads,
-                                 const Row* A) {
+    // X (dU) with half 1; with half 0 Y (dV) but for what U (Z) adds: what comes from the state, and what from the input.
+    __device__ static void add_state(Block (&x)[2], int half, const Factor (&S)[4], const Row* reads) {
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const int t = nth(n);
+        for (int t = 0; t < 2; t++) {
 #pragma unroll
             for (int m = 0; m < 4; m++) x[t].add(S[m], right_t(reads, L * half + 16 * t, 16 * m));
+        }
+    }
+    __device__ static void add_input(Block (&x)[2], int half, const Factor (&in)[2], const Row* A) {
 #pragma unroll
-            for (int s = 0; s <= n; s++) x[t].add(in[nth(s)], link(A, half, t, 0, nth(s)));
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int s = 0; s <= n; s++) x[nth(n)].add(in[nth(s)], link(A, half, nth(n), 0, nth(s)));
         }
     }
     // U = (I - A_ab)^-1 X, or Z: by substitution, 16 tokens at a time.
@@ -294,157 +276,157 @@ __device__ inline void diagonal(GradientTiles& tiles, int warp) {
     *reinterpret_cast<float2*>(&tiles.diagonal[warp][j]) = sum;
 }
 
-// P = mask([dY ; Z] [V ; U]^T), over A, which is done with. A warp: 16 tokens of dY and of Z, with V or with U.
-__device__ inline void gradient_of_A(GradientTiles& tiles, int t, int source) {
+// Every column becomes sums over the chunk's tokens: of this token and all behind it; or, BEFORE, of those before it. Of
+// a column a thread holds every 8th token.
+template <bool BEFORE>
+__device__ void running_sums(Block (&x)[2]) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        for (int s = 0; s <= t; s++) {
-            Block x;
+    for (int column = 0; column < 4; column++) {
+        float* part[4];
+        float all[4], mine[4], sum = 0.0f;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            part[n] = &x[n / 2].x[column / 2 * 4 + n % 2 * 2 + column % 2];
+            all[n] = *part[n], mine[n] = BEFORE ? 0.0f : all[n];
+        }
+#pragma unroll
+        for (int bit = 4; bit < 32; bit *= 2) {
+            const bool later = threadIdx.x & bit;
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                x.add(left(tiles.in, L * half + 16 * t, 16 * n), right_t(tiles.VU, L * source + 16 * s, 16 * n));
+                const float other = __shfl_xor_sync(0xffffffffu, all[n], bit);
+                if (later == BEFORE) mine[n] += other;
+                all[n] += other;
             }
-            if (s == t) mask(x, half == 1);
-            put(tiles.A, L * half + 16 * t, L * source + 16 * s, x.round());
         }
-    }
-}
-
-// Sums over the 16 tokens of a warp's block, in one column of which a thread holds tokens i (low) and i + 8 (high): of
-// this token and those behind it; or, with BEFORE, of those before it. Returns the sum of all 16.
-template <bool BEFORE>
-__device__ float running_sums(float& low, float& high) {
-    float all[2] = {low, high}, mine[2] = {BEFORE ? 0.0f : low, BEFORE ? 0.0f : high};
-    for (int bit = 4; bit < 32; bit *= 2) {
-        const bool later = threadIdx.x & bit;
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float other = __shfl_xor_sync(0xffffffffu, all[n], bit);
-            if (later == BEFORE) mine[n] += other;
-            all[n] += other;
+        for (int i = 0; i < 4; i++) {
+            const int n = BEFORE ? i : 3 - i;
+            *part[n] = mine[n] + sum, sum += all[n];
         }
     }
-    low = mine[0] + (BEFORE ? 0.0f : all[1]), high = mine[1] + (BEFORE ? all[0] : 0.0f);
-    return all[0] + all[1];
 }
 
-// All gradients of a chunk but dV: this warp's 16 tokens (16 t ..) and 32 keys (16 m, m = first_m, first_m + 1).
+// All gradients of a chunk but dV, of this warp's 16 keys (16 m ..).
 //
 //     dg_t = sum_(s >= t) h_s - (a~ da~)_t + sum_(s < t) (k~ dk_s + b~ db_s)_s + diagonal,    with
 //     h = q~ dq~ + a~ da~ - k~ dk_i - b~ db_i;     dk_i, db_i are the parts that come from P, dk_s, db_s those from D~
 struct Gradients {
     GradientTiles& tiles;
     const Tensors& x;
-    const Row* w;
-    const int t, first_m;
-    const int64_t at_chunk;     // the chunk's first token in [B,T,H,N]
+    const int m;
+    const int64_t at_chunk;    // the chunk's first token in [B,T,H,N]
     const int stride, tokens;  // from a token to the next; of the chunk that exist
-    Block dg[2] = {};
 
     // Two neighbouring numbers of a fragment, x[2 pair] and x[2 pair + 1]: their place in the chunk.
-    __device__ int row(int pair) const { return 16 * t + Lane().i + pair % 2 * 8; }
-    __device__ int column(int m, int pair) const { return 16 * (first_m + m) + Lane().j + pair / 2 * 8; }
+    __device__ static int row(int t, int pair) { return 16 * t + Lane().i + pair % 2 * 8; }
+    __device__ int column(int pair) const { return 16 * m + Lane().j + pair / 2 * 8; }
 
-    __device__ void store(bf16* out, int m, int pair, float2 x) const {
-        bf16* place = out + at_chunk + (row(pair) * stride + column(m, pair));
-        if (row(pair) < tokens) *reinterpret_cast<uint32_t*>(place) = pack(x.x, x.y);
+    // 16 tokens' to memory.
+    __device__ void store(bf16* out, int t, const Block& block) const {
+        const Factor f = block.round();
+#pragma unroll
+        for (int l = 0; l < 2; l++) {
+            const Four x = four_in_a_row(f, l);
+            bf16* place = out + at_chunk + ((16 * t + x.row) * stride + 16 * m + x.column);
+            if (16 * t + x.row < tokens) ::store(place, x.words);
+        }
     }
 
-    // dr dk da db of 16 keys, and dg but for the other 16 tokens' part and the diagonal. dx: of q, a or of k, b.
-    __device__ void begin(int m) {
-        Block h, a_da, leaving;
-        {
-            Block dx[2];
+    __device__ void compute(const Row* w) const {
+        Block h[2], dg[2];
 #pragma unroll
-            for (int source = 0; source < 2; source++) {
-                for (int s = 0; s <= t; s++) {
-                    const Factor k = right(tiles.K, L * source + 16 * s, 16 * (first_m + m));
+        for (int t = 0; t < 2; t++) {
+            Block dx[2];  // of k~, b~
+            const auto times_K = [&](int pair) {  // k~ dk~ + b~ db~, as they stand now
+                const float2 k = pair_at(tiles.K, row(t, pair), column(pair)),
+                             b = pair_at(tiles.K, L + row(t, pair), column(pair));
+                const float *dk = dx[0].x + 2 * pair, *db = dx[1].x + 2 * pair;
+                return float2{k.x * dk[0] + b.x * db[0], k.y * dk[1] + b.y * db[1]};
+            };
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        dx[half].add(left(tiles.A, L * half + 16 * t, L * source + 16 * s), k);
-                    }
+            for (int n = 0; n < 2 * (2 - t); n++) {
+                const int to = L * (n % 2) + 16 * (t + n / 2);
+                const Factor q = right(tiles.Q, to, 16 * m);
+#pragma unroll
+                for (int source = 0; source < 2; source++) {
+                    dx[source].add(left_t(tiles.A, to, L * source + 16 * t), q);
                 }
             }
-#pragma unroll 2  // all 4 at once take more registers than there are
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++) {
+                const float2 inside = times_K(pair);
+                h[t].x[2 * pair] = -inside.x, h[t].x[2 * pair + 1] = -inside.y;
+            }
+#pragma unroll
             for (int n = 0; n < 4; n++) {
-                const Factor s = right(tiles.S, 16 * n, 16 * (first_m + m));
+                const Factor d = right(tiles.D, 16 * n, 16 * m);
+#pragma unroll
+                for (int source = 0; source < 2; source++) {
+                    dx[source].add(left(tiles.VU, L * source + 16 * t, 16 * n), d);
+                }
+            }
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++) {
+                const float2 all = times_K(pair),
+                             e_q = *reinterpret_cast<const float2*>(&tiles.e[row(t, pair) + 1][column(pair)]),
+                             e_k = {__fdividef(1.0f, e_q.x), __fdividef(1.0f, e_q.y)};
+                dg[t].x[2 * pair] = all.x + h[t].x[2 * pair], dg[t].x[2 * pair + 1] = all.y + h[t].x[2 * pair + 1];
+#pragma unroll
+                for (int source = 0; source < 2; source++) {
+                    dx[source].x[2 * pair] *= e_k.x, dx[source].x[2 * pair + 1] *= e_k.y;
+                }
+            }
+            store(x.dk, t, dx[0]), store(x.db, t, dx[1]);
+        }
+        running_sums<true>(dg);
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            Block dx[2];  // of q~, a~
+#pragma unroll
+            for (int n = 0; n < 2 * (t + 1); n++) {
+                const int from = L * (n % 2) + 16 * (n / 2);
+                const Factor k = right(tiles.K, from, 16 * m);
+#pragma unroll
+                for (int half = 0; half < 2; half++) dx[half].add(left(tiles.A, L * half + 16 * t, from), k);
+            }
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const Factor s = right(tiles.S, 16 * n, 16 * m);
 #pragma unroll
                 for (int half = 0; half < 2; half++) dx[half].add(left(tiles.in, L * half + 16 * t, 16 * n), s);
             }
 #pragma unroll
             for (int pair = 0; pair < 4; pair++) {
-                const float2 q = pair_at(tiles.Q, row(pair), column(m, pair)),
-                             a = pair_at(tiles.Q, row(pair) + L, column(m, pair)),
-                             e_a = *reinterpret_cast<const float2*>(&tiles.e[row(pair)][column(m, pair)]),
-                             e_q = *reinterpret_cast<const float2*>(&tiles.e[row(pair) + 1][column(m, pair)]);
-                const float *dq = dx[0].x + 2 * pair, *da = dx[1].x + 2 * pair;
-                store(x.dr, m, pair, {e_q.x * dq[0], e_q.y * dq[1]});
-                store(x.da, m, pair, {e_a.x * da[0], e_a.y * da[1]});
-                a_da.x[2 * pair] = a.x * da[0], a_da.x[2 * pair + 1] = a.y * da[1];
-                h.x[2 * pair] = q.x * dq[0] + a.x * da[0], h.x[2 * pair + 1] = q.y * dq[1] + a.y * da[1];
+                const float2 q = pair_at(tiles.Q, row(t, pair), column(pair)),
+                             a = pair_at(tiles.Q, L + row(t, pair), column(pair)),
+                             e_a = *reinterpret_cast<const float2*>(&tiles.e[row(t, pair)][column(pair)]),
+                             e_q = *reinterpret_cast<const float2*>(&tiles.e[row(t, pair) + 1][column(pair)]);
+                float *dq = dx[0].x + 2 * pair, *da = dx[1].x + 2 * pair;
+                const float2 a_da = {a.x * da[0], a.y * da[1]};
+                h[t].x[2 * pair] += q.x * dq[0] + a_da.x, h[t].x[2 * pair + 1] += q.y * dq[1] + a_da.y;
+                dg[t].x[2 * pair] -= a_da.x, dg[t].x[2 * pair + 1] -= a_da.y;
+                dq[0] *= e_q.x, dq[1] *= e_q.y, da[0] *= e_a.x, da[1] *= e_a.y;
             }
+            store(x.dr, t, dx[0]), store(x.da, t, dx[1]);
         }
-        Block dx[2];
-        const auto times_K = [&](int pair) {  // k~ dk~ + b~ db~, as they stand now
-            const float2 k = pair_at(tiles.K, row(pair), column(m, pair)),
-                         b = pair_at(tiles.K, row(pair) + L, column(m, pair));
-            const float *dk = dx[0].x + 2 * pair, *db = dx[1].x + 2 * pair;
-            return float2{k.x * dk[0] + b.x * db[0], k.y * dk[1] + b.y * db[1]};
-        };
+        running_sums<false>(h);
+        float2 diagonal[2] = {};  // of these keys
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            for (int s = t; s < 2; s++) {
-                const Factor q = right(tiles.Q, L * half + 16 * s, 16 * (first_m + m));
+        for (int n = 0; n < 2 * WARPS; n++) {
+            const float2 part = *reinterpret_cast<const float2*>(&tiles.diagonal[n / 2][column(n % 2 * 2)]);
+            diagonal[n % 2].x += part.x, diagonal[n % 2].y += part.y;
+        }
 #pragma unroll
-                for (int source = 0; source < 2; source++) {
-                    dx[source].add(left_t(tiles.A, L * half + 16 * s, L * source + 16 * t), q);
-                }
+        for (int t = 0; t < 2; t++) {
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++) {
+                const float2 logit = pair_at(w, row(t, pair), column(pair)), gamma = diagonal[pair / 2];
+                float *dw = dg[t].x + 2 * pair, *later = h[t].x + 2 * pair;
+                dw[0] = (later[0] + dw[0] + gamma.x) * MINUS_RATE * slope(logit.x);
+                dw[1] = (later[1] + dw[1] + gamma.y) * MINUS_RATE * slope(logit.y);
             }
-        }
-#pragma unroll
-        for (int pair = 0; pair < 4; pair++) {
-            const float2 inside = times_K(pair);
-            leaving.x[2 * pair] = -inside.x, leaving.x[2 * pair + 1] = -inside.y;
-            h.x[2 * pair] -= inside.x, h.x[2 * pair + 1] -= inside.y;
-        }
-#pragma unroll 2  // all 4 at once take more registers than there are
-        for (int n = 0; n < 4; n++) {
-            const Factor d = right(tiles.D, 16 * n, 16 * (first_m + m));
-#pragma unroll
-            for (int source = 0; source < 2; source++) dx[source].add(left(tiles.VU, L * source + 16 * t, 16 * n), d);
-        }
-#pragma unroll
-        for (int pair = 0; pair < 4; pair++) {
-            const float2 all = times_K(pair),
-                         e_q = *reinterpret_cast<const float2*>(&tiles.e[row(pair) + 1][column(m, pair)]),
-                         e_k = {__fdividef(1.0f, e_q.x), __fdividef(1.0f, e_q.y)};
-            const float *dk = dx[0].x + 2 * pair, *db = dx[1].x + 2 * pair;
-            store(x.dk, m, pair, {e_k.x * dk[0], e_k.y * dk[1]});
-            store(x.db, m, pair, {e_k.x * db[0], e_k.y * db[1]});
-            leaving.x[2 * pair] += all.x, leaving.x[2 * pair + 1] += all.y;
-        }
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
-            if (n / 2 % 2) continue;  // a column has its upper 8 tokens in x[n], the lower 8 in x[n + 2]
-            const float behind = running_sums<false>(h.x[n], h.x[n + 2]);
-            const float before = running_sums<true>(leaving.x[n], leaving.x[n + 2]);
-            if (Lane().i == 0) tiles.across[t][column(m, n / 2) + n % 2] = t == 1 ? behind : before;
-        }
-#pragma unroll
-        for (int n = 0; n < 8; n++) dg[m].x[n] = h.x[n] - a_da.x[n] + leaving.x[n];
-    }
-
-    // dw, after a barrier.
-    __device__ void end(int m) const {
-#pragma unroll
-        for (int pair = 0; pair < 4; pair++) {
-            const int j = column(m, pair);
-            const float2 logit = pair_at(w, row(pair), j);
-            float2 dw = {dg[m].x[2 * pair] + tiles.across[1 - t][j], dg[m].x[2 * pair + 1] + tiles.across[1 - t][j + 1]};
-#pragma unroll
-            for (int n = 0; n < WARPS; n++) dw.x += tiles.diagonal[n][j], dw.y += tiles.diagonal[n][j + 1];
-            const Sigmoid x0 = sigmoid(logit.x), x1 = sigmoid(logit.y);
-            store(x.dw, m, pair, {dw.x * MINUS_RATE * x0.plus * x0.minus, dw.y * MINUS_RATE * x1.plus * x1.minus});
+            store(x.dw, t, dg[t]);
         }
     }
 };
@@ -456,6 +438,7 @@ struct Traits {
     static constexpr bool mirror = MODE == GRADIENTS || MODE == TRANSITION_MIRRORED;
     static constexpr bool transition = MODE == TRANSITION || MODE == TRANSITION_MIRRORED;
     static constexpr bool gradients = MODE == GRADIENTS;
+    static constexpr int states = transition ? 2 : 1;
     using Tiles = std::conditional_t<gradients, GradientTiles, WalkTiles>;
     // Without gradients the lower half of `in`, which is the last member, is not used.
     static constexpr size_t smem = sizeof(Tiles) - (gradients ? 0 : sizeof(Row) * L);
@@ -472,137 +455,160 @@ __device__ inline void set_identity(Block (&S)[4], int warp) {
     }
 }
 __device__ inline void store_split(const Block (&S)[4], bf16* parts, int warp) {
-    const Lane lane;
 #pragma unroll
     for (int m = 0; m < 4; m++) {
         Factor part[2];
         split(S[m], part[0], part[1]);
 #pragma unroll
-        for (int p = 0; p < 2; p++) {
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                bf16* place = parts + p * N * N + (16 * warp + lane.i + n % 2 * 8) * N + 16 * m + lane.j + n / 2 * 8;
-                *reinterpret_cast<uint32_t*>(place) = part[p].x[n];  // (by memcpy it would be four stores of a byte)
-            }
+        for (int n = 0; n < 4; n++) {
+            const Four x = four_in_a_row(part[n / 2], n % 2);
+            store(parts + n / 2 * N * N + (16 * warp + x.row) * N + 16 * m + x.column, x.words);
         }
     }
 }
 
 // So many blocks fit into the 227 KB of an H100's multiprocessor; registers must suffice for them too.
 template <Mode MODE>
-__global__ void __launch_bounds__(THREADS, MODE == GRADIENTS ? 2 : 3) wkv7_walk_kernel(Sizes sizes, Tensors x) {
+__global__ void __launch_bounds__(THREADS, MODE == FORWARD ? 3 : 2) wkv7_walk_kernel(Sizes sizes, Tensors x) {
     using M = Traits<MODE>;
     using Direction = Walk<M::mirror>;
     typename M::Tiles& tiles = *reinterpret_cast<typename M::Tiles*>(dyn_smem());
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // so that nvcc knows it is the same in all lanes
     // Of each head all segments; but nothing asks how the walk's last one changes the state.
-    const int64_t each = sizes.segments() - M::transition, block = M::transition ? blockIdx.x / 2 : blockIdx.x;
-    const bool identity = M::transition && blockIdx.x % 2;  // start from the identity, without input
-    const int64_t head = block / each, segment = block % each + (MODE == TRANSITION_MIRRORED);
-    const int64_t cell = head * sizes.segments() + segment;
-    const int64_t first = segment * sizes.segment_chunks, end = lesser(first + sizes.segment_chunks, sizes.chunks());
-    const int64_t T = sizes.T, stride = sizes.H * N, offset = sizes.offset(head);
+    const unsigned each = sizes.segments - M::transition;
+    const unsigned head = blockIdx.x / each, segment = blockIdx.x % each + (MODE == TRANSITION_MIRRORED);
+    const int64_t cell = int64_t{head} * sizes.segments + segment;
+    const int first = segment * sizes.segment_chunks;  // a chunk's number; below, the count of this segment's
+    const int count = lesser(sizes.segment_chunks, sizes.chunks - first);
+    const int stride = sizes.H * N;  // from a token to the next
+    const int64_t offset = sizes.offset(head);
     Row* const reads = M::mirror ? tiles.K : tiles.Q;   // what the state is multiplied with
     Row* const writes = M::mirror ? tiles.Q : tiles.K;  // and what is written into it
     const float* e_before = M::mirror ? tiles.e_end : tiles.e_middle;
     const float* e_after = M::mirror ? tiles.e_middle : tiles.e_end;
 
-    const auto token_of = [&](int64_t n) { return L * (M::mirror ? end - 1 - n : first + n); };
-    const auto prefetch = [&](int64_t n) {
-        if (first + n < end) {
-            fetch(tiles.r, x.r + offset, stride, token_of(n), T), fetch(tiles.k, x.k + offset, stride, token_of(n), T);
-            fetch(tiles.a, x.a + offset, stride, token_of(n), T), fetch(tiles.b, x.b + offset, stride, token_of(n), T);
-            fetch(tiles.w[n % 2], x.w + offset, stride, token_of(n), T);
+    struct Chunk {
+        int64_t token, at;  // its first one; where it is in [B,T,H,N]
+        int tokens;         // that exist
+    };
+    const auto chunk = [&](int n) {
+        const int64_t token = int64_t{L} * (first + (M::mirror ? count - 1 - n : n));
+        return Chunk{token, offset + token * stride, static_cast<int>(lesser(sizes.T - token, L))};
+    };
+    const auto prefetch = [&](int n) {
+        if (n < count) {
+            const Chunk c = chunk(n);
+            fetch(tiles.r, x.r + c.at, stride, c.tokens), fetch(tiles.k, x.k + c.at, stride, c.tokens);
+            fetch(tiles.a, x.a + c.at, stride, c.tokens), fetch(tiles.b, x.b + c.at, stride, c.tokens);
+            fetch(tiles.w[n % 2], x.w + c.at, stride, c.tokens);
         }
         cp_async_commit();
     };
+    const auto write = [&](int n) { write_out(tiles.out, x.out + chunk(n).at, stride, chunk(n).tokens); };
 
-    Block S[4];  // mirrored: D
-    if (!M::transition) load_state(S, x.start + cell * N * N, warp);
-    if (identity) set_identity(S, warp);
+    Block S[M::states][4];  // mirrored: D. A transition walks from 0, with input, and from the identity without
+    if constexpr (M::transition) {
+        set_identity(S[1], warp);
+    } else {
+        load_state(S[0], x.start + cell * N * N, warp);
+    }
     prefetch(0);
-    for (int64_t n = 0; first + n < end; n++) {
-        const int64_t token = token_of(n);
-        const int tokens = static_cast<int>(lesser(T - token, L));
+    for (int n = 0; n < count; n++) {
+        const Chunk c = chunk(n);
         cp_async_wait<0>();
         __syncthreads();  // inputs are here; all is done with the chunk before
-        if (!M::transition && n > 0) write_out(tiles.out, x.out + offset, stride, token_of(n - 1), T);
-        fetch(tiles.in, (M::mirror ? x.dy : x.v) + offset, stride, token, identity ? 0 : T);
-        if constexpr (M::gradients) fetch(tiles.VU, x.v + offset, stride, token, T);
+        if (!M::transition && n > 0) write(n - 1);
+        fetch(tiles.in, (M::mirror ? x.dy : x.v) + c.at, stride, c.tokens);
+        if constexpr (M::gradients) fetch(tiles.VU, x.v + c.at, stride, c.tokens);
         cp_async_commit();
-        factors(tiles, tiles.w[n % 2], warp, tokens);
-        __syncthreads();
-        prefetch(n + 1);
-        products(tiles, warp);
-        cp_async_wait<1>();
-        __syncthreads();
-
-        uint4* saved = x.saved + ((head * sizes.chunks() + token / L) * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
-        Factor before[4];  // S~; mirrored: D~
+        uint4* saved = x.saved + ((int64_t{head} * sizes.chunks + c.token / L) * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
+        Factor S_before[4];  // if gradients are computed: S~ of the forward walk. It takes as long as the factors do
         if constexpr (M::gradients) {
 #pragma unroll
             for (int m = 0; m < 4; m++) {
                 const uint4 s = saved[32 * m];
-                before[m] = {{s.x, s.y, s.z, s.w}};
-                put(tiles.S, 16 * warp, 16 * m, before[m]);
+                S_before[m] = {{s.x, s.y, s.z, s.w}};
             }
-            Block X[2], U[2];
-            const Factor V[2] = {left_t(tiles.VU, 0, 16 * warp), left_t(tiles.VU, 16, 16 * warp)};
-            Walk<false>::begin(X, 1, before, V, tiles.Q, tiles.A);
-            Walk<false>::solve(U, X, tiles.A);
-            put_transposed(tiles.VU, L, 16 * warp, U);
+        }
+        factors(tiles, tiles.w[n % 2], warp, c.tokens);
+        __syncthreads();
+        prefetch(n + 1);
+        Block diagonal_of_A[2];
+        masked_product(tiles.A, tiles.Q, tiles.K, warp / 2, warp % 2, diagonal_of_A);
+        if (warp == 3) invert(tiles, diagonal_of_A);
+        cp_async_wait<1>();
+        __syncthreads();
+
+        Factor before[M::states][4];  // S~; mirrored: D~
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+#pragma unroll
+            for (int i = 0; i < M::states; i++) {
+                S[i][m].scale_columns(e_before + 16 * m), before[i][m] = S[i][m].round();
+            }
         }
 #pragma unroll
         for (int m = 0; m < 4; m++) {
-            S[m].scale_columns(e_before + 16 * m);
-            before[m] = S[m].round();
-            if constexpr (M::gradients) put(tiles.D, 16 * warp, 16 * m, before[m]);
-            if (MODE == FORWARD && x.saved) {
-                const uint32_t(&s)[4] = before[m].x;
+            if constexpr (M::gradients) {
+                put(tiles.S, 16 * warp, 16 * m, S_before[m]), put(tiles.D, 16 * warp, 16 * m, before[0][m]);
+            } else if (MODE == FORWARD && x.saved) {
+                const uint32_t(&s)[4] = before[0][m].x;
                 saved[32 * m] = {s[0], s[1], s[2], s[3]};
             }
         }
-        if constexpr (M::gradients) diagonal(tiles, warp);
         const Factor in[2] = {left_t(tiles.in, 0, 16 * warp), left_t(tiles.in, 16, 16 * warp)};
-        Block X[2], U[2];  // mirrored: dU, Z
-        Direction::begin(X, 1, before, in, reads, tiles.A);
-        Direction::solve(U, X, tiles.A);
-        const Factor u[2] = {U[0].round(), U[1].round()};
-        if constexpr (M::gradients) put_transposed(tiles.in, L, 16 * warp, U);
+        Block X[M::states][2], U[M::states][2];  // mirrored: dU, Z
+#pragma unroll
+        for (int i = 0; i < M::states; i++) {
+            Direction::add_state(X[i], 1, before[i], reads);
+            if (i == 0) Direction::add_input(X[i], 1, in, tiles.A);
+            Direction::solve(U[i], X[i], tiles.A);
+        }
+        if constexpr (M::gradients) {  // U as in the forward walk
+            Block X[2], forward_U[2];
+            const Factor V[2] = {left_t(tiles.VU, 0, 16 * warp), left_t(tiles.VU, 16, 16 * warp)};
+            Walk<false>::add_state(X, 1, S_before, tiles.Q), Walk<false>::add_input(X, 1, V, tiles.A);
+            Walk<false>::solve(forward_U, X, tiles.A);
+            put_transposed(tiles.in, L, 16 * warp, U[0]), put_transposed(tiles.VU, L, 16 * warp, forward_U);
+        }
         if constexpr (!M::transition) {
             Block Y[2];  // mirrored: dV
-            Direction::begin(Y, 0, before, in, reads, tiles.A);
-            Direction::end(Y, u, tiles.A);
+            Direction::add_state(Y, 0, before[0], reads), Direction::add_input(Y, 0, in, tiles.A);
+            Direction::end(Y, {U[0][0].round(), U[0][1].round()}, tiles.A);
             put_transposed(tiles.out, 0, 16 * warp, Y);
+        }
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                S[0][m].add(in[t], right(writes, 16 * t, 16 * m));
+                const Factor write = right(writes, L + 16 * t, 16 * m);
+#pragma unroll
+                for (int i = 0; i < M::states; i++) S[i][m].add(U[i][t].round(), write);
+            }
+        }
+        if constexpr (M::gradients) {
+            diagonal(tiles, warp);
+            __syncthreads();
+            Block diagonal_of_P[2];
+            masked_product(tiles.A, tiles.in, tiles.VU, warp / 2, warp % 2, diagonal_of_P);
+            __syncthreads();
+            Gradients{tiles, x, warp, c.at, stride, c.tokens}.compute(tiles.w[n % 2]);
         }
 #pragma unroll
         for (int m = 0; m < 4; m++) {
 #pragma unroll
-            for (int t = 0; t < 2; t++) {
-                S[m].add(in[t], right(writes, 16 * t, 16 * m));
-                S[m].add(u[t], right(writes, L + 16 * t, 16 * m));
-            }
-            S[m].scale_columns(e_after + 16 * m);
-        }
-        if constexpr (M::gradients) {
-            __syncthreads();
-            gradient_of_A(tiles, warp % 2, warp / 2);
-            __syncthreads();
-            Gradients d{tiles, x, tiles.w[n % 2], warp % 2, warp / 2 * 2, offset + token * stride,
-                        static_cast<int>(stride), tokens};
-            d.begin(0), d.begin(1);
-            __syncthreads();
-            d.end(0), d.end(1);
+            for (int i = 0; i < M::states; i++) S[i][m].scale_columns(e_after + 16 * m);
         }
     }
     cp_async_wait<0>();
     if constexpr (M::transition) {
         float* to = x.transitions + cell * 2 * N * N;
-        identity ? store_split(S, reinterpret_cast<bf16*>(to + N * N), warp) : store_state(S, to, warp);
+        store_state(S[0], to, warp), store_split(S[1], reinterpret_cast<bf16*>(to + N * N), warp);
     } else {
         __syncthreads();
-        write_out(tiles.out, x.out + offset, stride, token_of(end - first - 1), T);
-        if (segment == (M::mirror ? 0 : sizes.segments() - 1)) store_state(S, x.end + head * N * N, warp);
+        write(count - 1);
+        if (segment == (M::mirror ? 0 : sizes.segments - 1)) store_state(S[0], x.end + int64_t{head} * N * N, warp);
     }
 }
 
@@ -620,7 +626,7 @@ __global__ void __launch_bounds__(THREADS)
 wkv7_scan_kernel(Sizes sizes, const float* state, const float* transitions, float* start) {
     ScanTiles& tiles = *reinterpret_cast<ScanTiles*>(dyn_smem());
     const int warp = threadIdx.x / 32;
-    const int64_t head = blockIdx.x, segments = sizes.segments();
+    const int64_t head = blockIdx.x, segments = sizes.segments;
     const auto cell = [&](int64_t n) { return head * segments + (MIRROR ? segments - 1 - n : n); };
     const auto fetch_M = [&](int64_t n) {
         const bf16* parts = reinterpret_cast<const bf16*>(transitions + (2 * cell(n) + 1) * N * N);
@@ -629,16 +635,17 @@ wkv7_scan_kernel(Sizes sizes, const float* state, const float* transitions, floa
         }
         cp_async_commit();
     };
-    Block S[4];
+    Block S[4], gain[4];  // of this segment: N
     load_state(S, state + head * N * N, warp);
     fetch_M(0);
+    load_state(gain, transitions + 2 * cell(0) * N * N, warp);
     for (int64_t n = 0; n < segments - 1; n++) {
         store_state(S, start + cell(n) * N * N, warp);
         fetch_M(n + 1);
         Factor high[4], low[4];
 #pragma unroll
-        for (int m = 0; m < 4; m++) split(S[m], high[m], low[m]);
-        load_state(S, transitions + 2 * cell(n) * N * N, warp);
+        for (int m = 0; m < 4; m++) split(S[m], high[m], low[m]), S[m] = gain[m];
+        if (n + 2 < segments) load_state(gain, transitions + 2 * cell(n + 1) * N * N, warp);
         cp_async_wait<1>();
         __syncthreads();
         const Row *M_high = tiles.M[n % 2][0], *M_low = tiles.M[n % 2][1];
@@ -664,17 +671,17 @@ int run(Sizes sizes, Tensors x, const float* state, float* scratch, void* stream
     constexpr bool MIRROR = Traits<MODE>::mirror;
     constexpr Mode CROSS = MIRROR ? TRANSITION_MIRRORED : TRANSITION;
     x.start = state;
-    if (sizes.segments() > 1) {
-        float* start = scratch + sizes.cells() * 2 * N * N;
+    if (sizes.segments > 1) {
+        float* start = scratch + sizes.cells * 2 * N * N;
         x.start = start, x.transitions = scratch;
-        int error = launch(wkv7_walk_kernel<CROSS>, 2 * (sizes.cells() - sizes.heads()), THREADS, Traits<CROSS>::smem,
+        int error = launch(wkv7_walk_kernel<CROSS>, sizes.cells - sizes.heads, THREADS, Traits<CROSS>::smem,
                            stream, sizes, x);
         if (error) return error;
-        error = launch(wkv7_scan_kernel<MIRROR>, sizes.heads(), THREADS, sizeof(ScanTiles), stream, sizes, state,
+        error = launch(wkv7_scan_kernel<MIRROR>, sizes.heads, THREADS, sizeof(ScanTiles), stream, sizes, state,
                        static_cast<const float*>(scratch), start);
         if (error) return error;
     }
-    return launch(wkv7_walk_kernel<MODE>, sizes.cells(), THREADS, Traits<MODE>::smem, stream, sizes, x);
+    return launch(wkv7_walk_kernel<MODE>, sizes.cells, THREADS, Traits<MODE>::smem, stream, sizes, x);
 }
 
 static_assert(sizeof(GradientTiles) <= 99 * 1024, "consumer cards have no more");

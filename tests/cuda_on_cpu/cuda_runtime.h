@@ -423,6 +423,18 @@ void load_matrices(uint32_t (&x)[4], const void* row, bool transposed, const cha
     memcpy(x, mine.x, sizeof x);
 }
 
+uint32_t transpose_matrix(uint32_t x, const char* file, int line) {
+    warp_meets("movmatrix", file, line, x, [](auto of) {
+        uint16_t rows[8][8];
+        for (int lane = 0; lane < 32; lane++) memcpy(&rows[lane / 4][lane % 4 * 2], &of(lane), 4);
+        for (int lane = 0; lane < 32; lane++) {
+            const int i = lane / 4, j = lane % 4 * 2;
+            of(lane) = rows[j][i] | uint32_t{rows[j + 1][i]} << 16;
+        }
+    });
+    return x;
+}
+
 void wait_for_copies(int newest) {
     Thread& thread = threads[current];
     while (!thread.copies.empty() && thread.copies.front().group < thread.groups - newest) {
@@ -439,6 +451,9 @@ void ldmatrix(uint32_t (&x)[4], const void* row, const char* file = __builtin_FI
 void ldmatrix_trans(uint32_t (&x)[4], const void* row, const char* file = __builtin_FILE(),
                     int line = __builtin_LINE()) {
     cuda_cpu::load_matrices(x, row, true, file, line);
+}
+uint32_t transpose(uint32_t x, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return cuda_cpu::transpose_matrix(x, file, line);
 }
 
 // c (16x8) += a (16x16) b (16x8), products of bf16 summed in fp32, in the order of k.

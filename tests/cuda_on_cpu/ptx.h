@@ -249,6 +249,8 @@ void mma(std::array<float*, 4> c, std::array<uint32_t, 4> a, std::array<uint32_t
     for (int n = 0; n < 4; n++) *c[n] = sums[n];
 }
 
+void movmatrix(uint32_t& target, uint32_t x, Where where) { target = transpose(x, where.source, where.line); }
+
 // clamp 31, no segments: the whole warp
 void shuffle_xor(uint32_t& target, uint32_t x, uint32_t bits, uint32_t clamp, uint32_t mask, Where where) {
     if (clamp != 31) cuda_cpu::fail("a shuffle in segments");
