@@ -3146,7 +3146,9 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
 # 9. Files: written whole or not at all; described, so that nothing is merged or resumed where it does not belong.
 # ======================================================================================================================
 
-DESCRIPTION = "pissa_rwkv.json"                                       # the key of a file's description: JSON as bytes
+# A .pth is a zip. In it, beside what torch writes, lies what the file says of itself: no tensor, for some programs take
+# or count all the tensors there are.
+DESCRIPTION = "archive/pissa_rwkv.json"
 
 
 def aged(path: Path, age: int) -> Path:
@@ -3161,7 +3163,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
+        with open(part, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -3203,19 +3205,25 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = 
     for name, t in tensors.items():
         if t.untyped_storage().nbytes() > t.nbytes:                   # a view: torch.save would write all of its buffer
             tensors[name] = t.clone()
-    if about is not None:
-        tensors[DESCRIPTION] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8).clone()
-    write_whole(path, lambda file: torch.save(tensors, file), keep)
+
+    def write(file: IO[bytes]) -> None:
+        torch.save(tensors, file)
+        if about is not None:
+            with zipfile.ZipFile(file, "a") as archive:
+                archive.writestr(zipfile.ZipInfo(DESCRIPTION), json.dumps(about))         # (which has no time of now)
+
+    write_whole(path, write, keep)
 
 
 def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
-    about = tensors.pop(DESCRIPTION, None)
+    with zipfile.ZipFile(path) as archive:
+        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
-    return tensors, read_description(about, f"{what} {path}") if about is not None else {}
+    return tensors, read_description(about, f"{what} {path}")
 
 
 def is_number(x: Any) -> bool:
@@ -3236,15 +3244,15 @@ DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not on
 }
 
 
-def read_description(about: Tensor, file: str) -> dict[str, Any]:
+def read_description(about: bytes, file: str) -> dict[str, Any]:
     try:
-        described = json.loads(bytes(about.tolist()) if about.dim() == 1 else b"")
+        described = json.loads(about)
         odd = [item for item, fits in DESCRIBED.items() if item in described and not fits(described[item])]
     except (ValueError, TypeError, RecursionError):
         described, odd = None, []
     if odd or not isinstance(described, dict):
         found = f"{odd[0]} {described[odd[0]]!r}" if odd else "no JSON object"
-        raise Fatal(f"{file}: its description, {DESCRIPTION}, holds {found}; the file is of no use")
+        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {found}; the file is of no use")
     return described
 
 

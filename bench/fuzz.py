@@ -143,9 +143,13 @@ def within(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def saved(tensors: object) -> bytes:
+def saved(tensors: object, data: bytes) -> bytes:
+    """A .pth of these, with the description of another."""
     with unwarned():
         torch.save(tensors, file := io.BytesIO())
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "a") as new:
+        if P.DESCRIPTION in old.namelist():
+            new.writestr(P.DESCRIPTION, old.read(P.DESCRIPTION))
     return file.getvalue()
 
 
@@ -155,7 +159,7 @@ def with_tensor(change: Callable[[torch.Tensor], object]) -> Damage:
         tensors = torch.load(io.BytesIO(data), weights_only=True)
         name = draw.choice([n for n, t in tensors.items() if t.is_floating_point()])
         with unwarned():
-            return saved({**tensors, name: change(tensors[name])})
+            return saved({**tensors, name: change(tensors[name])}, data)
     return damage
 
 
@@ -170,7 +174,7 @@ def spoilt(value: float) -> Damage:
 def with_names(change: Callable[[dict, str], dict]) -> Damage:
     def damage(draw: random.Random, data: bytes) -> bytes:
         tensors = torch.load(io.BytesIO(data), weights_only=True)
-        return saved(change(tensors, draw.choice([*tensors])))
+        return saved(change(tensors, draw.choice([*tensors])), data)
     return damage
 
 
@@ -197,11 +201,12 @@ def hostile(function: Callable, *args: object) -> Damage:
 def described(**items: object) -> Damage:
     """The file with something else in its description."""
     def damage(draw: random.Random, data: bytes) -> bytes:
-        tensors = torch.load(io.BytesIO(data), weights_only=True)
         name, value = draw.choice([*items.items()])
-        about = json.loads(bytes(tensors[P.DESCRIPTION].tolist())) | {name: value}
-        text = json.dumps(about if name != "all" else value).encode()
-        return saved({**tensors, P.DESCRIPTION: torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+
+        def other(part: bytes) -> bytes:
+            return json.dumps(json.loads(part) | {name: value} if name != "all" else value).encode()
+
+        return zipped(lambda n, part: [(n, other(part) if n == P.DESCRIPTION else part)])(draw, data)
     return damage
 
 

@@ -214,10 +214,8 @@ def write_shards():
     Path("empty.tar").touch()
 
 
-def describe_anew(file, tensors, **items):
-    about = json.loads(bytes(tensors[P.DESCRIPTION].tolist())) | items
-    text = torch.tensor([*json.dumps(about).encode()], dtype=torch.uint8)
-    torch.save({**tensors, P.DESCRIPTION: text}, file)
+def describe_anew(file, tensors, about, **items):
+    P.save(file, tensors, about | items)
 
 
 def write_runs():
@@ -226,31 +224,31 @@ def write_runs():
     assert P.main(shlex.split(f"{GOOD} --proj_dir run-seed --random_seed 5")) == 0
     assert P.main(shlex.split(f"{GOOD} --proj_dir run-lora --peft lora")) == 0
     resume = Path("run/resume.pth").read_bytes()
-    tensors = P.read_pth("run/resume.pth", "")
+    tensors, about = P.read_described("run/resume.pth", "")
     for name, write in {
         "cut": lambda f: f.write_bytes(resume[: len(resume) // 2]),
         "flipped": lambda f: f.write_bytes(resume.replace(b"PK\3\4", b"PK\3\5", 3)),
         "model": lambda f: shutil.copy("m.pth", f),
-        "step": lambda f: describe_anew(f, tensors, step="1"),
-        "text": lambda f: describe_anew(f, tensors, dtype="float4"),
-        "nan": lambda f: torch.save({**tensors, "v": tensors["v"] * torch.nan}, f),
-        "short": lambda f: torch.save({**tensors, "v": tensors["v"][:5]}, f),
-        "rng": lambda f: torch.save({**tensors, "rng": tensors["rng"][:, :99]}, f),
-        "t": lambda f: torch.save({**tensors, "t": torch.tensor(-1)}, f),
-        "no-m": lambda f: torch.save({k: t for k, t in tensors.items() if k != "m"}, f),
+        "step": lambda f: describe_anew(f, tensors, about, step="1"),
+        "text": lambda f: describe_anew(f, tensors, about, dtype="float4"),
+        "nan": lambda f: P.save(f, {**tensors, "v": tensors["v"] * torch.nan}, about),
+        "short": lambda f: P.save(f, {**tensors, "v": tensors["v"][:5]}, about),
+        "rng": lambda f: P.save(f, {**tensors, "rng": tensors["rng"][:, :99]}, about),
+        "t": lambda f: P.save(f, {**tensors, "t": torch.tensor(-1)}, about),
+        "no-m": lambda f: P.save(f, {k: t for k, t in tensors.items() if k != "m"}, about),
         "init": lambda f: shutil.copy("run-seed/init_pissa.pth", f.with_name("init_pissa.pth")),
         "no-init": lambda f: f.with_name("init_pissa.pth").unlink(),
     }.items():
         shutil.copytree("run", f"run-{name}", ignore=shutil.ignore_patterns("resume.1.pth"))  # nothing to fall back on
         write(Path(f"run-{name}/resume.pth"))
-    tensors = P.read_pth("run/rwkv-0.pth", "")
-    describe_anew("run-method.pth", tensors, peft="dora")
-    describe_anew("run-rank.pth", tensors, rank=0)
+    tensors, about = P.read_described("run/rwkv-0.pth", "")
+    describe_anew(Path("run-method.pth"), tensors, about, peft="dora")
+    describe_anew(Path("run-rank.pth"), tensors, about, rank=0)
     # As RWKV-PEFT writes them: without a description.
     Path("plain").mkdir()
     for name in ("init_pissa.pth", "rwkv-0.pth"):
-        torch.save({k: t for k, t in P.read_pth(f"run/{name}", "").items() if k != P.DESCRIPTION}, f"plain/{name}")
-    lora = {k: t for k, t in P.read_pth("run-lora/rwkv-0.pth", "").items() if k != P.DESCRIPTION}
+        torch.save(P.read_pth(f"run/{name}", ""), f"plain/{name}")
+    lora = P.read_pth("run-lora/rwkv-0.pth", "")
     torch.save(lora, "plain/lora.pth")
     torch.save({k: t + 1e20 for k, t in lora.items()}, "plain/large.pth")
     Path("merged").mkdir()

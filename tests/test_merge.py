@@ -11,7 +11,7 @@ import torch
 from conftest import load_model, logits_of, random_tensors
 
 import merge as command
-from pissa_rwkv import DESCRIPTION, Config, Fatal, build, merge_files, parse, train
+from pissa_rwkv import Config, Fatal, build, merge_files, parse, read_described, save, train
 
 TOKENS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 26, 43, 0, 83, 27]
 MATRICES = [f"blocks.{i}.{m}" for i in range(2) for m in (
@@ -48,11 +48,12 @@ def exact(run, name, scale):
 
 def spoilt(path, change):
     """Rewrites a file."""
-    torch.save(change(torch.load(path, weights_only=True)), path)
+    tensors, about = read_described(path, "")
+    save(path, change(tensors), about or None)
 
 
 def without_description(path):
-    spoilt(path, lambda t: {n: x for n, x in t.items() if n != DESCRIPTION})
+    torch.save(torch.load(path, weights_only=True), path)
 
 
 # ------------------------------------------------------------------------------------------------------ what is merged
@@ -216,7 +217,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(wrong, model_file, tm
 def test_a_base_of_another_width_is_refused_with_both_widths(n_embd, model_file, tmp_path):
     run = finished(tmp_path / "run", model_file(n_embd=128))
     spoilt(run.checkpoint, lambda t: {n: x for n, x in t.items() if ".lora_" in n})
-    without_description(run.init)
+    without_description(run.checkpoint), without_description(run.init)
     with pytest.raises(Fatal, match=r"blocks\.0\.att\.receptance") as error:
         merged(run, base=model_file(name="other.pth", n_embd=n_embd))
     assert f"[{n_embd}, {n_embd}]" in str(error.value) and "lora_A [4, 128]" in str(error.value)

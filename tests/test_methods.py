@@ -361,6 +361,13 @@ def test_options_as_rwkv_peft_writes_them(words, wanted):
     assert (cfg.peft, cfg.rank, cfg.bone_mode, cfg.adapter_load) == wanted
 
 
+def test_a_file_holds_nothing_but_what_was_trained(place):
+    """Programs that take up a state count the layers of such a file."""
+    if not (file := place / "state-none" / "rwkv-0.pth").exists():
+        finished(place, "state-none", "state")
+    assert [*torch.load(file, weights_only=True)] == [f"blocks.{i}.att.time_state" for i in range(2)]
+
+
 def test_what_a_file_says_of_itself(place):
     """So that it is merged and loaded where it belongs."""
     for method, wanted in (("bone", dict(peft="bone", mode="bone", rank=6)), ("bat", dict(mode="bat", rank=4)),
@@ -368,5 +375,5 @@ def test_what_a_file_says_of_itself(place):
         file = place / f"{method}-nf4" / "rwkv-0.pth"
         if not file.exists():
             finished(place, f"{method}-nf4", method, quant="nf4")
-        about = json.loads(bytes(torch.load(file, weights_only=True)[P.DESCRIPTION].tolist()))
+        about = P.read_described(file, "")[1]
         assert about.items() >= (wanted | dict(quant="nf4", version="x070", dtype="float32")).items()

@@ -104,7 +104,6 @@ def test_the_tutorials_command(tmp_path, capfd):
     assert files(folder) == ["init_pissa.pth", "resume.pth", "rwkv-0.pth", "rwkv-1.pth"]
     for name, prefix in (("init_pissa.pth", "init_lora_"), ("rwkv-1.pth", "lora_")):
         tensors = P.read_pth(folder / name, "")
-        tensors.pop(P.DESCRIPTION)
         assert {t.dtype for t in tensors.values()} == {torch.float32}
         factors = {f"{m}.{prefix}{x}" for m in ADAPTED for x in "AB"}
         others = tensors.keys() - factors
@@ -582,7 +581,7 @@ def test_a_new_model_is_pretrained_without_a_base(tmp_path):
     small = "--data_type dummy --op torch --ctx_len 16 --micro_bsz 2 --epoch_steps 2 --rank 4"
     assert P.main(f"--peft none --n_layer 1 --n_embd 64 {small} --proj_dir {tmp_path}/out".split()) == 0
     model = torch.load(tmp_path / "out" / "rwkv-0.pth", weights_only=True)
-    assert P.detect(model, "").n_layer == 1 and P.DESCRIPTION not in model
+    assert P.detect(model, "").n_layer == 1 and P.read_described(tmp_path / "out" / "rwkv-0.pth", "")[1] == {}
     assert P.main(f"--load_model {tmp_path}/out/rwkv-0.pth {small} --proj_dir {tmp_path}/next".split()) == 0
 
 
