@@ -86,10 +86,18 @@ def read_legacy_int8(parts: P.Parts, shape: torch.Size, dtype: torch.dtype) -> T
 QUANT = P.QUANT | {"legacy_int8": P.Quant(hold_legacy_int8, read_legacy_int8)}
 
 
+def quant_of(args: argparse.Namespace) -> str:
+    """--quant in our words: a run of RWKV-PEFT's, whose files describe nothing, had another code called int8."""
+    if args.quant != "int8" or P.read_described(args.lora_checkpoint, "--lora_checkpoint")[1]:
+        return args.quant
+    P.say(f"--quant int8: {args.lora_checkpoint} is RWKV-PEFT's, whose int8 is called legacy_int8 here; taking that")
+    return "legacy_int8"
+
+
 def merge_to_model(args: argparse.Namespace) -> None:
     """The full model, in the format that --output is named after."""
-    merge_files(args.type, args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha,
-                pick(FORMAT, "--output ends in", Path(args.output).suffix), args.quant, QUANT)
+    merge_files(TYPE[args.type][0], args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha,
+                pick(FORMAT, "--output ends in", Path(args.output).suffix), quant_of(args), QUANT)
     P.say(f"merged: {args.output}")
 
 
@@ -144,7 +152,7 @@ def write_lora(args: argparse.Namespace) -> None:
 
 # --type -> what was trained, what makes the file
 TYPE = {name: (name, merge_to_model) for name, method in P.ADAPTER.items() if not method.whole}
-TYPE |= {"pissa2lora": ("pissa", write_lora)}
+TYPE |= {"disha": TYPE["bone"], "pissa2lora": ("pissa", write_lora)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -159,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, help="where the full model, or the LoRA, goes")
     p.add_argument("--quant", default="", help=f"what the base was held as: {', '.join(QUANT)}; ours know that")
     p.add_argument("--lora_alpha", type=float, help="LoRA: alpha; a checkpoint of pissa_rwkv knows its own")
+    p.add_argument("--device", help=argparse.SUPPRESS)                # RWKV-PEFT's: where to compute, which is the CPU
     return p
 
 

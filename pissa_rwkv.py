@@ -1,8 +1,8 @@
 """pissa_rwkv: fine-tune RWKV-7, 6 and 5 with PiSSA. The whole of it, in one file to be read from top to bottom.
 
-A trained matrix W acts mostly along few directions. PiSSA takes these out, W = W_res + B A, trains A and B, and freezes
-the rest. The run starts exactly where the base model is; what is trained are one or two numbers in a hundred, those
-that matter most. In the end B A is added back, and the file is an ordinary model again.
+A trained matrix W acts along some directions more than along others. PiSSA takes the strongest out, W = W_res + B A,
+trains A and B, and freezes the rest. The run starts exactly where the base model is; what is trained are one to three
+numbers in a hundred. In the end B A is added back, and the file is an ordinary model again.
 
     torchrun pissa_rwkv.py                                                       # a demonstration, 3 minutes on a CPU
     torchrun pissa_rwkv.py --load_model RWKV-x070.pth --data_file chats.jsonl    # your model, your data
@@ -45,8 +45,8 @@ Names. Parameters are called as in the files of the RWKV world; locals bear the 
     sigma                   singular values (S is taken)        (r)             S
     disha                   Bone's matrix D                     (r,out)         D
     time_state              S_0, where it is learnt             (H,N value,N key)
-    codes; absmax, scale    what a quantised matrix is held as  (n/2); (n/64)
-    row; micro-batch; step  what one sequence, one backward, one update take
+    codes; absmax, scale    what a quantised matrix is held as  (n), (n/2); (n/64)
+    row; micro-batch; step  one sequence; the rows of one backward; those of one update
     n                       learnt tokens of an optimiser step
 
 References: RWKV-7 "Goose" arXiv 2503.14456 - RWKV-5/6 "Eagle and Finch" 2404.05892 - PiSSA 2404.02948 - LoRA 2106.09685
@@ -93,7 +93,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 if __name__ == "__main__":
-    # A thread that waits for others turns some 10 us in a circle, then sleeps. (OpenMP's own measure is a hundred times
+    # A thread that waits for others spins for some 10 us, then sleeps. (OpenMP's own measure is a hundred times
     # that: with other programs beside it a step takes ten times as long. It reads this when torch is imported: for the
     # command that pip installs, which imports this file, that is too late.)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -127,7 +127,7 @@ class Fatal(Exception):
 def pick(table: dict[str, Any], flag: str, name: str) -> Any:
     """The row `name` of a table, or an error that lists the rows there are."""
     if name not in table:
-        names = [row for row in table if row]                         # ('' is what stands for the usual one)
+        names = [row for row in table if row]                         # ('' stands for the default)
         raise Fatal(f"{flag} {name}: no such choice; there is {', '.join(map(repr, names))}{nearest(name, names)}")
     return table[name]
 
@@ -217,14 +217,14 @@ class Config:
     lr_final: float = opt(2e-5, "learning rate at the end")
     lr_schedule: str = opt("cos_decay", "cos_decay (cosine), or wsd (constant, then linear over the last part)")
     decay_frac: float = opt(0.2, "wsd: the share of the run that decays", within="(0,1]")
-    warmup_steps: int = opt(0, "linear warm-up")
+    warmup_steps: int = opt(0, "steps of linear warm-up")
     beta1: float = opt(0.9, "Adam's decay of the first moment", within="[0,1)")
     beta2: float = opt(0.99, "Adam's decay of the second moment", within="[0,1)")
     adam_eps: float = opt(1e-8, "Adam's epsilon", within="(0,1e9]")
     moments: str = opt("fp32", "how Adam's moments are held: fp32, or 8bit, which takes 6 bytes a number less")
     weight_decay: float = opt(0.0, "decoupled weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
-    layerwise_lr: bool = opt(True, "learning rate x2 for the decay: w0, before RWKV-7 time_decay")
+    layerwise_lr: bool = opt(True, "doubles the learning rate of the decay: w0, in x060 and x052 time_decay")
     # adapters
     peft: str = opt("pissa", "what is trained: pissa, lora, bone (disha), state, or none (no adapters: everything)")
     rank: int = opt(32, "rank of the adapters")
@@ -237,7 +237,7 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
-    train_parts: tuple = opt(("auto",), "also trained: names with emb head ln time (in RWKV-7 none); auto: time ln")
+    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, ln, time (none in x070); auto: time ln")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start; more lessen its error", within="[1,5]")
     # the machine
@@ -254,7 +254,7 @@ class Config:
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data", within="[0,1e18]")
     # results
     proj_dir: str = opt("out", "folder of the results")
-    epoch_save: int = opt(1, "save after the first of every so many epochs, and after the last", within="[1,1e6]")
+    epoch_save: int = opt(1, "save after this run's first epoch, every so many, and the last", within="[1,1e6]")
     save_steps: int = opt(0, "also write what --resume needs every so many steps")
     keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", within="[1,999]")
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
@@ -288,7 +288,7 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
     "l2warp_sparse": "logits are never all held",
     "avg_loss": "a step's loss is always the mean over its learnt tokens",
     **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
-    "sft_split": "--data_file names the file",
+    "sft_split": "all rows of --data_file are taken",
 }
 
 
@@ -333,7 +333,8 @@ def said(argv: list[str]) -> set[str]:
 
 
 def is_text(x: Any) -> bool:
-    """Whether it is a string of whole characters. (Python lets other bytes of a command line pass, as half ones.)"""
+    """Whether it is a string of whole characters. (Python lets other bytes of a command line pass, as lone surrogates.)
+    """
     try:
         return isinstance(x, str) and x.encode() is not None
     except UnicodeEncodeError:
@@ -363,8 +364,8 @@ def parse(argv: list[str]) -> Config:
     given["grad_cp"] = {"true": "1", "false": "0"}.get(given["grad_cp"].lower(), given["grad_cp"])
     given["peft"] = {"disha": "bone"}.get(given["peft"], given["peft"])  # RWKV-PEFT renamed it
     for f in fields(Config):
-        if isinstance(f.default, tuple) and len(words := given[f.name]) == 1 and words[0].startswith("["):
-            given[f.name] = [str(word) for word in read_json(f.name, words[0], list)]  # as scripts have it: '["ln"]'
+        if isinstance(f.default, tuple):
+            given[f.name] = list_of(f.name, given[f.name])
         if isinstance(f.default, str) and not is_text(given[f.name]):
             raise Fatal(f"--{f.name} {given[f.name]!r}: that is no UTF-8 text")
     for name, reason in WITHOUT_EFFECT.items():
@@ -390,8 +391,18 @@ def parse(argv: list[str]) -> Config:
     return Config(**given)
 
 
-def read_json(option: str, text: str, kind: type = dict) -> Any:
-    """The JSON object, or list, an option was given; an empty one for nothing."""
+def list_of(option: str, words: Sequence[str]) -> Sequence[str]:
+    """Words, also as scripts have them: '["time", "ln"]', or what a shell leaves of that without the outer quotes."""
+    text = " ".join(words)
+    if text[:1] != "[":
+        return words
+    if text[-1] != "]":
+        raise Fatal(f"--{option} {text}: the list is not closed; write words, or a list in brackets")
+    return re.findall(r"""[^][,\s"']+""", text)
+
+
+def read_json(option: str, text: str) -> dict[str, Any]:
+    """The JSON object an option was given; an empty one for nothing."""
     def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [key for i, (key, _) in enumerate(items) if key in dict(items[:i])]
         if twice:
@@ -399,12 +410,12 @@ def read_json(option: str, text: str, kind: type = dict) -> Any:
         return dict(items)
 
     try:
-        value = json.loads(text, object_pairs_hook=once) if text else kind()
+        value = json.loads(text, object_pairs_hook=once) if text else {}
     except json.JSONDecodeError as e:
         raise Fatal(f"--{option}: not valid JSON ({e.msg} at character {e.pos}): {text}") from None
     except (ValueError, RecursionError) as e:                         # numbers of 5000 digits, brackets in brackets
         raise Fatal(f"--{option}: {first_line(e)}: {text[:60]}") from None
-    if not isinstance(value, kind):
+    if not isinstance(value, dict):
         raise Fatal(f'--{option}: an object like {{"key": 1}} is wanted, this is {text}')
     return value
 
@@ -471,14 +482,14 @@ class Ranks:
         return x
 
     def totals(self, *numbers: float) -> list[float]:
-        """Each number summed over the ranks, in fp64. On the host, also where there are GPUs: gloo notices at once that
+        """Each number summed over the ranks, in fp64. On the host, even where there are GPUs: gloo notices at once that
         a rank is lost, and a step begins with such a sum and has another between backward and what NCCL does."""
         if self.size == 1:
             return [*numbers]
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def first(self, action: Callable[[], Any]) -> Any:
-        """What action() returns, which rank 0 does before the others: where it fails, it fails once."""
+        """What action() returns. Rank 0 does it first: if it fails there, the others never try."""
         result = action() if self.rank == 0 else None
         self.totals(0)
         return result if self.rank == 0 else action()
@@ -513,7 +524,7 @@ class Unheard(Ranks):
     """In the place of several ranks, to count bytes: nothing is sent, and what comes back is not looked at."""
 
     def call(self, collective: Callable, *inputs: Any) -> Any:
-        return self
+        return self                                                   # (where a dist.Work is wanted, too: see wait)
 
     def totals(self, *numbers: float) -> list[float]:
         return [*numbers]
@@ -579,7 +590,7 @@ WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what 
     for version, (name, _) in RECURRENCE.items() for op in wkv7_cuda.OPS[name]
 } | {(version, "torch"): lambda ref=ref: ref for version, (_, ref) in RECURRENCE.items()}
 FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
-TRACED_ANYWHERE = ("cuda", "cuda_precise")                             # count bytes without a GPU and unbuilt
+TRACED_ANYWHERE = ("cuda", "cuda_precise")                             # their bytes are counted unbuilt, without a GPU
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
 
 
@@ -683,7 +694,7 @@ class TimeMix(nn.Module):
     """What all versions share: token shift, the WKV memory, a norm per head, the gate, the output projection.
 
     A version adds `project`, which turns tokens into the operator's inputs and the gate, and where it has one
-    `bonus`, which adds to what was read from the memory. The four attributes below tell its files from others'.
+    `bonus`, which adds to what was read from the memory. What its files hold, four attributes tell.
     """
 
     signature: tuple[str, ...]                                        # parameters that no other version has all of
@@ -1022,8 +1033,8 @@ def all_but_read(context: Any, op: Any, *inputs: Any, **options: Any) -> Checkpo
 
 
 def costly(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """What the operator gave, and sums of C products or more: those with a block's matrices, and the first of two thin
-    ones, which are short."""
+    """The operator's output, and products that sum over C terms or more: those with a block's matrices, and the first
+    of two thin ones, which are short."""
     if op is torch.ops.aten.mm.default and inputs[0].shape[1] >= C or op.name().startswith("pissa_rwkv::wkv"):
         return CheckpointPolicy.MUST_SAVE
     return nothing(context, op)
@@ -1378,8 +1389,8 @@ def hold_int8(W: Tensor, dtype: torch.dtype) -> Parts:
 
         scale = fp16(max |w| / 127),  code = round(w / scale);   w ~ code * scale
 
-    n = out * in weights in row-major order; a block is 64 in a row, and the last may be shorter. Magnitudes above 8.3e6
-    overflow the scale; below 4e-6 they are lost.
+    n = out * in weights in row-major order; a block is 64 consecutive ones, maybe fewer at the end. Magnitudes above
+    8.3e6 overflow the scale; below 4e-6 they are lost.
     """
     blocks = in_blocks(W, BLOCK)                                                          # (n/64,64)
     absmax = blocks.abs().amax(1)
@@ -1403,8 +1414,8 @@ def hold_nf4(W: Tensor, dtype: torch.dtype) -> Parts:
 
         absmax = max |w|,  code = the level of NF4 nearest to w / absmax, the lower of two;   w ~ NF4[code] * absmax
 
-    n = out * in weights in row-major order; a block is 64 in a row, the last may be shorter. A byte holds two codes,
-    the first in its high four bits; where n is odd, the last low ones are 7, the code of 0. Of zeros absmax is 0.
+    n = out * in weights in row-major order; a block is 64 consecutive ones, maybe fewer at the end. A byte holds two
+    codes, the first in its high four bits; where n is odd, the last low ones are 7, that of 0. Of zeros absmax is 0.
     """
     blocks, (levels, _) = in_blocks(W, BLOCK), nf4_levels(W.device)                       # (n/64,64)
     absmax = blocks.abs().amax(1).float()
@@ -1473,7 +1484,7 @@ def levels_of_codes(device: torch.device) -> tuple[Tensor, Tensor]:
     return nf4_levels(device)[0], dynamic_levels(device)
 
 
-# On a GPU a program for it takes the place of `read_*`, in one pass: the same parts, the same values.
+# On a GPU a kernel (dequant.cu) takes the place of `read_*`, in one pass: the same parts, the same values.
 fused = partial(dequant.fused, levels=levels_of_codes, say=say)
 QUANT = {"none": Quant(hold_dense, read_dense, lossy=False),
          "int8": Quant(hold_int8, fused("int8", read_int8)),
@@ -1564,7 +1575,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def describe(cls, cfg: Config) -> dict[str, Any]:
-        """What a file of these says of itself, and another must say too that is to go with it."""
+        """What a file of these says of itself; --resume wants all of it again."""
         return {}
 
     @staticmethod
@@ -1654,7 +1665,7 @@ class PiSSALinear(LoRALinear):
 
         A = sqrt(sigma) V^T,  B = U sqrt(sigma),  W_res = W - B A;   y = x W_res^T + x A^T B^T
 
-    which is W at first. What is trained are the directions in which W acts most; the frozen rest is small.
+    which is W at first. What is trained are the directions in which W acts most; the rest is frozen.
     """
 
     taken = ("lora_A", "lora_B")
@@ -1796,7 +1807,7 @@ def adapted(model: RWKV) -> dict[str, Linear]:
     return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, Linear)}
 
 
-def begin(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tuple[Arch, dict[str, Tensor]]:
+def with_time_state(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tuple[Arch, dict[str, Tensor]]:
     """The model to be adapted and its tensors: the base's, and for state tuning zeros where it has no time_state."""
     arch = replace(arch, time_state=arch.time_state or ADAPTER[cfg.peft].state)
     layers = range(arch.pre_ffn, arch.n_layer) if ADAPTER[cfg.peft].state else ()
@@ -1806,7 +1817,7 @@ def begin(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tuple[Arch, di
 
 
 def to_freeze(model: RWKV, cfg: Config) -> dict[str, Linear]:
-    """Of these, the ones that are frozen: all, or where everything is trained none."""
+    """Of the adapted matrices those that are frozen: all, or where everything is trained none."""
     return {} if EVERYTHING in parts_of(cfg) else adapted(model)
 
 
@@ -1867,8 +1878,8 @@ def from_file(
 
 
 def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: str) -> Tensor:
-    """(3) float64, the squared Frobenius norms of W - what is computed with at first, of W - W held like what is
-    frozen, and of W."""
+    """(3) float64, the squared Frobenius norms of W less what is computed with at first, of W less W itself held
+    like what is frozen, and of W."""
     frozen = adapter.frozen
 
     def lost(held: Tensor) -> Tensor:
@@ -1906,7 +1917,7 @@ def in_memory(model: RWKV, name: str) -> Tensor:
 def starts(
     model: RWKV, names: list[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
 ) -> Iterator[tuple[str, Start]]:
-    """The start of one matrix after another. New ones are shared out: each rank decomposes every W-th matrix, and the
+    """The start of one matrix after another. New ones are shared out: each rank decomposes one of `ranks.size`, and the
     others are given its numbers. What a matrix draws depends on its name and the seed alone."""
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     for name in names:
@@ -1996,7 +2007,7 @@ def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: s
 #
 #        tokens   5 6 7 8 0 | 5 6 0 | 9 7 0        3 documents (0 ends each), starts = 0 5 8 11
 #        ctx_len 3, pad     5 6 7 8 | 8 0 | 5 6 0 | 9 7 0     a row of n tokens predicts n-1; windows share one token
-#        ctx_len 3, get     e.g. 7 8 0 5 | 6 0 9 7            any 4 tokens in a row
+#        ctx_len 3, get     e.g. 7 8 0 5 | 6 0 9 7            any 4 consecutive tokens
 #        mask qa            all of them: a document in which a mask finds nothing is learnt whole
 # ======================================================================================================================
 
@@ -2162,9 +2173,14 @@ def typed(field: str, x: Any) -> str:
     return field if isinstance(x, str) else f"{field} ({json_type(x)})"
 
 
+def turn(text: str) -> str:
+    """What one says, without blank lines: a conversation has one between turns, where many a program stops."""
+    return re.sub(r"\s*\n\s*\n", "\n", text.replace("\r\n", "\n").strip())
+
+
 def chat(question: str, answer: str) -> str:
     """The form in which World models were shown conversations."""
-    return f"User: {question.strip()}\n\nAssistant: {answer.strip()}"
+    return f"User: {turn(question)}\n\nAssistant: {turn(answer)}"
 
 
 def read_jsonl(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
@@ -2174,7 +2190,11 @@ def read_jsonl(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
 def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     if len(cfg.sft_fields) != 2:
         raise Fatal(f"--sft_fields takes two names, question and answer; given: {' '.join(cfg.sft_fields)}")
-    return from_texts((chat(*row) for row in read_lines(path, tuple(cfg.sft_fields))), tokenizer, path)
+    rows = [*read_lines(path, tuple(cfg.sft_fields))]
+    if changed := sum(any(turn(text) != text.strip() for text in row) for row in rows):
+        say(f"{path}: of {len(rows):,} rows {changed:,} have blank lines in a question or an answer; these are taken"
+            " out, for a blank line ends a turn")
+    return from_texts(itertools.starmap(chat, rows), tokenizer, path)
 
 
 def read_plain(path: str, tokenizer: ByteTokenizer, cfg: Config, encoding: str = "utf-8") -> Corpus:
@@ -2369,6 +2389,13 @@ def data_type_of(cfg: Config, path: str) -> str:
     raise Fatal(f"--data_file {path}: its name does not tell what it is; say so with --data_type ({', '.join(CORPUS)})")
 
 
+def needs_tokenizer(cfg: Config) -> bool:
+    """Not where the data are tokens of which all are learnt: then nothing is text, and any tokenizer will do."""
+    kinds = {data_type_of(cfg, path) for path in (cfg.data_file, cfg.val_file) if path}
+    masked = cfg.loss_mask and MASK.get(cfg.loss_mask) is not learn_all
+    return bool(masked or cfg.sample_prompt or cfg.tokenizer or cfg.vocab_file or kinds - set(OF_TOKENS) or not kinds)
+
+
 def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:
     refuse_device(path, flag)
     return pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
@@ -2462,21 +2489,27 @@ def learn_all(text: bytes, cfg: Config) -> list[tuple[int, int]]:
 
 
 def learn_assistant(text: bytes, cfg: Config) -> list[tuple[int, int]]:
-    """What an assistant writes: from behind `Assistant:` to the next line that a role begins, or the document's end."""
-    return between(re.compile(rb"^(System|User|Assistant):", re.M), b"Assistant:", text)
+    """What an assistant writes: from after `Assistant:` to the next turn, or the document's end. A turn begins after a
+    blank line, or after a 0; in a document where no answer begins so, wherever a role begins a line."""
+    for start in (rb"(?:\A\s*|\n[ \t\r]*\n|\0)", rb"^"):
+        if spans := between(re.compile(start + rb"(System:|User:|Assistant:)", re.M), b"Assistant:", text):
+            return spans
+    return []
 
 
 def learn_between(text: bytes, cfg: Config) -> list[tuple[int, int]]:
-    """From behind each `mask1` string of --mask_id up to the next `mask0` string."""
+    """From after each `mask1` string of --mask_id up to the next `mask0` string."""
     on, off = mask_strings(cfg)
-    return between(re.compile(re.escape(on) + b"|" + re.escape(off)), on, text)
+    either = b"|".join(map(re.escape, sorted((on, off), key=len, reverse=True)))  # (one may begin with the other)
+    return between(re.compile(b"(" + either + b")"), on, text)
 
 
 def between(mark: re.Pattern, on: bytes, text: bytes) -> list[tuple[int, int]]:
-    """From behind each mark that is `on` to where the next mark begins, or the text ends."""
+    """From after each mark that is `on` to where the next mark begins, or the text ends. (A mark: the pattern's group.)
+    """
     marks = [*mark.finditer(text)]
-    ends = [*(m.start() for m in marks), len(text)][1:]
-    return [(m.end(), end) for m, end in zip(marks, ends, strict=True) if m[0] == on]
+    ends = [*(m.start(1) for m in marks), len(text)][1:]
+    return [(m.end(1), end) for m, end in zip(marks, ends, strict=True) if m[1] == on]
 
 
 def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
@@ -2525,7 +2558,7 @@ class Batch:
                      self.rows)
 
     def chunks(self, size: int) -> Iterator[Batch]:
-        """The batch cut behind every `size` tokens of its rows; the last piece may be shorter."""
+        """The batch cut after every `size` tokens of its rows; the last piece may be shorter."""
         if size >= self.inputs.shape[1]:
             yield self
             return
@@ -2546,6 +2579,7 @@ class Loader:
         self.sampler = cfg.dataload or ("get" if one_text else "pad")
         self.mask = pick(MASK, "--loss_mask", cfg.loss_mask or ("qa" if answers else "pad"))
         self.learnt_whole: set[int] = set()                           # documents in which the mask finds nothing
+        self.barren = 0                                               # rows that are left out, for they teach nothing
         self.learnt_of = lru_cache(maxsize=256)(self.learnt_of)
         self.batch = lru_cache(maxsize=2 * cfg.accumulate_grad_batches)(self.batch)       # of a step and the next
         self.pass_rows, self.span = pick(SAMPLER, "--dataload", self.sampler)(corpus, cfg, self.learnable)
@@ -2576,7 +2610,9 @@ class Loader:
         return learnt[start - starts[first]: stop - starts[first]]
 
     def learnable(self, start: int, stop: int) -> bool:
-        return self.mask is learn_all or bool(self.learnt(start, stop)[1:].any())
+        teaches = self.mask is learn_all or bool(self.learnt(start, stop)[1:].any())
+        self.barren += not teaches
+        return teaches
 
     def batch(self, number: int, last: int | None = None) -> Batch:
         """The micro-batch of this number: rows number * bsz and following (below `last`), padded on the right."""
@@ -2600,6 +2636,7 @@ class Loader:
         return (f"{len(length):,} documents, {length.sum():,} tokens, {self.pass_rows:,} rows a pass ({self.sampler}),"
                 f" {share:.1%} of the targets learnt"
                 + (f"; {single:,} documents of one token skipped" if single else "")
+                + (f"; {self.barren:,} rows in which nothing is learnt left out" if self.barren else "")
                 + (f"; {len(self.learnt_whole):,} documents, or more, have nothing for --loss_mask and are learnt whole"
                    if self.learnt_whole else ""))
 
@@ -3123,23 +3160,25 @@ class ZeroAdamW:
         self.publish()
 
 
-def cos_decay(done: float, cfg: Config) -> float:
-    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
+def cos_decay(left: float, warm: float, cfg: Config) -> float:
+    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * 0.5 * (1 - math.cos(math.pi * left / warm))
 
 
-def wsd(done: float, cfg: Config) -> float:
-    return cfg.lr_init + (cfg.lr_final - cfg.lr_init) * max(0.0, (done - 1) / cfg.decay_frac + 1)
+def wsd(left: float, warm: float, cfg: Config) -> float:
+    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * min(1.0, left / min(cfg.decay_frac, warm))
 
 
+# What is left of the run, and was left when warm-up had ended (1: all) -> the learning rate.
 SCHEDULE = {"cos_decay": cos_decay, "cos": cos_decay, "wsd": wsd}
 
 
 def lr_at(step: int, steps: int, cfg: Config) -> float:
-    """The learning rate of a step, counted from 0: warm-up, then the schedule over what is left of `steps`."""
+    """The learning rate of a step, counted from 0: warm-up, then the schedule to the last of `steps`."""
     if step < cfg.warmup_steps:
         return cfg.lr_init * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, steps - 1 - cfg.warmup_steps)
-    return SCHEDULE[cfg.lr_schedule](min(1.0, done), cfg)
+    whole, warm = max(1, steps - 1), max(1, steps - 1 - cfg.warmup_steps)
+    left = max(0, warm + cfg.warmup_steps - step)
+    return SCHEDULE[cfg.lr_schedule](left / whole, warm / whole, cfg)
 
 
 # ======================================================================================================================
@@ -3282,8 +3321,8 @@ def merge(
     base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], method: Method, scale: float = 1.0,
     held: Callable[[Tensor], Tensor] = lambda W: W,
 ) -> dict[str, Tensor]:
-    """The full model: W' = held(left of W) + delta in fp32, rounded once to W's dtype, which is for PiSSA, with q what
-    quantising does, held(W - B0 A0) + B A = q(W - B0 A0) + B A; other trained parts as such.
+    """The full model: W' = held(left of W) + delta in fp32, rounded once to W's dtype; for PiSSA, with q what
+    quantising does, q(W - B0 A0) + B A. Other trained parts as such.
 
     `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of what was
     left what training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is
@@ -3385,8 +3424,8 @@ def merge_files(
         raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
     write(Path(output), merged)
     if method.state:
-        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there pass"
-            f" what is in {checkpoint} as its state")
+        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there its"
+            f" state is a list, for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
 
 
 # ======================================================================================================================
@@ -3399,7 +3438,7 @@ SCALE_GROWS = 2000                                                    # fp16: af
 
 
 def of_torchrun(name: str, usual: int) -> int:
-    """A number that torchrun puts into the environment. (Only `is_first` reads one itself.)"""
+    """A number that torchrun puts into the environment."""
     text = os.environ.get(name, str(usual))
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise Fatal(f"{name}={text} in the environment: a number is wanted; torchrun sets it, nobody else has to")
@@ -3445,7 +3484,7 @@ def join(cfg: Config, accelerator: str) -> Ranks:
         store.set_timeout(patience)
         ranks = Ranks(rank, size, agreed(store, rank, size, cfg.dist_timeout))
     except (RuntimeError, ValueError) as e:
-        first = "" if is_first() else "rank 0 did not answer: "         # the others need nobody else for this
+        first = "" if is_first() else "rank 0 did not answer: "         # (the others wait for rank 0 alone)
         raise Fatal(f"the processes did not find each other: {first}{first_line(e)}") from None
     # torch imports this sometime. If there is a group then, its functions have it as a default and never let it go, and
     # a thread of gloo that outlives Python's end aborts.
@@ -3458,7 +3497,7 @@ def join(cfg: Config, accelerator: str) -> Ranks:
 
 def agreed(store: dist.Store, rank: int, size: int, patience: float) -> dist.Store:
     """The part of a store that belongs to these processes alone. torchrun's lives on when it restarts them, with all
-    that was in it: each says a word that nobody said before, and rank 0 answers it with the word before all names."""
+    that was in it: each writes a fresh word, and rank 0 answers it with its own, with which all keys then begin."""
     word, deadline = os.urandom(8).hex(), time.monotonic() + patience
     if rank > 0:
         store.set(f"rank {rank}", word)
@@ -3548,7 +3587,7 @@ def check_together(cfg: Config) -> None:
 
 
 def hint(cfg: Config) -> None:
-    """Says what is allowed and hardly meant."""
+    """Names options that have no effect as given."""
     for option, others in BELONGS_TO.items():
         if getattr(cfg, option) != getattr(Config, option) and all(getattr(cfg, o) != v for o, v in others.items()):
             say(f"--{option} has no effect without {' or '.join(f'--{o} {v}' for o, v in others.items())}")
@@ -3750,12 +3789,12 @@ def build(cfg: Config) -> Run | None:
     folder = Path(cfg.proj_dir)
     if ranks.rank == 0 and not cfg.dry_run:
         open_folder(cfg)
-    tokenizer = load_tokenizer(cfg, arch.vocab_size)
+    tokenizer = load_tokenizer(cfg, arch.vocab_size) if needs_tokenizer(cfg) else ByteTokenizer(arch.vocab_size)
     check_tokens(tokenizer.encode(cfg.sample_prompt), arch, f"--sample_prompt {cfg.sample_prompt}")
     loader, held_out = load_data(cfg, tokenizer)
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
-    arch, tensors = begin(arch, tensors, cfg)
+    arch, tensors = with_time_state(arch, tensors, cfg)
     if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
         with torch.device("meta"):
             check_tensors(RWKV(arch, RECURRENCE[arch.version][1]), tensors, cfg.load_model)
@@ -3843,8 +3882,8 @@ def from_whole_model(cfg: Config) -> Config:
 def adapt(
     model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool, ranks: Ranks
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Freezes what is not trained and puts adapters on it, new ones or those of an earlier run. Returns what describes
-    them, and that file.
+    """Freezes what is not trained and puts adapters on it, new ones or those of an earlier run; writes init_pissa.pth.
+    Returns what describes them, and what the earlier run's file holds.
 
     Prints the loss of one batch with and without: a new start computes what the base computes, but for quantisation.
     """
@@ -3892,7 +3931,7 @@ def read_adapters(
 
 
 def take_parts(model: RWKV, method: Method, load: dict[str, Tensor], path: str) -> None:
-    """Takes whole parameters from a file; the method's own are left for when the matrices are adapted."""
+    """Takes from a file the parameters that the model has already, a time_state too; adapters come later."""
     parameters = dict(model.named_parameters())
     for name, t in load.items():
         part = parameters.get(name)
@@ -4186,7 +4225,7 @@ def examine(run: Run, log: Logger, epoch: int, loss: float) -> None:
 
 
 def saved_after(run: Run, epoch: int) -> bool:
-    return run.step == run.steps or epoch % run.cfg.epoch_save == 0
+    return run.step == run.steps or (epoch - run.cfg.epoch_begin) % run.cfg.epoch_save == 0
 
 
 def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
@@ -4221,7 +4260,7 @@ class Past(NamedTuple):
 
     states: list[BlockState] | None = None
     seen: tuple[Tensor, Tensor] | None = None                         # head_qk looks back at x (1,T,C), tokens (1,T)
-    unread: str = ""                                                  # how the text goes on
+    unread: str = ""                                                  # what follows in the text
 
 
 def check_tokens(tokens: list[int], arch: Arch, what: str = "that text") -> None:
@@ -4308,7 +4347,7 @@ def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
     tokenizer = load_tokenizer(cfg, arch.vocab_size)
     about = {"version": arch.version, "base": fingerprint(tensors)}
     init, load = read_adapters(cfg, cfg.adapter_init, cfg.adapter_load, about)
-    arch, tensors = begin(arch, tensors, cfg)
+    arch, tensors = with_time_state(arch, tensors, cfg)
     model = load_model(cfg, arch, tensors, device, dtype)
     take_parts(model, ADAPTER[cfg.peft], load, cfg.adapter_load)
     names = list(to_freeze(model, cfg))
@@ -4387,8 +4426,8 @@ def talk(cfg: Config, given: set[str]) -> None:
 class Peak(TorchDispatchMode):
     """Counts the bytes of the tensors that are alive while code runs on the meta device, that is without values.
 
-    Each takes whole units of 512 bytes, as in CUDA's caching allocator; those of `elsewhere` take nothing. A number
-    that the code asks for is 1. On another device than meta it counts what really is there.
+    Each takes whole units of 512 bytes, as in CUDA's caching allocator; those of `elsewhere` take nothing. `.item()`
+    gives 1. On another device than meta it counts what really is there.
     """
 
     def __init__(self, device: str = "meta", elsewhere: Iterable[Tensor] = ()) -> None:
@@ -4468,8 +4507,8 @@ class Rehearsal:
         with Peak(elsewhere=tensors.values()) as self.peak:
             fill(model, tensors, "", "meta", dtype, left_in_file(model, cfg))
             freeze(model, cfg)
-            done = {}                                                 # what is done to the first block, and most bytes
-            for name in to_freeze(model, cfg):                        # are held during the last, is only copied between
+            done = {}                     # The first block and the last, during which most bytes are held, are adapted;
+            for name in to_freeze(model, cfg):                        # those between are copies.
                 _, layer, rest = name.split(".", 2)
                 if rest in done and int(layer) < arch.n_layer - 1:
                     model.set_submodule(name, copy.deepcopy(done[rest]))
@@ -4479,7 +4518,7 @@ class Rehearsal:
                     done[rest], start = model.get_submodule(name), None
             trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
             optimiser = ZeroAdamW(trained, cfg, None, ranks, STAGE[cfg.strategy])
-            optimiser.part = ZeroAdamW.PART[device]                   # (it takes itself to be elsewhere)
+            optimiser.part = ZeroAdamW.PART[device]                   # (its tensors are on meta)
             loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")      # (their place is counted when they are used)
             self.run = Run(cfg, ranks, "meta", arch, None, loader, None, model, optimiser, {}, 1)
         self.loading, self.held = self.peak.most, self.peak.live
@@ -4657,7 +4696,7 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))
 
 
-LESS_MEMORY = "a smaller --micro_bsz or --ctx_len, or --grad_cp 1, takes less; --dry_run estimates it"
+LESS_MEMORY = "--quant nf4, a smaller --micro_bsz or --ctx_len, or --grad_cp 1 takes less; --dry_run estimates it"
 
 
 def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:

@@ -5,7 +5,6 @@ file that was there is changed. A row of a table is: what is wrong, the options 
 import errno
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -404,6 +403,7 @@ OPTIONS = [
     ("unknown sampler", "--dataload random", "--dataload random|'get'"),
     ("unknown mask", "--loss_mask q", "--loss_mask q|'qa'"),
     ("unknown train part", "--train_parts lnx", "--train_parts lnx|'ln'"),
+    ("an open list", "--train_parts '[\"ln\"'", "--train_parts|not closed"),
     ("unknown tokenizer", "--tokenizer bpe", "--tokenizer bpe|'world'"),
     ("unknown data type", "--data_type csv", "--data_type csv|'binidx'"),
     ("se without mask_id", "--loss_mask se", "--mask_id"),

@@ -79,6 +79,9 @@ def test_lists_and_other_names():
     assert (cfg.train_parts, cfg.sft_fields, cfg.version) == (["emb", "head"], ["q", "a"], "x070")
     assert (cfg.head_size, cfg.grad_clip) == (64, 0.5)
     assert parse("--train_parts").train_parts == []  # the adapters and nothing else
+    for text in ("""'["time", "ln"]'""", """["time", "ln"]""", """["time","ln"]""", "'[time, ln]'", "time ln"):
+        assert parse(f"--train_parts {text}").train_parts == ["time", "ln"]
+    assert parse("--train_parts []").train_parts == []
     assert parse("--lr_init=1e-3 --rank=5") == P.Config(lr_init=1e-3, rank=5)
 
 
@@ -118,9 +121,9 @@ def test_as_a_program_it_lets_waiting_threads_sleep(tmp_path):
 
 
 @pytest.mark.parametrize("error, words", [
-    (MemoryError("Unable to allocate 589. GiB"), "out of memory (Unable to allocate 589. GiB); a smaller --micro_bsz"),
+    (MemoryError("Unable to allocate 589. GiB"), "out of memory (Unable to allocate 589. GiB); --quant nf4, a smaller --micro_bsz"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory (Default"),
-    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory (CUDA out of memory.); a smaller --micro_bsz"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory (CUDA out of memory.); --quant nf4, a smaller --micro_bsz"),
     (BrokenPipeError(32, "Broken pipe"), "nobody reads the standard output"),
     (OSError(28, "No space left"), "No space"),
     (FileNotFoundError(2, "No such file", "x.pth"), "x.pth: No such file"), (RuntimeError("our own fault"), ""),

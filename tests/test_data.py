@@ -150,7 +150,10 @@ def test_summary_numbers():
     assert text == ("4 documents, 12 tokens, 4 rows a pass (pad), 100.0% of the targets learnt;"
                     " 1 documents of one token skipped")
     # The rows 5 6 7 8, 5 6 0 and 9 7 0 have 7 targets; learnt are 7, 0, and 7 0.
-    assert "3 rows a pass (pad), 57.1% of" in loader(dataload="pad", loss_mask="se", mask_id=SE).summary()
+    assert loader(dataload="pad", loss_mask="se", mask_id=SE).summary() == (
+        "3 documents, 11 tokens, 3 rows a pass (pad), 57.1% of the targets learnt;"
+        " 1 rows in which nothing is learnt left out; 1 documents, or more, have nothing for --loss_mask and are learnt"
+        " whole")
 
 
 # ------------------------------------------------------------------------------------------ qa, found in bytes
@@ -179,6 +182,10 @@ CONVERSATIONS = {
     "roles named inside lines": ["User: say Assistant: x\n\nAssistant:", " the User: of a System: is\nmy User:\n"],
     "empty answer": ["User: Hi\n\nAssistant:", ""],
     "starts with the assistant": ["Assistant:", " Hello\n\n", "User: Hi\n\nAssistant:", " Bye"],
+    "a line that begins like a turn": ["User: specs?\n\nAssistant:", " Here:\nSystem: Linux\nUser: root\n\n",
+                                       "User: go on:\nAssistant: x\n\nAssistant:", " y"],
+    "blank lines of blanks": ["User: Hi\n \t\nAssistant:", " Yes\n \n", "User: Bye"],
+    "single line breaks": ["User: Hi\nAssistant:", " Yes\n", "User: Bye\nAssistant:", " Bye"],
     "emoji": ["User:😀\n\nAssistant:", "😀👩‍👩‍👧\n\n", "User:🙃\n\nAssistant:", "🙃"],
 }
 
@@ -213,6 +220,12 @@ def test_qa_mask_learns_all_where_there_is_no_role(world):
     rows = loader(["a plain text", "User: Hi\n\nAssistant: Yes"], world, loss_mask="qa", dataload="pad", ctx_len=99)
     first, second = np.split(rows.learnt(0, len(rows.corpus.tokens)), [rows.corpus.starts[1]])
     assert first.all() and not second[:5].any() and second[-1]
+
+
+def test_a_0_ends_a_turn_too():
+    """Some put several conversations into one item of a binidx."""
+    texts = b"User: a\n\nAssistant: b\0User: c\n\nAssistant: d\0"
+    assert [texts[a:b] for a, b in P.learn_assistant(texts, P.Config())] == [b" b\0", b" d\0"]
 
 
 def test_a_document_is_masked_whole_wherever_a_row_cuts_it(world):
@@ -275,6 +288,18 @@ def test_a_vocabulary_of_ones_own(tmp_path):
     assert found.vocab_size == 300
 
 
+def test_tokens_that_are_all_learnt_need_no_tokenizer(model_file, tmp_path, monkeypatch, capsys):
+    """The tutorial's command, where the package that brings the vocabulary is not installed."""
+    monkeypatch.setattr(P.importlib.util, "find_spec", lambda name: None)
+    np.save(tmp_path / "x.npy", np.array([1, 65529, 7, 0] * 4, np.uint16))
+    model = model_file(n_layer=1, n_embd=64, vocab_size=65536)
+    argv = (f"--load_model {model} --data_file {tmp_path}/x.npy --ctx_len 8 --micro_bsz 1 --epoch_steps 1 --op chunk"
+            f" --rank 2 --proj_dir {tmp_path}/out").split()
+    for more in ("--loss_mask qa", "--sample_prompt Hi", "--tokenizer world"):
+        assert P.main([*argv, *more.split()]) == 2 and "`pip install rwkv`" in capsys.readouterr().err
+    assert P.main(argv) == 0, capsys.readouterr().err
+
+
 def test_byte_tokenizer():
     byte = P.ByteTokenizer()
     assert byte.encode("aé") == [97, 0xC3, 0xA9] and byte.decode([97, 0xC3, 0xA9]) == "aé"
@@ -303,6 +328,16 @@ def test_sft(tmp_path):
     assert read(path, "sft") == wanted
     path.write_text('{"out": "So.", "in": "Why?"}\n{"in": "Q", "out": "A"}\n')
     assert read(path, "sft", sft_fields=["in", "out"]) == wanted
+
+
+def test_a_blank_line_ends_a_turn_so_sft_has_none_in_one(tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    rows = [("Two:\r\n\r\n1\n2", "One.\n \n\nUser: x\n\nTwo."), ("Q", "A\nB")]
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    found = read(path, "sft")
+    assert found == [b"User: Two:\n1\n2\n\nAssistant: One.\nUser: x\nTwo.\0", b"User: Q\n\nAssistant: A\nB\0"]
+    assert "of 2 rows 1 have blank lines" in capsys.readouterr().out
+    assert [found[0][a:b] for a, b in P.learn_assistant(found[0], P.Config())] == [b" One.\nUser: x\nTwo.\0"]
 
 
 def test_utf8_is_one_document(tmp_path):

@@ -1,6 +1,5 @@
 """Every way to adapt a model, on bases held in every way, against plain models whose matrices are written out here."""
 
-import json
 import re
 import shlex
 from types import SimpleNamespace
@@ -39,7 +38,7 @@ def adapted_model(path, method, dtype=torch.float64, quant="none", **options):
     """A model with adapters, as `build` makes it."""
     cfg = P.Config(**dict(rank=4, quant=quant) | METHODS[method] | options)
     tensors = P.read_pth(path, "")
-    arch, tensors = P.begin(P.detect(tensors, ""), tensors, cfg)
+    arch, tensors = P.with_time_state(P.detect(tensors, ""), tensors, cfg)
     with torch.device("meta"):
         model = P.RWKV(arch, P.wkv7_ref)
     P.fill(model, tensors, "", "cpu", dtype)

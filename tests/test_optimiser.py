@@ -294,8 +294,11 @@ def test_cosine_is_torchs_from_the_first_to_the_last_step(warmup_steps):
 
 
 def test_wsd_is_constant_and_then_linear_over_the_last_part():
-    found = rates(12, lr_schedule="wsd", lr_init=5.0, lr_final=1.0, warmup_steps=1, decay_frac=0.4)
-    assert found == pytest.approx([5, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2, 1])  # 10 intervals, of which the last 4 fall
+    options = dict(lr_schedule="wsd", lr_init=5.0, lr_final=1.0, decay_frac=0.4)
+    for warmup_steps in (0, 1, 4):                                    # the share is the run's, also with warm-up
+        found = rates(11, warmup_steps=warmup_steps, **options)
+        assert found[warmup_steps:] == pytest.approx([5, 5, 5, 5, 5, 5, 5, 4, 3, 2, 1][warmup_steps:])  # 4 of 10 fall
+    assert rates(11, warmup_steps=8, **options)[7:] == pytest.approx([5, 5, 3, 1])  # where no more is left
 
 
 @pytest.mark.parametrize("schedule", ["cos_decay", "wsd"])

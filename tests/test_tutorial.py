@@ -143,6 +143,8 @@ def test_epoch_count(train):
 def test_epoch_save(train, place):
     train(epoch_count=4, epoch_save=2)
     assert files(place / "out") == ["rwkv-0.pth", "rwkv-2.pth", "rwkv-3.pth"]  # every second, and the last
+    train(epoch_begin=4, epoch_count=4, epoch_save=3)
+    assert files(place / "out")[3:] == ["rwkv-4.pth", "rwkv-7.pth"]   # of this run, whatever came before
 
 
 def test_epoch_begin(train, place):

@@ -72,7 +72,7 @@ def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypa
     path = random_model(tmp_path / "base.pth", n_layer=3, n_embd=192, vocab_size=2048, dtype=torch.bfloat16)
     cfg = P.Config(**dict(load_model=str(path), op="torch", ctx_len=64, micro_bsz=2, rank=8) | options)
     tensors = P.read_pth(path, "")                                    # (memory-mapped: not the allocator's)
-    arch, tensors = P.begin(P.detect(tensors, ""), tensors, cfg)
+    arch, tensors = P.with_time_state(P.detect(tensors, ""), tensors, cfg)
     P.nf4_levels(torch.device("cpu")), P.dynamic_levels(torch.device("cpu"))  # (tables of levels are made once)
     (run, taken), loading, held = really_taken(lambda: loaded(cfg, tensors, arch, dtype))
     _, step, left = really_taken(lambda: P.train_step(run, 1e-5))
