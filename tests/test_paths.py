@@ -60,8 +60,8 @@ def test_every_way_has_the_same_losses(name, place, tmp_path):
     for way in compiled:
         again, norms_again = curve(place, tmp_path / f"compiled {way}", name, f"{options} --grad_cp {way} --compile 1")
         assert again == pytest.approx(losses, rel=rel)
-        # On the whole: rounding can make another logit a position's largest, which L2Wrap pulls at, and then one norm is
-        # a third larger, on one machine in bf16 at one step, on another at none.
+        # On the whole: rounding can make another logit a position's largest, which L2Wrap pulls at. (In bf16 a norm was
+        # a third larger at one step on one machine, at none on another.)
         apart = sum(abs(x - y) for x, y in zip(norms_again, norms, strict=True)) / sum(norms)
         print(name, way, "norms differ by", apart)
         assert apart < max(3 * rel, 1e-3)

@@ -250,11 +250,15 @@ __device__ void write_out(const Tile<parts<IO>, L>& tile, IO* x, int stride, int
     }
 }
 
-// d of this lane's key in the 16 tokens of a step, from w of the first one; those beyond `tokens` decay by nothing.
+// d of this lane's key in the 16 tokens of a step, from its w of the chunk's first token; tokens that do not exist decay by
+// nothing. (In their place the last one's w is read, so that no load waits for a comparison.)
 template <typename IO>
-__device__ void decays(float (&d)[STEP], const IO* w, int stride, int tokens) {
+__device__ void decays(float (&d)[STEP], const IO* w, int stride, int step, int tokens) {
+    IO raw[STEP];
 #pragma unroll
-    for (int t = 0; t < STEP; t++, w += stride) d[t] = t < tokens ? expf(-expf(to_float(*w))) : 1.0f;
+    for (int t = 0; t < STEP; t++) raw[t] = w[lesser(STEP * step + t, tokens - 1) * stride];
+#pragma unroll
+    for (int t = 0; t < STEP; t++) d[t] = STEP * step + t < tokens ? expf(-expf(to_float(raw[t]))) : 1.0f;
 }
 
 // Q, K (what the mode needs of them) and P of 16 tokens, a key j a lane.
@@ -535,7 +539,7 @@ wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
             if constexpr (M::mirror) expect(x.dy + next, stride, its_tokens);
         }
         float d[STEP];
-        decays(d, x.w + at + its_at, stride, tokens - STEP * its_step);
+        decays(d, x.w + at + j, stride, its_step, tokens);
         cp_async_wait<0>();
         __syncthreads();  // inputs are here
         factors<MODE>(tiles, d, its_step, j);
