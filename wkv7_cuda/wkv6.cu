@@ -251,24 +251,33 @@ __device__ void write_out(const Tile<parts<IO>, L>& tile, IO* x, int stride, int
 }
 
 // d of this lane's key in the 16 tokens of a step, from its w of the chunk's first token; tokens that do not exist decay by
-// nothing. (In their place the last one's w is read, so that no load waits for a comparison.)
+// nothing, as w = -inf does. (In their place the last one's w is read: no load and no exponential waits for a branch.)
 template <typename IO>
 __device__ void decays(float (&d)[STEP], const IO* w, int stride, int step, int tokens) {
     IO raw[STEP];
 #pragma unroll
     for (int t = 0; t < STEP; t++) raw[t] = w[lesser(STEP * step + t, tokens - 1) * stride];
 #pragma unroll
-    for (int t = 0; t < STEP; t++) d[t] = STEP * step + t < tokens ? expf(-expf(to_float(raw[t]))) : 1.0f;
+    for (int t = 0; t < STEP; t++) {
+        const float logit = STEP * step + t < tokens ? to_float(raw[t]) : -INFINITY;
+        d[t] = expf(-expf(logit));
+    }
 }
 
 // Q, K (what the mode needs of them) and P of 16 tokens, a key j a lane.
 template <Mode MODE, typename Tiles>
 __device__ void factors(Tiles& tiles, const float (&d)[STEP], int step, int j) {
+    float r[STEP], k[STEP];  // read before anything is written, or each would wait for the one before
+#pragma unroll
+    for (int t = 0; t < STEP; t++) {
+        if constexpr (MODE != LOCAL) r[t] = tiles.r.get(STEP * step + t, j);
+        if constexpr (MODE != LOCAL_MIRRORED) k[t] = tiles.k.get(STEP * step + t, j);
+    }
     float before = 1.0f, behind = 1.0f;
 #pragma unroll
     for (int t = 0; t < STEP; t++) {
         const int row = STEP * step + t;
-        if constexpr (MODE != LOCAL) tiles.Q.set(row, j, tiles.r.get(row, j) * before);
+        if constexpr (MODE != LOCAL) tiles.Q.set(row, j, r[t] * before);
         if constexpr (MODE == FORWARD || MODE == GRADIENTS) tiles.d[row][j] = d[t];
         before *= d[t];
     }
@@ -276,26 +285,32 @@ __device__ void factors(Tiles& tiles, const float (&d)[STEP], int step, int j) {
     if constexpr (MODE != LOCAL_MIRRORED) {
 #pragma unroll
         for (int t = STEP - 1; t >= 0; t--) {
-            const int row = STEP * step + t;
-            tiles.K.set(row, j, tiles.k.get(row, j) * behind);
+            tiles.K.set(STEP * step + t, j, k[t] * behind);
             behind *= d[t];
         }
     }
 }
 
-// A, summed over 32 keys: a lane has tokens t = i and i + 8, and 8 keys. As s goes down from t, x is r u, then r, then
-// times one more d each time.
+// A, summed over 32 keys: a lane has tokens t = i and i + 8, and 8 keys. As s goes down x is 0 to t, then r, then times one
+// more d each time: no lane leaves the others' way. A_tt, with u, is summed by itself.
 template <typename Tiles>
 __device__ void pairs(Tiles& tiles, int step, int half) {
-    const int i = threadIdx.x % 32 / 4, part = threadIdx.x % 4, column = 32 * half + 8 * part;
-    float r[2][8], x[2][8];
+    // (0 4 1 5 ..: eight lanes read two rows, whose halves lie in the same banks unless they are 4 apart.)
+    const int i = threadIdx.x % 32 / 8 + threadIdx.x / 4 % 2 * 4, part = threadIdx.x % 4, column = 32 * half + 8 * part;
+    const auto sum4 = [](float x) {  // over the lanes that share a token
+        x += __shfl_xor_sync(0xffffffffu, x, 1);
+        return x + __shfl_xor_sync(0xffffffffu, x, 2);
+    };
+    float r[2][8], x[2][8] = {}, A_tt[2] = {};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        tiles.r.get_eight(STEP * step + i + 8 * h, column, r[h]);
+        float k[8];
+        tiles.r.get_eight(STEP * step + i + 8 * h, column, r[h]), tiles.k.get_eight(STEP * step + i + 8 * h, column, k);
 #pragma unroll
-        for (int c = 0; c < 8; c++) x[h][c] = r[h][c] * tiles.u[column + c];
+        for (int c = 0; c < 8; c++) A_tt[h] += r[h][c] * tiles.u[column + c] * k[c];
+        A_tt[h] = sum4(A_tt[h]);
     }
-#pragma unroll 2
+#pragma unroll 4
     for (int s = STEP - 1; s >= 0; s--) {
         const int row = STEP * step + s;
         float k[8];
@@ -307,16 +322,10 @@ __device__ void pairs(Tiles& tiles, int step, int half) {
         for (int h = 0; h < 2; h++) {
             const int t = i + 8 * h;
             float sum = 0.0f;
-            if (s <= t) {
 #pragma unroll
-                for (int c = 0; c < 8; c++) {
-                    sum += x[h][c] * k[c];
-                    x[h][c] = s == t ? r[h][c] : x[h][c] * d[c];
-                }
-            }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (part == s % 4) tiles.A[step][half][t][s] = sum;
+            for (int c = 0; c < 8; c++) sum += x[h][c] * k[c], x[h][c] = s == t ? r[h][c] : x[h][c] * d[c];
+            sum = sum4(sum);
+            if (part == s % 4) tiles.A[step][half][t][s] = s == t ? A_tt[h] : sum;
         }
     }
 }
