@@ -98,6 +98,8 @@ def test_one_seed_gives_the_same_bits_and_another_gives_others(model_file):
     first, again, other = (adapted_model(path, random_seed=seed)[1] for seed in (5, 5, 6))
     assert all(torch.equal(t, again[name]) for name, t in first.items())
     assert not any(torch.equal(t, other[name]) for name, t in first.items())
+    att = adapted_model(path, peft="lora")[0].blocks[0].att
+    assert not torch.equal(att.key.lora_A, att.value.lora_A)          # each matrix draws its own
 
 
 # --------------------------------------------------------------------------------------------- in the model, at first
@@ -194,7 +196,8 @@ def test_lora_is_its_formula_and_starts_at_nothing(model_file):
     for name in MATRICES:
         layer, W = model.get_submodule(name), load_model(path, torch.float64).get_submodule(name).weight
         x = torch.randn(5, W.shape[1], dtype=torch.float64)
-        assert torch.equal(layer(x), x @ W.T) and layer.lora_A.any() and not taken
+        assert torch.equal(layer(x), x @ W.T) and not taken
+        assert 0.95 < layer.lora_A.abs().max() * W.shape[1] ** 0.5 <= 1.0001              # Kaiming's bound, uniform
         B = torch.randn(W.shape[0], 4, dtype=torch.float64)
         layer.lora_B.data.copy_(B)
         torch.testing.assert_close(layer(x), x @ (W + 6.0 / 4 * B @ layer.lora_A).T, rtol=1e-12, atol=1e-12)

@@ -576,6 +576,8 @@ RESULTS = [
     ("resume.pth with NaN", "--proj_dir run-nan --resume", "run-nan/resume.pth|v holds NaN"),
     ("resume.pth with half a moment", "--proj_dir run-short --resume", "run-short/resume.pth|not what this program"),
     ("resume.pth lacks a moment", "--proj_dir run-no-m --resume", "run-no-m/resume.pth|m"),
+    ("resume with another weight decay", "--proj_dir run --resume --weight_decay 0.1", "run/resume.pth|with trained"),
+    ("resume with another seed", "--proj_dir run --resume --random_seed 7", "run/|seed 0|seed"),
     ("epoch 2 after nothing", "--epoch_begin 2", "out/|.pth: no such file"),
     ("epoch 3 after epoch 0", "--proj_dir run --epoch_begin 3", "run/rwkv-2.pth|no such file|rwkv-0.pth"),
     ("epoch 0 again", "--proj_dir run --epoch_begin 0", "--proj_dir run"),

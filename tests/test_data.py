@@ -98,6 +98,7 @@ def test_the_default_sampler_is_get_only_for_one_long_document():
     one = P.Loader(corpus(starts=[0, 11]), P.ByteTokenizer(), config())
     short = P.Loader(corpus(starts=[0, 11]), P.ByteTokenizer(), config(ctx_len=10))
     assert (one.sampler, short.sampler, loader().sampler) == ("get", "pad", "pad")
+    assert P.Loader(corpus(starts=[0, 11]), P.ByteTokenizer(), config(ctx_len=9)).sampler == "get"
 
 
 # --------------------------------------------------------------------------------------------------------- masks
@@ -112,6 +113,8 @@ def test_se_mask_on_the_example():
 def test_rows_that_teach_nothing_are_left_out():
     rows = loader(dataload="pad", loss_mask="se", mask_id=SE)
     assert spans(rows) == [(0, 4), (5, 8), (8, 11)]  # not 8 0, whose only target is not learnt
+    shared = loader(["abcdexyz"], dataload="pad", loss_mask="se", mask_id='{"mask1": "c", "mask0": "e"}')
+    assert spans(shared) == [(0, 4)]  # not d e x y, of which d is learnt, but as the target of the row before
 
 
 def test_batch_has_targets_shifted_by_one_and_learns_no_padding():
@@ -286,6 +289,9 @@ def test_a_vocabulary_of_ones_own(tmp_path):
     found = P.load_tokenizer(P.Config(tokenizer="world", vocab_file=str(tmp_path / "v.txt")), 300)
     assert found.encode("aabé") == [ord("a") + 1, 257, 258] and found.token_bytes(259) == b"\xff\xfe"
     assert found.vocab_size == 300
+    (tmp_path / "v.txt").write_text("\n".join([*lines, "70000 'abc' 3"]), "utf-8")
+    found = P.load_tokenizer(P.Config(tokenizer="world", vocab_file=str(tmp_path / "v.txt")), 70001)
+    assert P.from_texts(["abc"], found, "x").tokens.tolist() == [70000, 0]
 
 
 def test_tokens_that_are_all_learnt_need_no_tokenizer(model_file, tmp_path, monkeypatch, capsys):
@@ -379,6 +385,15 @@ def test_uint16_and_where_documents_of_a_stream_end(tmp_path, tokens, starts, mo
     in_twos = [(at, found.tokens[at: at + 2]) for at in range(0, len(tokens), 2)]
     monkeypatch.setattr(P, "pieces", lambda tokens: iter(in_twos))
     assert P.from_stream(found.tokens).starts.tolist() == starts
+    with pytest.raises(P.Fatal, match=r"token \d+ "):                 # the largest may be in any piece
+        P.read_corpus(config(data_type="uint16"), str(tmp_path / "x.bin"), P.ByteTokenizer(max(tokens)))
+
+
+def test_a_corpus_is_known_by_its_tokens_and_documents():
+    same, other = corpus(), P.Corpus(np.array([*TOKENS[:-2], 8, 0]), corpus().starts)
+    wider, shorter = P.Corpus(same.tokens.astype(np.int64), same.starts), P.Corpus(same.tokens[:-1], same.starts)
+    assert wider.fingerprint == same.fingerprint                      # whatever type they are of
+    assert len({same.fingerprint, other.fingerprint, shorter.fingerprint, corpus(starts=[0, 11]).fingerprint}) == 4
 
 
 def test_a_long_stream_is_looked_at_in_pieces():
@@ -540,6 +555,11 @@ def test_split_is_disjoint_and_complete(share):
     assert [*train.starts, *(held_out.starts[1:] + train.starts[-1])] == text.starts.tolist()
     assert len(train.starts) > 1 and len(held_out.starts) > 1
     assert abs(len(held_out.tokens) / len(text.tokens) - share) < 12 / len(text.tokens) + 0.02
+
+
+def test_split_leaves_a_document_to_train_on():
+    train, held_out = P.split(corpus(), 0.999)
+    assert len(train.starts) == 2 and len(held_out.starts) == 3
 
 
 def test_split_cuts_one_document_in_two():

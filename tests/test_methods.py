@@ -275,6 +275,12 @@ def test_a_learnt_state_is_the_state_a_text_begins_with_and_no_more(place, tmp_p
     assert len({P.generate(model, P.ByteTokenizer(), "some text", 12) for model in models}) == 1
 
 
+def test_a_block_without_a_memory_has_no_state(tmp_path):
+    random_model(tmp_path / "pre.pth", version="x060", n_layer=3, pre_ffn=True)
+    names = [n for n, p in adapted_model(tmp_path / "pre.pth", "state").named_parameters() if p.requires_grad]
+    assert names == [f"blocks.{i}.att.time_state" for i in (1, 2)]
+
+
 def merged_state(run, folder):
     P.merge_files("state", run.cfg.load_model, "", str(run.folder / "rwkv-0.pth"), str(folder / "merged.pth"))
     return folder / "merged.pth"

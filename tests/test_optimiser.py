@@ -8,7 +8,7 @@ import pissa_rwkv as P
 from pissa_rwkv import Config, Fatal, ZeroAdamW, check, lr_at
 
 SHAPES = {"a.lora_A": (3, 5), "ln.weight": (5,), "b.weight": (2, 3), "att.time_decay": (4, 2), "x_r": (1, 1, 6),
-          "att.w0": (7,), "time_decay_w1": (4, 3)}
+          "att.w0": (7,), "att.a0": (3,), "time_decay_w1": (4, 3)}
 DECAYED = ("a.lora_A", "b.weight")  # the matrices that a linear map multiplies with
 
 

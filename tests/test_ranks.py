@@ -102,6 +102,15 @@ def test_larger_micro_batches_are_the_same_rows(alone, place, tmp_path):
     assert curve(tmp_path / "out") == pytest.approx(curve(alone["plain"]), rel=2e-6)
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "ddp"])
+def test_chunks_of_rows_over_ranks(strategy, place, tmp_path):
+    """Each chunk has a backward pass of its own: what is sent while gradients are made waits for the last."""
+    options = "--epoch_count 2 --train_type infctx --chunk_ctx 5 --loss_mask pad"
+    on(place, tmp_path / "one", 1, options)
+    on(place, tmp_path / "two", 2, f"{options} --strategy {strategy}")
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=2e-6)
+
+
 THREADS = """
 import os, sys
 import pissa_rwkv
@@ -132,7 +141,7 @@ def test_going_on_with_another_number_of_ranks(alone, place, tmp_path):
 
 
 def test_going_on_with_as_many_is_exact_and_each_rank_draws_its_own_dropout(place, tmp_path):
-    options = "--peft lora --lora_dropout 0.3 --strategy zero2"
+    options = "--peft lora --lora_dropout 0.3 --strategy zero2 --dataload get --loss_mask pad"  # (rows of one length)
     on(place, tmp_path / "whole", 2, f"{options} --epoch_count 2")
     on(place, tmp_path / "out", 2, f"{options} --epoch_count 1")
     on(place, tmp_path / "out", 2, f"{options} --epoch_count 2 --resume")

@@ -390,6 +390,30 @@ def run_of(command):
     return make
 
 
+@pytest.mark.parametrize("precision, loss_scale", [("fp32", 1.0), ("fp16", 4.0)])
+def test_a_step_is_clipped_by_the_norm_of_its_gradient(command, precision, loss_scale):
+    """Whatever the gradient was multiplied with in fp16; never scaled up, and with --grad_clip 0 not at all."""
+    for name, grad_clip in (("none", 0.0), ("low", 1e-3), ("high", 1e3), ("norm", 1.0)):
+        run = P.build(P.parse(command(f"--epoch_steps 9 --precision {precision} --grad_clip {grad_clip}", name)))
+        run.loss_scale, taken = loss_scale, []
+        run.optimiser.step = lambda lr, scale, taken=taken: taken.append(scale)
+        norm = P.train_step(run, 1e-4)["grad_norm"]
+        if name == "none":
+            wanted = norm if precision == "fp16" else math.sqrt(run.optimiser.grad.double().square().sum())
+        assert norm == pytest.approx(wanted, rel=1e-6)
+        clip = min(1.0, grad_clip / norm) if grad_clip else 1.0
+        assert taken == [pytest.approx(clip / loss_scale, rel=2e-6 + 1e-6 / norm)]
+    assert 0.1 < norm < 50
+
+
+def test_dropout_is_on_in_training(command, tmp_path):
+    """Also where no validation came before it, which would have switched it off and on."""
+    for name, dropout in (("with", 0.5), ("without", 0.0)):
+        assert P.main(command(f"--epoch_steps 2 --peft lora --lora_dropout {dropout}", name)) == 0
+    (first, with_), (again, without) = (steps(tmp_path / name, "loss") for name in ("with", "without"))
+    assert first == again and with_ != without                        # (at first B is 0)
+
+
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_step_without_finite_numbers_changes_nothing(run_of, monkeypatch, capsys, kind):
     run, good = run_of(), P.chunk_loss
@@ -575,6 +599,13 @@ def test_auto_merge(command, out, place):
     assert files(out)[-2:] == ["rwkv-1-merged.pth", "rwkv-1.pth"]
     merged, base = (torch.load(p, weights_only=True) for p in (out / "rwkv-1-merged.pth", place / "base.pth"))
     assert list(merged) == list(base) and any(not torch.equal(merged[k], base[k]) for k in base)
+
+
+def test_what_is_written_ends_with_the_document(run_of, monkeypatch):
+    monkeypatch.setattr(P, "tokens_of", lambda *_: iter((token, None) for token in (72, 105, 0, 33)))
+    run = run_of()
+    assert P.generate(run.model, run.tokenizer, "a text", 9) == "Hi"
+    assert P.generate(run.model, run.tokenizer, "a text", 1) == "H"
 
 
 def test_a_new_model_is_pretrained_without_a_base(tmp_path):
