@@ -12,8 +12,8 @@ constexpr int N = 64;  // head size
 constexpr int L = 32;  // tokens of a chunk
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 
-// What is walked: of every head (numbered b H + h) T tokens, as chunks, as segments of segment_chunks of these (the last
-// may have fewer). `cells`: all heads' segments. Divided on the host: a GPU takes a hundred instructions for 64 bits.
+// What is walked: T tokens of every head (numbered b H + h), cut into chunks; segment_chunks of these, or at the end
+// fewer, are a segment. `cells`: all heads' segments. Divided on the host: 64 bits take a GPU a hundred instructions.
 struct Sizes {
     int64_t T, cells;
     unsigned H, heads, chunks, segment_chunks, segments;
@@ -115,7 +115,7 @@ __device__ inline Factor transposed(const Factor& f) {  // of a left factor, als
     return {{transpose(f.x[0]), transpose(f.x[2]), transpose(f.x[1]), transpose(f.x[3])}};
 }
 
-// Of the rows i and i + 8 (l = 1) of a left factor each lane gets four numbers in a row, of which two were its
+// Of a left factor's rows i + 8 l: each lane gets four consecutive numbers of its row, two of which were its
 // neighbour's; so four lanes hold a row, 32 bytes.
 struct Four {
     int row, column;  // in the block

@@ -250,8 +250,8 @@ __device__ void write_out(const Tile<parts<IO>, L>& tile, IO* x, int stride, int
     }
 }
 
-// d of this lane's key in the 16 tokens of a step, from its w of the chunk's first token; tokens that do not exist decay by
-// nothing, as w = -inf does. (In their place the last one's w is read: no load and no exponential waits for a branch.)
+// d of this lane's key in a step's 16 tokens, from its w of the chunk's first token; tokens that do not exist decay by
+// nothing, as w = -inf does. (In their place the last one's w is read: no load or exponential waits for a branch.)
 template <typename IO>
 __device__ void decays(float (&d)[STEP], const IO* w, int stride, int step, int tokens) {
     IO raw[STEP];
@@ -291,8 +291,8 @@ __device__ void factors(Tiles& tiles, const float (&d)[STEP], int step, int j) {
     }
 }
 
-// A, summed over 32 keys: a lane has tokens t = i and i + 8, and 8 keys. As s goes down x is 0 to t, then r, then times one
-// more d each time: no lane leaves the others' way. A_tt, with u, is summed by itself.
+// A, summed over 32 keys: a lane has tokens t = i and i + 8, and 8 keys. As s goes down x is 0 to t, then r, then times
+// one more d each time: no lane leaves the others' way. A_tt, with u, is summed by itself.
 template <typename Tiles>
 __device__ void pairs(Tiles& tiles, int step, int half) {
     // (0 4 1 5 ..: eight lanes read two rows, whose halves lie in the same banks unless they are 4 apart.)
@@ -558,7 +558,8 @@ wkv6_walk_kernel(Sizes sizes, Tensors<IO> x) {
         }
         __syncthreads();  // Q, K, P, A are
 
-        const int64_t its_saved = ((int64_t{head} * sizes.chunks + chunk) * PARTS * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
+        const int64_t chunks_before = (int64_t{head} * sizes.chunks + chunk) * PARTS;
+        const int64_t its_saved = (chunks_before * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
         Block dQ[2], dK[2];
         if constexpr (M::gradients) {
             replay(tiles, x.saved + its_saved, warp);

@@ -24,14 +24,14 @@
 //
 // A chunk, from barrier to barrier; what one of the four warps does:
 //   factors    inputs -> Q, K in shared memory: 8 tokens (one barrier inside). The next chunk's inputs start to arrive
-//   products   A_qk, A_qb, A_ak or A_ab; whose A_ab is, inverts the 16x16 blocks on the diagonal of I - A_ab, in fp32
+//   products   A_qk, A_qb, A_ak or A_ab; the warp that has A_ab inverts the 16x16 blocks on the diagonal of I - A_ab
 //   walk       X, U, Y, S of 16 values. FORWARD ends here
 //   P          P_qk, P_qb, P_ak or P_ab
 //   gradients  dQ, dK of 16 keys, dw from them; results go to memory
 //
-// LATENCY is what a block of four warps has too much of: within a stage nothing should wait that need not. So no branch
-// depends on a token or a warp, but for the inverse; inputs are read before results are written, since the compiler
-// does not know that they lie apart; and products that do not need each other stand side by side.
+// LATENCY is what a block of four warps has too much of: within a stage nothing should wait that need not. So what is
+// computed depends on no branch but the inverse; inputs are read before results are written, since the compiler does
+// not know that they lie apart; and products that do not need each other stand side by side.
 //
 // SEGMENTS. With B*H blocks of its own every SM of a GPU is busy only from about 128 heads on. With fewer, a head's
 // tokens are cut into segments that are walked at once; for that the state before each must be known. A segment maps it
@@ -43,11 +43,11 @@
 //
 // NUMERICS. Rounded to bf16: q~ a~ k~ b~, A, the inverses, X, U, dU, Z, P, and S~, D~ where they are factors. fp32: G,
 // all sums, the carried S and D, the system that is inverted, dw. `chunk.py` with `cast=to_bf16` rounds the same
-// tensors, and tests compare. dw is summed from the *rounded* factors: contributions that must cancel then do. The order
-// of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
+// tensors, and tests compare. dw is summed from the *rounded* factors: contributions that must cancel then do. The
+// order of all sums is fixed: no atomics, the same bits in every run with the same number of segments.
 //
 // LIMITS. bf16, N = 64, T >= 1 (the tail is filled with tokens that change nothing), sm_80 or newer with 99 KB of
-// shared memory a block; pointers aligned to 16 bytes (the binding checks); at most 2^31 - 1 blocks a launch.
+// shared memory a block; pointers aligned to 16 bytes (the binding checks); H < 2^20, at most 2^31 - 1 blocks a launch.
 #include "blocks.cuh"
 
 namespace {
@@ -74,9 +74,9 @@ struct Tensors {
 struct WalkTiles {
     Row r[L], k[L], a[L], b[L], w[2][L];  // inputs as they arrive; w of the chunk before is needed until its dw is done
     Row Q[2 * L], K[2 * L];
-    Row A[2 * L];            // A_ab: below the diagonal block A; on the diagonal the inverses; above nothing is read
+    Row A[2 * L];            // four quarters, of which what is above the diagonal is not read; on A_ab's the inverses
     Row out[L];              // Y or dV, on its way to memory
-    float system[2][16][16 + 4];  // the blocks on the diagonal of A_ab, transposed
+    float system[2][16][16 + 4];  // the blocks on the diagonal of A_ab, transposed. (4: for the banks)
     float sums[WARPS][N];    // log decay of 8 tokens each
     float e_middle[N], e_end[N];  // e^c, e^(G_L-c)
     Row in[2 * L];           // V (mirrored: dY); below it, if gradients are computed, U (Z)
@@ -84,7 +84,7 @@ struct WalkTiles {
 struct GradientTiles : WalkTiles {
     Row VU[2 * L], S[N], D[N];  // S~ and D~, [value,key]
     float e[L + 1][N + 8];      // e[t + 1] = e^(G_t-c), e[0] = e^(-c). (8: rows start 8 banks apart)
-    float diagonal[WARPS][N];   // of D~^T S~: what 16 values each add
+    float gamma[WARPS][N];      // the diagonal of D~^T S~: what 16 values each add
 };
 
 // ---------------------------------------------------------------------------------------------- the stages of a chunk
@@ -171,16 +171,18 @@ __device__ inline void put_transposed(Row* tile, int row, int column, const Bloc
     for (int t = 0; t < 2; t++) put(tile, row + 16 * t, column, transposed(x[t].round()));
 }
 
-// mask(X Y^T), X and Y of two times 32 tokens: A and, in its place later, P. A warp computes what 32 tokens (`half` of X)
-// read of what 32 wrote (`source` of Y): the blocks on the diagonal, which are returned too, and the one below. In that
-// above nothing is to be read. Half 1 reads before its token writes: there the diagonal is 0.
-__device__ inline void masked_product(Row* A, const Row* X, const Row* Y, int half, int source, Block (&diagonal)[2]) {
-    Block below;
+// mask(X Y^T), X and Y of two times 32 tokens: A and, in its place later, P. A warp computes what 32 tokens (`half` of
+// X) read of what 32 wrote (`source` of Y): two blocks on the diagonal, and the one below; the one above is not
+// written. Half 1 reads before its token writes: there the diagonal is 0. to_system: the blocks on the diagonal are
+// kept in fp32 too.
+template <typename Tiles>
+__device__ void masked_product(Tiles& tiles, const Row* X, const Row* Y, int half, int source, bool to_system) {
+    Block on_it[2], below;
 #pragma unroll
     for (int n = 0; n < 4; n++) {
         const Factor x0 = left(X, L * half, 16 * n), x1 = left(X, L * half + 16, 16 * n),
                      y0 = right_t(Y, L * source, 16 * n), y1 = right_t(Y, L * source + 16, 16 * n);
-        diagonal[0].add(x0, y0), below.add(x1, y0), diagonal[1].add(x1, y1);
+        on_it[0].add(x0, y0), below.add(x1, y0), on_it[1].add(x1, y1);
     }
     const Lane lane;
 #pragma unroll
@@ -188,25 +190,26 @@ __device__ inline void masked_product(Row* A, const Row* X, const Row* Y, int ha
 #pragma unroll
         for (int n = 0; n < 8; n++) {
             const int row = lane.i + n / 2 % 2 * 8, column = lane.j + n / 4 * 8 + n % 2;
-            if (row < column + half) diagonal[t].x[n] = 0.0f;
+            if (row < column + half) on_it[t].x[n] = 0.0f;
         }
-        put(A, L * half + 16 * t, L * source + 16 * t, diagonal[t].round());
+        put(tiles.A, L * half + 16 * t, L * source + 16 * t, on_it[t].round());
     }
-    put(A, L * half + 16, L * source, below.round());
+    if (to_system) {
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                tiles.system[t][lane.j + n / 4 * 8 + n % 2][lane.i + n / 2 % 2 * 8] = on_it[t].x[n];
+            }
+        }
+    }
+    put(tiles.A, L * half + 16, L * source, below.round());
 }
 
-// The inverses of the 16x16 blocks on the diagonal of I - A_ab, a column a lane: row i of an inverse is row i of the
-// identity plus what A_ab makes of the rows above.
+// The inverses of the 16x16 blocks on the diagonal of I - A_ab, in their place, a column a lane: row i of an inverse is
+// row i of the identity plus what A_ab makes of the rows above.
 template <typename Tiles>
-__device__ void invert(Tiles& tiles, const Block (&A_ab)[2]) {
-    const Lane lane;
-#pragma unroll
-    for (int t = 0; t < 2; t++) {
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
-            tiles.system[t][lane.j + n / 4 * 8 + n % 2][lane.i + n / 2 % 2 * 8] = A_ab[t].x[n];
-        }
-    }
+__device__ void invert(Tiles& tiles) {
     __syncwarp();
     const int t = threadIdx.x % 32 / 16, column = threadIdx.x % 16;
     float x[16];
@@ -231,7 +234,7 @@ struct Walk {
         return MIRROR ? right(A, L * source + 16 * s, L * half + 16 * t)
                       : right_t(A, L * half + 16 * t, L * source + 16 * s);
     }
-    // X (dU) with half 1; with half 0 Y (dV) but for what U (Z) adds: what comes from the state, and what from the input.
+    // X (dU) with half 1; with half 0 Y (dV) but for what U (Z) adds: what comes from the state, what from the input.
     __device__ static void add_state(Block (&x)[2], int half, const Factor (&S)[4], const Row* reads) {
 #pragma unroll
         for (int t = 0; t < 2; t++) {
@@ -263,8 +266,8 @@ struct Walk {
 
 // ---------------------------------------------------------------------------------------------- gradients
 
-// What a warp's 16 values add to the diagonal of D~^T S~; each lane 2 keys.
-__device__ inline void diagonal(GradientTiles& tiles, int warp) {
+// What a warp's 16 values add to Gamma, the diagonal of D~^T S~; each lane 2 keys.
+__device__ inline void put_gamma(GradientTiles& tiles, int warp) {
     const int j = threadIdx.x % 32 * 2;
     float2 sum = {0.0f, 0.0f};
     __syncwarp();
@@ -273,10 +276,10 @@ __device__ inline void diagonal(GradientTiles& tiles, int warp) {
         const float2 s = pair_at(tiles.S, i, j), d = pair_at(tiles.D, i, j);
         sum.x += s.x * d.x, sum.y += s.y * d.y;
     }
-    *reinterpret_cast<float2*>(&tiles.diagonal[warp][j]) = sum;
+    *reinterpret_cast<float2*>(&tiles.gamma[warp][j]) = sum;
 }
 
-// Every column becomes sums over the chunk's tokens: of this token and all behind it; or, BEFORE, of those before it. Of
+// Every column becomes sums over the chunk's tokens: of this token and all after it; or, BEFORE, of those before it. Of
 // a column a thread holds every 8th token.
 template <bool BEFORE>
 __device__ void running_sums(Block (&x)[2]) {
@@ -309,11 +312,12 @@ __device__ void running_sums(Block (&x)[2]) {
 
 // All gradients of a chunk but dV, of this warp's 16 keys (16 m ..).
 //
-//     dg_t = sum_(s >= t) h_s - (a~ da~)_t + sum_(s < t) (k~ dk_s + b~ db_s)_s + diagonal,    with
+//     dg_t = sum_(s >= t) h_s - (a~ da~)_t + sum_(s < t) (k~ dk_s + b~ db_s)_s + Gamma,    with
 //     h = q~ dq~ + a~ da~ - k~ dk_i - b~ db_i;     dk_i, db_i are the parts that come from P, dk_s, db_s those from D~
 struct Gradients {
     GradientTiles& tiles;
     const Tensors& x;
+    const Row* w;
     const int m;
     const int64_t at_chunk;    // the chunk's first token in [B,T,H,N]
     const int stride, tokens;  // from a token to the next; of the chunk that exist
@@ -327,13 +331,14 @@ struct Gradients {
         const Factor f = block.round();
 #pragma unroll
         for (int l = 0; l < 2; l++) {
-            const Four x = four_in_a_row(f, l);
-            bf16* place = out + at_chunk + ((16 * t + x.row) * stride + 16 * m + x.column);
-            if (16 * t + x.row < tokens) ::store(place, x.words);
+            const Four four = four_in_a_row(f, l);
+            bf16* place = out + at_chunk + ((16 * t + four.row) * stride + 16 * m + four.column);
+            if (16 * t + four.row < tokens) ::store(place, four.words);
         }
     }
 
-    __device__ void compute(const Row* w) const {
+    __device__ void compute() const {
+        // dg: the sum over s < t; then without a~ da~; in the end with all the rest, and times dg/dw.
         Block h[2], dg[2];
 #pragma unroll
         for (int t = 0; t < 2; t++) {
@@ -411,20 +416,20 @@ struct Gradients {
             store(x.dr, t, dx[0]), store(x.da, t, dx[1]);
         }
         running_sums<false>(h);
-        float2 diagonal[2] = {};  // of these keys
+        float2 gamma[2] = {};  // of these keys
 #pragma unroll
         for (int n = 0; n < 2 * WARPS; n++) {
-            const float2 part = *reinterpret_cast<const float2*>(&tiles.diagonal[n / 2][column(n % 2 * 2)]);
-            diagonal[n % 2].x += part.x, diagonal[n % 2].y += part.y;
+            const float2 part = *reinterpret_cast<const float2*>(&tiles.gamma[n / 2][column(n % 2 * 2)]);
+            gamma[n % 2].x += part.x, gamma[n % 2].y += part.y;
         }
 #pragma unroll
         for (int t = 0; t < 2; t++) {
 #pragma unroll
             for (int pair = 0; pair < 4; pair++) {
-                const float2 logit = pair_at(w, row(t, pair), column(pair)), gamma = diagonal[pair / 2];
-                float *dw = dg[t].x + 2 * pair, *later = h[t].x + 2 * pair;
-                dw[0] = (later[0] + dw[0] + gamma.x) * MINUS_RATE * slope(logit.x);
-                dw[1] = (later[1] + dw[1] + gamma.y) * MINUS_RATE * slope(logit.y);
+                const float2 logit = pair_at(w, row(t, pair), column(pair));
+                float *g = dg[t].x + 2 * pair, *later = h[t].x + 2 * pair;
+                g[0] = (later[0] + g[0] + gamma[pair / 2].x) * MINUS_RATE * slope(logit.x);
+                g[1] = (later[1] + g[1] + gamma[pair / 2].y) * MINUS_RATE * slope(logit.y);
             }
             store(x.dw, t, dg[t]);
         }
@@ -467,7 +472,7 @@ __device__ inline void store_split(const Block (&S)[4], bf16* parts, int warp) {
     }
 }
 
-// So many blocks fit into the 227 KB of an H100's multiprocessor; registers must suffice for them too.
+// So many blocks an H100's multiprocessor takes: of GRADIENTS by its 227 KB, of transitions by its registers.
 template <Mode MODE>
 __global__ void __launch_bounds__(THREADS, MODE == FORWARD ? 3 : 2) wkv7_walk_kernel(Sizes sizes, Tensors x) {
     using M = Traits<MODE>;
@@ -504,7 +509,7 @@ __global__ void __launch_bounds__(THREADS, MODE == FORWARD ? 3 : 2) wkv7_walk_ke
         }
         cp_async_commit();
     };
-    const auto write = [&](int n) { write_out(tiles.out, x.out + chunk(n).at, stride, chunk(n).tokens); };
+    const auto write_back = [&](int n) { write_out(tiles.out, x.out + chunk(n).at, stride, chunk(n).tokens); };
 
     Block S[M::states][4];  // mirrored: D. A transition walks from 0, with input, and from the identity without
     if constexpr (M::transition) {
@@ -517,11 +522,12 @@ __global__ void __launch_bounds__(THREADS, MODE == FORWARD ? 3 : 2) wkv7_walk_ke
         const Chunk c = chunk(n);
         cp_async_wait<0>();
         __syncthreads();  // inputs are here; all is done with the chunk before
-        if (!M::transition && n > 0) write(n - 1);
+        if (!M::transition && n > 0) write_back(n - 1);
         fetch(tiles.in, (M::mirror ? x.dy : x.v) + c.at, stride, c.tokens);
         if constexpr (M::gradients) fetch(tiles.VU, x.v + c.at, stride, c.tokens);
         cp_async_commit();
-        uint4* saved = x.saved + ((int64_t{head} * sizes.chunks + c.token / L) * WARPS + warp) * 4 * 32 + threadIdx.x % 32;
+        const int64_t of_warp = (int64_t{head} * sizes.chunks + c.token / L) * WARPS + warp;
+        uint4* saved = x.saved + of_warp * 4 * 32 + threadIdx.x % 32;
         Factor S_before[4];  // if gradients are computed: S~ of the forward walk. It takes as long as the factors do
         if constexpr (M::gradients) {
 #pragma unroll
@@ -533,9 +539,8 @@ __global__ void __launch_bounds__(THREADS, MODE == FORWARD ? 3 : 2) wkv7_walk_ke
         factors(tiles, tiles.w[n % 2], warp, c.tokens);
         __syncthreads();
         prefetch(n + 1);
-        Block diagonal_of_A[2];
-        masked_product(tiles.A, tiles.Q, tiles.K, warp / 2, warp % 2, diagonal_of_A);
-        if (warp == 3) invert(tiles, diagonal_of_A);
+        masked_product(tiles, tiles.Q, tiles.K, warp / 2, warp % 2, warp == 3);
+        if (warp == 3) invert(tiles);
         cp_async_wait<1>();
         __syncthreads();
 
@@ -565,10 +570,10 @@ __global__ void __launch_bounds__(THREADS, MODE == FORWARD ? 3 : 2) wkv7_walk_ke
             Direction::solve(U[i], X[i], tiles.A);
         }
         if constexpr (M::gradients) {  // U as in the forward walk
-            Block X[2], forward_U[2];
+            Block forward_X[2], forward_U[2];
             const Factor V[2] = {left_t(tiles.VU, 0, 16 * warp), left_t(tiles.VU, 16, 16 * warp)};
-            Walk<false>::add_state(X, 1, S_before, tiles.Q), Walk<false>::add_input(X, 1, V, tiles.A);
-            Walk<false>::solve(forward_U, X, tiles.A);
+            Walk<false>::add_state(forward_X, 1, S_before, tiles.Q), Walk<false>::add_input(forward_X, 1, V, tiles.A);
+            Walk<false>::solve(forward_U, forward_X, tiles.A);
             put_transposed(tiles.in, L, 16 * warp, U[0]), put_transposed(tiles.VU, L, 16 * warp, forward_U);
         }
         if constexpr (!M::transition) {
@@ -588,12 +593,11 @@ __global__ void __launch_bounds__(THREADS, MODE == FORWARD ? 3 : 2) wkv7_walk_ke
             }
         }
         if constexpr (M::gradients) {
-            diagonal(tiles, warp);
+            put_gamma(tiles, warp);
             __syncthreads();
-            Block diagonal_of_P[2];
-            masked_product(tiles.A, tiles.in, tiles.VU, warp / 2, warp % 2, diagonal_of_P);
+            masked_product(tiles, tiles.in, tiles.VU, warp / 2, warp % 2, false);
             __syncthreads();
-            Gradients{tiles, x, warp, c.at, stride, c.tokens}.compute(tiles.w[n % 2]);
+            Gradients{tiles, x, tiles.w[n % 2], warp, c.at, stride, c.tokens}.compute();
         }
 #pragma unroll
         for (int m = 0; m < 4; m++) {
@@ -607,7 +611,7 @@ __global__ void __launch_bounds__(THREADS, MODE == FORWARD ? 3 : 2) wkv7_walk_ke
         store_state(S[0], to, warp), store_split(S[1], reinterpret_cast<bf16*>(to + N * N), warp);
     } else {
         __syncthreads();
-        write(count - 1);
+        write_back(count - 1);
         if (segment == (M::mirror ? 0 : sizes.segments - 1)) store_state(S[0], x.end + int64_t{head} * N * N, warp);
     }
 }
