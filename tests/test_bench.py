@@ -4,6 +4,7 @@ import importlib.metadata
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import curves  # noqa: E402
 import gpu  # noqa: E402
 import readme  # noqa: E402
 import record  # noqa: E402
+import sass  # noqa: E402
 import sequential  # noqa: E402
 import step  # noqa: E402
 import vram  # noqa: E402
@@ -550,3 +552,39 @@ def test_one_real_run(tmp_path):
     assert found["trained"] == found["adapters"] + 2 * 64 * 5         # ln0 ln1 ln2 ln_x ln_out
     again = curves.silently(curves.run, plan, curves.Job("pissa", 1e-2, 1))
     assert again["losses"] != found["losses"] and again["before"] == pytest.approx(found["before"], abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- bench/sass.py
+
+
+def sass_row(text, stall=1, sets=7, frees=7, waits=0, line=0):
+    bits = stall << 41 | sets << 46 | frees << 49 | waits << 52
+    where = [f'\t//## File "/x/device.cuh", line 9 inlined at "/x/k.cu", line {line}',
+             f'\t//## File "/x/k.cu", line {line}']  # fmt: skip
+    return [*where, f"        /*0010*/    {text} ;    /* 0x{7:016x} */", f"        /* 0x{bits:016x} */"]
+
+
+def test_when_a_warp_issues_its_instructions():
+    """By their control codes: a load, what waits for it, an inner loop gone through twice, two products in a row."""
+    rows = ["        .type           k,@function", ".L_1:", *sass_row("LDS R1, [R2]", sets=0, line=3),
+            *sass_row("FADD R3, R1, R1", stall=4, waits=1, line=4), ".L_2:",
+            *sass_row("MUFU.EX2 R4, R3", sets=1, line=5),
+            *sass_row("@P0 BRA `(.L_2)", stall=5, waits=2),
+            *sass_row("HMMA.16816.F32.BF16 R8, R4.reuse, R6, RZ"), *sass_row("HMMA.16816.F32.BF16 R8, R4, R6, R8"),
+            *sass_row("@!P1 BRA `(.L_1)", stall=5), *sass_row("EXIT")]  # fmt: skip
+    code = sass.parse("\n".join(rows), "k.cu")["k"]
+    assert [x.line for x in code if not isinstance(x, str)][:3] == [3, 4, 5]
+    issued = [(when, x.text.split()[0]) for when, x in sass.walk(code, [2])]
+    assert issued == [(1, "LDS"), (31, "FADD"), (35, "MUFU.EX2"), (59, "BRA"), (64, "MUFU.EX2"), (88, "BRA"),
+                      (93, "HMMA.16816.F32.BF16"), (126, "HMMA.16816.F32.BF16"), (127, "BRA")]
+
+
+@pytest.mark.skipif(not sass.nvdisasm() or not shutil.which("nvcc"), reason="no nvcc and nvdisasm")
+def test_a_chunk_of_the_fast_walk_goes_from_barrier_to_barrier():
+    path = sass.ROOT / "wkv7_cuda" / "wkv7_fast.cu"
+    kernels = sass.parse(sass.disassemble(path, "90a"), path.name)
+    for mode, barriers in (("ModeE0", 4), ("ModeE1", 6)):
+        code, = (code for name, code in kernels.items() if mode in name)
+        issued = sass.walk(code, sass.TRIPS[path.name])
+        assert sum(x.op == "BAR" for _, x in issued) == barriers and issued[-1][0] < 8000
+        assert all(before < when for (before, _), (when, _) in itertools.pairwise(issued))

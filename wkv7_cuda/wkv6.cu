@@ -438,15 +438,15 @@ __device__ void diagonal(GradientTiles<PARTS>& tiles, const Block (&D)[4], int s
 // dr dk dw of 16 tokens, a key j a lane; returns what they add to du. at: the step's first token and this key in
 // [B,T,H,N]. The sums over pairs go down in t and, for each t, down in s; then, for all s < t,
 //     old = k_s d(s,t)      newer_s = sum_(z>t) C_zs r_z d(t,z)      after t:  newer_s <- newer_s d_t + C_ts r_t
-// and at t = s newer_s is the sum in dk_s. The part of X that leaves the step waits where d was.
+// and at t = s newer_s is the sum in dk_s.
 template <typename IO>
 __device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x, int step, int j, int64_t at,
                           int stride, int tokens) {
     const IO(*w)[N] = reinterpret_cast<const IO(*)[N]>(&tiles.Q) + STEP * step;
-    float(*dQ)[N + 8] = tiles.dQK[0] + STEP * step, (*dK)[N + 8] = tiles.dQK[1] + STEP * step;
-    float(*X)[N] = tiles.d + STEP * step;
+    const float(*dQ)[N + 8] = tiles.dQK[0] + STEP * step, (*dK)[N + 8] = tiles.dQK[1] + STEP * step;
+    const float(*its_d)[N] = tiles.d + STEP * step;
     const float(*C)[STEP] = tiles.C[step];
-    float k[STEP], d[STEP], newer[STEP];
+    float k[STEP], d[STEP], X[STEP], q[STEP], newer[STEP] = {};  // X: what leaves the step; q: dQ d((,t)
     float leaving = 0.0f, before = 1.0f;
 #pragma unroll
     for (int n = 0; n < WARPS; n++) leaving += tiles.SD[step][n][j];
@@ -454,10 +454,8 @@ __device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x,
 #pragma unroll
     for (int t = 0; t < STEP; t++) {
         const int row = STEP * step + t;
-        k[t] = tiles.k.get(row, j), d[t] = X[t][j], newer[t] = 0.0f;
-        X[t][j] = leaving;
+        k[t] = tiles.k.get(row, j), d[t] = its_d[t][j], X[t] = leaving, q[t] = dQ[t][j] * before;
         leaving += tiles.K.get(row, j) * dK[t][j];
-        dQ[t][j] *= before;
         before *= d[t];
     }
     const float u = tiles.u[j];
@@ -466,7 +464,7 @@ __device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x,
 #pragma unroll
     for (int t = STEP - 1; t >= 0; t--, at -= stride) {
         const float r = tiles.r.get(STEP * step + t, j), C_tt = C[t][t];
-        float dr = dQ[t][j] + C_tt * u * k[t], dk = behind * dK[t][j] + C_tt * u * r + newer[t];
+        float dr = q[t] + C_tt * u * k[t], dk = behind * dK[t][j] + C_tt * u * r + newer[t];
         float across = 0.0f, product = 1.0f;
 #pragma unroll
         for (int s = t - 1; s >= 0; s--) {
@@ -476,8 +474,8 @@ __device__ float channels(GradientTiles<parts<IO>>& tiles, const Tensors<IO>& x,
             newer[s] = newer[s] * d[t] + C[t][s] * r;
             product *= d[s];
         }
-        const float all = X[t][j] + arriving + across * d[t];
-        arriving += r * dQ[t][j];
+        const float all = X[t] + arriving + across * d[t];
+        arriving += r * q[t];
         behind *= d[t];
         du += C_tt * r * k[t];
         if (t < tokens) {
