@@ -88,7 +88,8 @@ QUANT = P.QUANT | {"legacy_int8": P.Quant(hold_legacy_int8, read_legacy_int8)}
 
 def quant_of(args: argparse.Namespace) -> str:
     """--quant in our words: a run of RWKV-PEFT's, whose files describe nothing, had another code called int8."""
-    if args.quant != "int8" or P.read_described(args.lora_checkpoint, "--lora_checkpoint")[1]:
+    files = ((args.lora_checkpoint, "--lora_checkpoint"), (args.lora_init, "--lora_init"))
+    if args.quant != "int8" or any(P.read_described(file, flag)[1] for file, flag in files if file):
         return args.quant
     P.say(f"--quant int8: {args.lora_checkpoint} is RWKV-PEFT's, whose int8 is called legacy_int8 here; taking that")
     return "legacy_int8"

@@ -237,7 +237,7 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
-    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, ln, time (none in x070); auto: time ln")
+    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, ln, time (x070 has none); auto: time ln")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start; more lessen its error", within="[1,5]")
     # the machine
@@ -254,7 +254,7 @@ class Config:
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data", within="[0,1e18]")
     # results
     proj_dir: str = opt("out", "folder of the results")
-    epoch_save: int = opt(1, "save after this run's first epoch, every so many, and the last", within="[1,1e6]")
+    epoch_save: int = opt(1, "save after this run's first epoch, every so many more, and the last", within="[1,1e6]")
     save_steps: int = opt(0, "also write what --resume needs every so many steps")
     keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", within="[1,999]")
     resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
@@ -396,6 +396,8 @@ def list_of(option: str, words: Sequence[str]) -> Sequence[str]:
     text = " ".join(words)
     if text[:1] != "[":
         return words
+    with contextlib.suppress(ValueError, RecursionError):
+        return [str(word) for word in json.loads(text)]
     if text[-1] != "]":
         raise Fatal(f"--{option} {text}: the list is not closed; write words, or a list in brackets")
     return re.findall(r"""[^][,\s"']+""", text)
@@ -1575,7 +1577,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def describe(cls, cfg: Config) -> dict[str, Any]:
-        """What a file of these says of itself; --resume wants all of it again."""
+        """What a file of these says of itself, to be computed with again; --resume wants all of it again."""
         return {}
 
     @staticmethod
@@ -1917,7 +1919,7 @@ def in_memory(model: RWKV, name: str) -> Tensor:
 def starts(
     model: RWKV, names: list[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
 ) -> Iterator[tuple[str, Start]]:
-    """The start of one matrix after another. New ones are shared out: each rank decomposes one of `ranks.size`, and the
+    """The start of one matrix after another. New ones are shared out: each rank decomposes one in `ranks.size`, and the
     others are given its numbers. What a matrix draws depends on its name and the seed alone."""
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     for name in names:
@@ -2173,9 +2175,12 @@ def typed(field: str, x: Any) -> str:
     return field if isinstance(x, str) else f"{field} ({json_type(x)})"
 
 
+BLANK_LINES = r"(?<!\s)\s*\n\s*\n"                                   # with the end of the line before
+
+
 def turn(text: str) -> str:
     """What one says, without blank lines: a conversation has one between turns, where many a program stops."""
-    return re.sub(r"\s*\n\s*\n", "\n", text.replace("\r\n", "\n").strip())
+    return re.sub(BLANK_LINES, "\n", text.replace("\r\n", "\n").strip())
 
 
 def chat(question: str, answer: str) -> str:
@@ -2191,7 +2196,7 @@ def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     if len(cfg.sft_fields) != 2:
         raise Fatal(f"--sft_fields takes two names, question and answer; given: {' '.join(cfg.sft_fields)}")
     rows = [*read_lines(path, tuple(cfg.sft_fields))]
-    if changed := sum(any(turn(text) != text.strip() for text in row) for row in rows):
+    if changed := sum(any(re.search(BLANK_LINES, text.strip()) for text in row) for row in rows):
         say(f"{path}: of {len(rows):,} rows {changed:,} have blank lines in a question or an answer; these are taken"
             " out, for a blank line ends a turn")
     return from_texts(itertools.starmap(chat, rows), tokenizer, path)
@@ -2490,11 +2495,10 @@ def learn_all(text: bytes, cfg: Config) -> list[tuple[int, int]]:
 
 def learn_assistant(text: bytes, cfg: Config) -> list[tuple[int, int]]:
     """What an assistant writes: from after `Assistant:` to the next turn, or the document's end. A turn begins after a
-    blank line, or after a 0; in a document where no answer begins so, wherever a role begins a line."""
-    for start in (rb"(?:\A\s*|\n[ \t\r]*\n|\0)", rb"^"):
-        if spans := between(re.compile(start + rb"(System:|User:|Assistant:)", re.M), b"Assistant:", text):
-            return spans
-    return []
+    blank line or a 0; in a document where no `Assistant:` follows a blank line, any line may begin one."""
+    blank = rb"\n[ \t\r]*\n"
+    after = rb"(?:(?:\A|\0)\s*|" + blank + rb")" if re.search(blank + rb"Assistant:", text) else rb"(?:^|\0)"
+    return between(re.compile(after + rb"(System:|User:|Assistant:)", re.M), b"Assistant:", text)
 
 
 def learn_between(text: bytes, cfg: Config) -> list[tuple[int, int]]:
@@ -3258,7 +3262,7 @@ def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict
     """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
     with zipfile.ZipFile(path) as archive:
-        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"
+        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
@@ -3412,6 +3416,7 @@ def merge_files(
     if not about:
         say(f"{checkpoint} has no description (like those of RWKV-PEFT and pissa2lora): that it is of {base} cannot be"
             " checked")
+    about = {item: about_init[item] for item in ("quant", "dtype") if item in about_init} | about
     scale = scale_of_delta(about.get("scale", method.layer.unsaid_scale), alpha, trained, checkpoint)
     row = pick(formats, "--quant", quant or about.get("quant", "none"))
     if quant not in ("", about.get("quant", quant)):
@@ -4308,7 +4313,8 @@ def generate(
 
 TOLD = {"peft": "peft", "quant": "quant", "rank": "rank", "bone_mode": "mode"}  # option -> what a file calls it
 NOT_IN_CHAT = ("data_file", "val_file", "make_binidx", "dry_run", "resume", "auto_merge")
-TURN = re.compile(rb"\n(System|User|Assistant):")                     # somebody else speaks: see learn_assistant
+# Somebody else speaks: on any line, for some models write turns without blank lines. (learn_assistant is stricter.)
+TURN = re.compile(rb"\n(System|User|Assistant):")
 
 
 def chat_config(cfg: Config, given: set[str]) -> Config:
@@ -4696,7 +4702,8 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))
 
 
-LESS_MEMORY = "--quant nf4, a smaller --micro_bsz or --ctx_len, or --grad_cp 1 takes less; --dry_run estimates it"
+LESS_MEMORY = ("a smaller --micro_bsz or --ctx_len, --grad_cp 1, or adapters with --quant nf4 take less; --dry_run"
+               " estimates it")
 
 
 def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:

@@ -82,6 +82,7 @@ def test_lists_and_other_names():
     for text in ("""'["time", "ln"]'""", """["time", "ln"]""", """["time","ln"]""", "'[time, ln]'", "time ln"):
         assert parse(f"--train_parts {text}").train_parts == ["time", "ln"]
     assert parse("--train_parts []").train_parts == []
+    assert parse("""--sft_fields '["in put", "out\\u0070ut"]'""").sft_fields == ["in put", "output"]
     assert parse("--lr_init=1e-3 --rank=5") == P.Config(lr_init=1e-3, rank=5)
 
 
@@ -121,9 +122,9 @@ def test_as_a_program_it_lets_waiting_threads_sleep(tmp_path):
 
 
 @pytest.mark.parametrize("error, words", [
-    (MemoryError("Unable to allocate 589. GiB"), "out of memory (Unable to allocate 589. GiB); --quant nf4, a smaller"),
+    (MemoryError("Unable to allocate 589. GiB"), "out of memory (Unable to allocate 589. GiB); a smaller --micro_bsz"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory (Default"),
-    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory (CUDA out of memory.); --quant nf4, a"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory (CUDA out of memory.); a smaller --micro_bsz"),
     (BrokenPipeError(32, "Broken pipe"), "nobody reads the standard output"),
     (OSError(28, "No space left"), "No space"),
     (FileNotFoundError(2, "No such file", "x.pth"), "x.pth: No such file"), (RuntimeError("our own fault"), ""),

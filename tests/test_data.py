@@ -189,6 +189,7 @@ CONVERSATIONS = {
                                        "User: go on:\nAssistant: x\n\nAssistant:", " y"],
     "blank lines of blanks": ["User: Hi\n \t\nAssistant:", " Yes\n \n", "User: Bye"],
     "single line breaks": ["User: Hi\nAssistant:", " Yes\n", "User: Bye\nAssistant:", " Bye"],
+    "single line breaks, the assistant first": ["Assistant:", " Hello\n", "User: Hi\nAssistant:", " Bye"],
     "emoji": ["User:😀\n\nAssistant:", "😀👩‍👩‍👧\n\n", "User:🙃\n\nAssistant:", "🙃"],
 }
 
@@ -227,8 +228,9 @@ def test_qa_mask_learns_all_where_there_is_no_role(world):
 
 def test_a_0_ends_a_turn_too():
     """Some put several conversations into one item of a binidx."""
-    texts = b"User: a\n\nAssistant: b\0User: c\n\nAssistant: d\0"
-    assert [texts[a:b] for a, b in P.learn_assistant(texts, P.Config())] == [b" b\0", b" d\0"]
+    for between, after in ((b"\n\n", b""), (b"\n", b""), (b"\n\n", b"\n")):
+        text = b"User: a" + between + b"Assistant: b\0" + after + b"User: c" + between + b"Assistant: d\0"
+        assert [text[a:b] for a, b in P.learn_assistant(text, P.Config())] == [b" b\0" + after, b" d\0"]
 
 
 def test_a_document_is_masked_whole_wherever_a_row_cuts_it(world):
@@ -343,6 +345,7 @@ def test_a_blank_line_ends_a_turn_so_sft_has_none_in_one(tmp_path, capsys):
     found = read(path, "sft")
     assert found == [b"User: Two:\n1\n2\n\nAssistant: One.\nUser: x\nTwo.\0", b"User: Q\n\nAssistant: A\nB\0"]
     assert "of 2 rows 1 have blank lines" in capsys.readouterr().out
+    assert P.turn("a" + " " * 100_000 + "b\r\nc") == "a" + " " * 100_000 + "b\nc"          # (and that at once)
     assert [found[0][a:b] for a, b in P.learn_assistant(found[0], P.Config())] == [b" One.\nUser: x\nTwo.\0"]
 
 

@@ -387,6 +387,15 @@ def test_of_files_without_description_the_flag_says_how_the_base_was_held(quant,
     assert all(torch.equal(t, said[name]) for name, t in known.items())
 
 
+def test_a_checkpoint_that_others_saved_again_is_still_of_the_base_that_its_init_tells(place):
+    run = finished(place, "again", quant="int8", precision="bf16", epoch_steps=2)
+    known = torch.load(merged(run), weights_only=True)
+    torch.save(torch.load(run.checkpoint, weights_only=True), run.checkpoint)
+    for name, options in (("again.pth", ()), ("said-again.pth", ("--quant", "int8"))):
+        again = torch.load(merged(run, name, *options), weights_only=True)
+        assert all(torch.equal(t, again[n]) for n, t in known.items())
+
+
 def test_the_int8_of_rwkv_peft(place):
     """The nearest of 256 levels to w / max |W|, here in a loop over the levels; then rounded to bf16."""
     run = undescribed(finished(place, "legacy", epoch_steps=2))

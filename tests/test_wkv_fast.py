@@ -277,7 +277,7 @@ def test_where_a_gpu_is_its_mode_is_that_of_tensors_without_values(pretend_gpu, 
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "89", "90a", "120"])
+@pytest.mark.parametrize("arch", ["80", "89", "90a", "100", "120"])
 def test_nvcc_compiles_nothing_spills_and_tensor_cores_are_used(tmp_path, arch):
     ptx = tmp_path / "fast.ptx"
     command = [NVCC, *fast_flags(), f"-arch=sm_{arch}", fast.SOURCE]

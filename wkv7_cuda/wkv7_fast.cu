@@ -321,6 +321,7 @@ struct Gradients {
     const int m;
     const int64_t at_chunk;    // the chunk's first token in [B,T,H,N]
     const int stride, tokens;  // from a token to the next; of the chunk that exist
+    Block h[2] = {}, dg[2] = {};  // 16 tokens each
 
     // Two neighbouring numbers of a fragment, x[2 pair] and x[2 pair + 1]: their place in the chunk.
     __device__ static int row(int t, int pair) { return 16 * t + Lane().i + pair % 2 * 8; }
@@ -337,9 +338,14 @@ struct Gradients {
         }
     }
 
-    __device__ void compute() const {
-        // dg: the sum over s < t; then without a~ da~; in the end with all the rest, and times dg/dw.
-        Block h[2], dg[2];
+    __device__ void compute() {
+        written(), running_sums<true>(dg);
+        read(), running_sums<false>(h);
+        decay();
+    }
+
+    // dk, db, and what they give to h and to the sum over s < t.
+    __device__ void written() {
 #pragma unroll
         for (int t = 0; t < 2; t++) {
             Block dx[2];  // of k~, b~
@@ -384,7 +390,10 @@ struct Gradients {
             }
             store(x.dk, t, dx[0]), store(x.db, t, dx[1]);
         }
-        running_sums<true>(dg);
+    }
+
+    // dr, da, what they give to h, and - a~ da~.
+    __device__ void read() {
 #pragma unroll
         for (int t = 0; t < 2; t++) {
             Block dx[2];  // of q~, a~
@@ -415,7 +424,10 @@ struct Gradients {
             }
             store(x.dr, t, dx[0]), store(x.da, t, dx[1]);
         }
-        running_sums<false>(h);
+    }
+
+    // dw, where h has become the sum over s >= t.
+    __device__ void decay() {
         float2 gamma[2] = {};  // of these keys
 #pragma unroll
         for (int n = 0; n < 2 * WARPS; n++) {
