@@ -3253,7 +3253,8 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = 
         torch.save(tensors, file)
         if about is not None:
             with zipfile.ZipFile(file, "a") as archive:
-                archive.writestr(zipfile.ZipInfo(DESCRIPTION), json.dumps(about))         # (which has no time of now)
+                text = json.dumps(about | {"tensors": len(tensors)})
+                archive.writestr(zipfile.ZipInfo(DESCRIPTION), text)                      # (which has no time of now)
 
     write_whole(path, write, keep)
 
@@ -3266,7 +3267,11 @@ def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
-    return tensors, read_description(about, f"{what} {path}")
+    described = read_description(about, f"{what} {path}")
+    if described.get("tensors", len(tensors)) != len(tensors):
+        raise Fatal(f"{what} {path}: holds {len(tensors)} tensors and says that it had {described['tensors']}; the file"
+                    " is of no use")
+    return tensors, described
 
 
 def is_number(x: Any) -> bool:
@@ -3282,7 +3287,7 @@ DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not on
     "epoch_loss": is_number, "loss_scale": lambda x: is_number(x) and x > 0,
     "scaled_at": is_count, "rows": is_count, "scale": is_number,
     "dtype": "float32 bfloat16 float16".split().__contains__,
-    "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text,
+    "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text, "tensors": is_count,
     "config": lambda x: isinstance(x, dict),
 }
 

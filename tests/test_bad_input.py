@@ -243,6 +243,12 @@ def write_runs():
     tensors, about = P.read_described("run/rwkv-0.pth", "")
     describe_anew(Path("run-method.pth"), tensors, about, peft="dora")
     describe_anew(Path("run-rank.pth"), tensors, about, rank=0)
+    P.save(Path("run-lacking.pth"), tensors, about)
+    with zipfile.ZipFile("run-lacking.pth") as whole, zipfile.ZipFile("lacking.pth", "w") as lacking:
+        torch.save({k: t for k, t in tensors.items() if k != "blocks.0.ln0.weight"}, part := io.BytesIO())
+        for name in (old := zipfile.ZipFile(part)).namelist():
+            lacking.writestr(name, old.read(name))
+        lacking.writestr(P.DESCRIPTION, whole.read(P.DESCRIPTION))
     # As RWKV-PEFT writes them: without a description.
     Path("plain").mkdir()
     for name in ("init_pissa.pth", "rwkv-0.pth"):
@@ -586,6 +592,7 @@ RESULTS = [
     ("resume with another quant", "--proj_dir run --resume --quant nf4", "run/init_pissa.pth|quant none|nf4"),
     ("resume with another precision", "--proj_dir run --resume --precision bf16", "run/resume.pth|dtype|bfloat16"),
     ("adapters of another quant", f"{LOAD} --adapter_init run/init_pissa.pth --quant int8", "run/|quant none|int8"),
+    ("adapters without a norm", "--adapter_load lacking.pth --adapter_init run/init_pissa.pth", "lacking.pth|tensors"),
     ("adapters of another rank", f"{LOAD} --adapter_init run/init_pissa.pth --rank 8", "run/|--rank"),
     ("LoRA of another scale", "--peft lora --adapter_load run-lora/rwkv-0.pth --lora_alpha 8", "scale 8.0|it is 2.0"),
     ("bone of PiSSA", f"--peft bone {LOAD}", "run/rwkv-0.pth|peft pissa|bone"),
