@@ -3264,6 +3264,8 @@ def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
     with zipfile.ZipFile(path) as archive:
         about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
+    if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
+        about = old.to(torch.uint8).numpy().tobytes()
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
@@ -4518,8 +4520,9 @@ class Rehearsal:
         with Peak(elsewhere=tensors.values()) as self.peak:
             fill(model, tensors, "", "meta", dtype, left_in_file(model, cfg))
             freeze(model, cfg)
-            done = {}                     # The first block and the last, during which most bytes are held, are adapted;
-            for name in to_freeze(model, cfg):                        # those between are copies.
+            # The first block and the last, during which most bytes are held, are adapted; those between are copies.
+            done = {}
+            for name in to_freeze(model, cfg):
                 _, layer, rest = name.split(".", 2)
                 if rest in done and int(layer) < arch.n_layer - 1:
                     model.set_submodule(name, copy.deepcopy(done[rest]))

@@ -1,5 +1,6 @@
 """Merged files in the official `rwkv` package against the model with its adapters; and what merge.py refuses."""
 
+import json
 import subprocess
 import sys
 from collections import OrderedDict
@@ -122,6 +123,19 @@ def test_merging_what_was_not_trained_gives_the_base_again(model_file, tmp_path)
     base, found = torch.load(run.base), merged(run)
     for name, W in base.items():  # (W - P) + P errs by 2^-24 of P at most twice: seen only in numbers much below P
         assert (found[name].float() - W.float()).abs().max() <= 2**-22 * W.abs().max(), name
+
+
+def test_files_whose_description_is_a_tensor_are_read_too(model_file, tmp_path):
+    """As they were written until November 2026."""
+    run = finished(tmp_path / "run", model_file(), peft="lora", lora_alpha=6.0)
+    known = merged(run)
+    tensors, about = read_described(run.checkpoint, "")
+    text = torch.tensor([*json.dumps(about).encode()], dtype=torch.uint8)
+    torch.save({n: t.clone() for n, t in tensors.items()} | {"pissa_rwkv.json": text}, old := tmp_path / "old.pth")
+    old.replace(run.checkpoint)                                       # (which is mapped)
+    assert read_described(run.checkpoint, "")[1] == about
+    again = merged(run, output=tmp_path / "again.pth")                # without --lora_alpha: the file tells it
+    assert again.keys() == known.keys() and all(torch.equal(t, known[name]) for name, t in again.items())
 
 
 # ---------------------------------------------------------------------------------------------------- RWKV-PEFT's files
