@@ -191,7 +191,7 @@ class Config:
     # data
     data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family, base or shift")
     data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img, dummy; default: by its name")
-    sft_fields: tuple = opt(("question", "answer"), "sft: the fields that become user and assistant", "sft_field")
+    sft_fields: tuple = opt(("question", "answer"), "sft: question and answer, or one, a list of messages", "sft_field")
     img_side: int = opt(64, "wds_img: pixels a side of an image, cut square", "my_img_size", within="[1,1e6]")
     tokenizer: str = opt("", "world or byte; default: world where the vocabulary has 65536 tokens")
     vocab_file: str = opt("", "the World vocabulary; default: found in the `rwkv` package")
@@ -2145,34 +2145,39 @@ def read_text(path: str, encoding: str = "utf-8") -> str:
     return text.removeprefix("\ufeff")
 
 
-def read_lines(path: str, fields: tuple[str, ...]) -> Iterator[list[str]]:
-    """The named string fields of every line of a JSON-lines file."""
+def read_rows(path: str) -> Iterator[tuple[str, Any]]:
+    """Every line of a JSON-lines file: where it stands, and its value."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}: line {number}"
         try:
             row = json.loads(line)
             line.encode(), json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:                     # half a surrogate pair is a ValueError too
-            raise Fatal(f"{path}: line {number} is no JSON text ({first_line(e)}): {line[:60]}") from None
-        absent = [f for f in fields if not isinstance(row, dict) or not isinstance(row.get(f), str)]
-        if absent:
-            has = f"it is {json_type(row)}"
-            if isinstance(row, dict):
-                has = f"its fields are {', '.join(itertools.starmap(typed, row.items()))}"
-            remedy = "--data_type sft --sft_fields names two" if fields == ("text",) else "--sft_fields names others"
-            raise Fatal(f"{path}: line {number} has no text in field {absent[0]!r}; {has}; {remedy}")
-        yield [row[f] for f in fields]
+            raise Fatal(f"{where} is no JSON text ({first_line(e)}): {line[:60]}") from None
+        yield where, row
 
 
-def json_type(x: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
-    return kinds.get(type(x), "a number")
+JSON_TYPE = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
 
 
-def typed(field: str, x: Any) -> str:
-    """A field, and what is in it if that is no text."""
-    return field if isinstance(x, str) else f"{field} ({json_type(x)})"
+def found(x: Any) -> str:
+    """What a row is, and what its fields hold, if no texts."""
+    def kind(y: Any) -> str:
+        return JSON_TYPE.get(type(y), "a number")
+
+    if not isinstance(x, dict):
+        return f"it is {kind(x)}"
+    return f"its fields are {', '.join(name if isinstance(y, str) else f'{name} ({kind(y)})' for name, y in x.items())}"
+
+
+def field_of(row: Any, name: str, kind: type, where: str) -> Any:
+    """What a row has in a field, which has to be a text or a list, as `kind` says."""
+    if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+        raise Fatal(f"{where} has no {name!r} that is {JSON_TYPE[kind]}; {found(row)}; --data_type sft takes those that"
+                    " --sft_fields names: question and answer, or one that is a list of messages")
+    return row[name]
 
 
 BLANK_LINES = r"(?<!\s)\s*\n\s*\n"                                   # with the end of the line before
@@ -2183,23 +2188,51 @@ def turn(text: str) -> str:
     return re.sub(BLANK_LINES, "\n", text.replace("\r\n", "\n").strip())
 
 
+def conversation(turns: Iterable[tuple[str, str]]) -> str:
+    """Who says what, in the form in which World models were shown conversations."""
+    return "\n\n".join(f"{who}: {turn(text)}" for who, text in turns)
+
+
 def chat(question: str, answer: str) -> str:
-    """The form in which World models were shown conversations."""
-    return f"User: {turn(question)}\n\nAssistant: {turn(answer)}"
+    return conversation([("User", question), ("Assistant", answer)])
+
+
+SPEAKER = {"system": "System", "user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant"}
+
+
+def message(m: Any, where: str) -> tuple[str, str]:
+    """Who says what in a message, {"role": "user", "content": "Hi"} or {"from": "human", "value": "Hi"}."""
+    for role, content in (("role", "content"), ("from", "value")):
+        who, text = (m.get(role), m.get(content)) if isinstance(m, dict) else (None, None)
+        if isinstance(who, str) and isinstance(text, str):
+            return pick(SPEAKER, f"{where} is by", who.lower()), text
+    raise Fatal(f'{where} is not like {{"role": "user", "content": "Hi"}} or {{"from": "human", "value": "Hi"}};'
+                f" {found(m)}")
+
+
+def turns_of(row: Any, fields: Sequence[str], where: str) -> list[tuple[str, str]]:
+    """Who says what in a row: of one field it is a list of messages; of more the last has the answer, and those before
+    it are lines of the question."""
+    *asked, last = fields
+    if not asked:
+        said = [message(m, f"{where}: message {i}") for i, m in enumerate(field_of(row, last, list, where), 1)]
+        return [(who, text) for who, text in said if text.strip()]
+    question = filter(str.strip, [field_of(row, name, str, where) for name in asked])
+    return [("User", "\n".join(question)), ("Assistant", field_of(row, last, str, where))]
 
 
 def read_jsonl(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    return from_texts((text for text, in read_lines(path, ("text",))), tokenizer, path)
+    return from_texts((field_of(row, "text", str, where) for where, row in read_rows(path)), tokenizer, path)
 
 
 def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    if len(cfg.sft_fields) != 2:
-        raise Fatal(f"--sft_fields takes two names, question and answer; given: {' '.join(cfg.sft_fields)}")
-    rows = [*read_lines(path, tuple(cfg.sft_fields))]
-    if changed := sum(any(re.search(BLANK_LINES, text.strip()) for text in row) for row in rows):
+    if not cfg.sft_fields:
+        raise Fatal("--sft_fields is given no name: two or more, question and answer, or one that holds a conversation")
+    rows = [turns_of(row, cfg.sft_fields, where) for where, row in read_rows(path)]
+    if changed := sum(any(re.search(BLANK_LINES, text.strip()) for _, text in turns) for turns in rows):
         say(f"{path}: of {len(rows):,} rows {changed:,} have blank lines in a question or an answer; these are taken"
             " out, for a blank line ends a turn")
-    return from_texts(itertools.starmap(chat, rows), tokenizer, path)
+    return from_texts(map(conversation, rows), tokenizer, path)
 
 
 def read_plain(path: str, tokenizer: ByteTokenizer, cfg: Config, encoding: str = "utf-8") -> Corpus:

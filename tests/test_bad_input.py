@@ -146,7 +146,10 @@ def write_corpora():
         "number": b'{"text": 5}\n', "array": b'["text"]\n', "latin1": '{"text": "caf\u00e9"}\n'.encode("latin-1"),
         "surrogate": b'{"text": "good"}\n{"text": "\\ud800"}\n', "deep": b"[" * 100_000, "nothing": b"",
         "blank": b"\n \n", "one-token": b'{"text": ""}\n{"text": ""}\n', "short": b'{"text": "abc"}\n',
-        "half-sft": b'{"question": "Q"}\n', "null": b'{"text": null}\n', "one": b'{"text": "hello"}\n',
+        "half-sft": b'{"question": "Q"}\n',
+        "by-tool": b'{"m": [{"role": "user", "content": "Q"}, {"role": "tool", "content": "A"}]}\n',
+        "in-parts": b'{"m": [{"role": "user", "content": [{"type": "text"}]}]}\n', "not-said": b'{"m": ["Hi"]}\n',
+        "null": b'{"text": null}\n', "one": b'{"text": "hello"}\n',
     }.items():  # fmt: skip
         Path(f"{name}.jsonl").write_bytes(data)
     Path("latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
@@ -544,6 +547,11 @@ DATA = [
     ("shorter than ctx_len", "--data_file short.jsonl --dataload get", "short.jsonl|4 tokens|--ctx_len 8"),
     ("sft without answers", "--data_file half-sft.jsonl --data_type sft", "half-sft.jsonl|line 1|'answer'"),
     ("sft with one field", "--data_file half-sft.jsonl --data_type sft --sft_fields question", "--sft_fields"),
+    ("sft with no field", "--data_file half-sft.jsonl --data_type sft --sft_fields", "--sft_fields"),
+    ("a conversation for a text", "--data_file by-tool.jsonl", "by-tool.jsonl|line 1|'text'|m (a list)|--sft_fields"),
+    ("a message of a tool", "--data_file by-tool.jsonl --data_type sft --sft_fields m", "line 1|message 2|tool|'gpt'"),
+    ("a message in parts", "--data_file in-parts.jsonl --data_type sft --sft_fields m", "message 1|content (a list)"),
+    ("messages that are texts", "--data_file not-said.jsonl --data_type sft --sft_fields m", "message 1|it is a text"),
     ("unknown dummy", "--data_file sums --data_type dummy", "--data_file sums|'base'"),
     ("no such vocabulary", "--tokenizer world --vocab_file nope.txt", "--vocab_file nope.txt"),
     ("a broken vocabulary", "--tokenizer world --vocab_file vocab.txt", "vocab.txt|line 2"),

@@ -338,6 +338,28 @@ def test_sft(tmp_path):
     assert read(path, "sft", sft_fields=["in", "out"]) == wanted
 
 
+def test_sft_of_three_fields_has_a_question_of_two_lines(tmp_path):
+    path = tmp_path / "x.jsonl"
+    rows = [("Add.", "2 3", "5"), ("Say hi.", " ", "Hi")]
+    path.write_text("".join(json.dumps({"instruction": i, "input": x, "output": y}) + "\n" for i, x, y in rows))
+    found = read(path, "sft", sft_fields=["instruction", "input", "output"])
+    assert found == [b"User: Add.\n2 3\n\nAssistant: 5\0", b"User: Say hi.\n\nAssistant: Hi\0"]
+
+
+@pytest.mark.parametrize("who, what, user, assistant", [
+    ("role", "content", "user", "assistant"), ("from", "value", "human", "gpt"),
+    ("from", "value", "User", "Assistant")])
+def test_sft_of_one_field_is_a_conversation(tmp_path, who, what, user, assistant):
+    said = [("system", "Be\n\nbrief."), (user, "Hi"), (assistant, "Yo"), (user, "2+2?"), (assistant, " 4\n")]
+    rows = [{"id": 7, "messages": [{who: w, what: text, "weight": 1} for w, text in talk]}
+            for talk in (said, [("system", ""), *said[1:3]])]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read(tmp_path / "x.jsonl", "sft", sft_fields=["messages"])
+    assert first == b"System: Be\nbrief.\n\nUser: Hi\n\nAssistant: Yo\n\nUser: 2+2?\n\nAssistant: 4\0"
+    assert [first[a:b] for a, b in P.learn_assistant(first, P.Config())] == [b" Yo\n\n", b" 4\0"]
+    assert second == b"User: Hi\n\nAssistant: Yo\0"                  # who says nothing has no turn
+
+
 def test_a_blank_line_ends_a_turn_so_sft_has_none_in_one(tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     rows = [("Two:\r\n\r\n1\n2", "One.\n \n\nUser: x\n\nTwo."), ("Q", "A\nB")]
