@@ -292,44 +292,40 @@ WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothin
 }
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        said = action.default in ("", None) or "default: " in action.help
-        return action.help if said else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise Fatal(message)
 
 
 def parser() -> Parser:
-    """The parser that Config describes. (Options are spelt out in full: torchrun takes abbreviations for its own.)"""
-    p = Parser("torchrun pissa_rwkv.py", allow_abbrev=False, description="Without options it runs a demonstration.",
-               formatter_class=Help)
+    """The parser that Config describes. What a command line does not name is absent from its result: the defaults are
+    Config's. (Options are spelt out in full: torchrun takes abbreviations for its own.)"""
+    p = Parser("torchrun pissa_rwkv.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+               description="Without options it runs a demonstration.")
     for f in fields(Config):
         kind = dict(type=type(f.default))
         if isinstance(f.default, bool):
             kind = dict(type=switch, nargs="?", const=True, metavar="0|1")
         elif isinstance(f.default, tuple):
             kind = dict(nargs="*")
+        help = f.metadata["help"]
+        if f.default != "" and "default: " not in help:
+            help += f" (default: {f.default})"
         names = [f"--{name}" for name in (f.name, f.metadata["also"]) if name]
-        p.add_argument(*names, dest=f.name, default=f.default, help=f.metadata["help"], **kind)
+        p.add_argument(*names, dest=f.name, help=help, **kind)
     for name in WITHOUT_EFFECT:
         p.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
-    p.add_argument("--fla", type=switch, nargs="?", const=True, default=False, help=argparse.SUPPRESS)
+    p.add_argument("--fla", type=switch, nargs="?", const=True, help=argparse.SUPPRESS)
     return p
 
 
 def said(argv: list[str]) -> set[str]:
-    """The options that a command line names, with whatever value."""
-    p = parser()
-    p.set_defaults(**{f.name: None for f in fields(Config)})
-    given = {name: value for name, value in vars(p.parse_known_args(argv)[0]).items() if value is not None}
+    """The options that a command line names, with whatever value, also inside the JSON of --pissa_config and its like.
+    """
+    given = vars(parser().parse_known_args(argv)[0])
     option = f"{given.get('peft', Config.peft)}_config"
     keys = JSON_OPTIONS.get(option, {})
-    inside = [keys[key] for key in read_json(option, given.get(option, "")) if key in keys]
-    return {*given, *inside}
+    return {*given, *(keys[key] for key in read_json(option, given.get(option, "")) if key in keys)}
 
 
 def is_text(x: Any) -> bool:
@@ -351,13 +347,13 @@ def switch(text: str) -> bool:
 
 def parse(argv: list[str]) -> Config:
     """The command line as a Config. Raises Fatal at an unknown flag, a wrong type, or JSON with a typo."""
-    given, unknown = parser().parse_known_args(argv)
-    given = vars(given)
+    named, unknown = parser().parse_known_args(argv)
+    given = asdict(Config()) | vars(named)
     for flag in unknown:
-        known = [*given, *(f.metadata["also"] for f in fields(Config))]
+        known = [*given, *WITHOUT_EFFECT, *(f.metadata["also"] for f in fields(Config))]
         name = flag.lstrip("-").partition("=")[0]
         raise Fatal(f"unknown option {flag}{nearest(name, known, '--')}; --help lists them all")
-    if given.pop("fla"):  # the tutorial's word for it
+    if given.pop("fla", False):  # the tutorial's word for it
         if given["op"] not in ("", "fla"):
             raise Fatal(f"--fla is short for --op fla, and --op {given['op']} is given too: give one of them")
         given["op"] = "fla"
@@ -369,7 +365,7 @@ def parse(argv: list[str]) -> Config:
         if isinstance(f.default, str) and not is_text(given[f.name]):
             raise Fatal(f"--{f.name} {given[f.name]!r}: that is no UTF-8 text")
     for name, reason in WITHOUT_EFFECT.items():
-        if given.pop(name) is not None:
+        if given.pop(name, None) is not None:
             say(f"--{name} has no effect here: {reason}")
     for option, keys in JSON_OPTIONS.items():
         values = read_json(option, given[option])
@@ -527,9 +523,6 @@ class Unheard(Ranks):
 
     def call(self, collective: Callable, *inputs: Any) -> Any:
         return self                                                   # (where a dist.Work is wanted, too: see wait)
-
-    def totals(self, *numbers: float) -> list[float]:
-        return [*numbers]
 
     def wait(self) -> None:
         pass
@@ -1123,7 +1116,7 @@ NOT_OURS = {  # a key that ends so -> what the file is
 # Some files have layer 0's value residual, and those with head_qk the mask that `tril` is.
 UNUSED = (*(f"blocks.0.att.v{i}" for i in "012"), "copy_mask")
 NOT_A_PTH = {  # how a file begins -> what it is
-    b"": "an empty file", b"<": "a web page: the download failed", b"{": "JSON",
+    b"<": "a web page: the download failed", b"{": "JSON",
     b"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
     b"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
 }
@@ -1146,8 +1139,10 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
             head = file.read(9)
     except OSError as e:
         raise Fatal(f"{what} {path}: cannot be read ({e.strerror})") from None
+    if not head:
+        raise Fatal(f"{what} {path}: this is an empty file")
     for start, kind in NOT_A_PTH.items():
-        if head.startswith(start) and (start or not head):
+        if head.startswith(start):
             raise Fatal(f"{what} {path}: this is {kind}")
     if head[8:] == b"{":
         raise Fatal(f"{what} {path}: this is safetensors, made for other programs; the .pth beside it is wanted")
@@ -1611,27 +1606,16 @@ class Adapter(nn.Module):
         return 0.0
 
 
-class LoRALinear(Adapter):
-    """y = x W^T + scale drop(x) A^T B^T  (arXiv 2106.09685), for A (r,in), B (out,r); only A and B are trained."""
+class LowRank(Adapter):
+    """y = x W^T + scale drop(x) A^T B^T, for A (r,in), B (out,r); only A and B are trained. What LoRA and PiSSA share:
+    they differ in where A and B start, and PiSSA has neither scale nor dropout."""
 
     names = ("lora_A", "lora_B")
-    unsaid_scale = None
-
-    def __init__(self, cfg: Config, frozen: FrozenLinear, **trained: Tensor):
-        super().__init__(cfg, frozen, **trained)
-        self.scale, self.dropout = self.scale_of(cfg), self.dropout_of(cfg)
-
-    @staticmethod
-    def scale_of(cfg: Config) -> float:
-        return cfg.lora_alpha / cfg.rank
-
-    @staticmethod
-    def dropout_of(cfg: Config) -> float:
-        return cfg.lora_dropout
+    scale = 1.0
 
     @classmethod
     def describe(cls, cfg: Config) -> dict[str, Any]:
-        return {"rank": cfg.rank, "scale": cls.scale_of(cfg)}
+        return {"rank": cfg.rank, "scale": cls.scale}
 
     @staticmethod
     def ranks(shape: torch.Size, cfg: Config) -> Sequence[int]:
@@ -1662,7 +1646,21 @@ class LoRALinear(Adapter):
         return scale * (lora_B @ lora_A)
 
 
-class PiSSALinear(LoRALinear):
+class LoRALinear(LowRank):
+    """A at random, B at zero: at first nothing is added (arXiv 2106.09685)."""
+
+    unsaid_scale = None
+
+    def __init__(self, cfg: Config, frozen: FrozenLinear, **trained: Tensor):
+        super().__init__(cfg, frozen, **trained)
+        self.scale, self.dropout = cfg.lora_alpha / cfg.rank, cfg.lora_dropout
+
+    @classmethod
+    def describe(cls, cfg: Config) -> dict[str, Any]:
+        return super().describe(cfg) | {"scale": cfg.lora_alpha / cfg.rank}
+
+
+class PiSSALinear(LowRank):
     """LoRA's two matrices, started at W's principal part (arXiv 2404.02948): with W = U diag(sigma) V^T cut at rank r,
 
         A = sqrt(sigma) V^T,  B = U sqrt(sigma),  W_res = W - B A;   y = x W_res^T + x A^T B^T
@@ -1671,16 +1669,7 @@ class PiSSALinear(LoRALinear):
     """
 
     taken = ("lora_A", "lora_B")
-    unsaid_scale = 1.0
     high_lr = 1e-4                                                    # it moves the main directions of a matrix
-
-    @staticmethod
-    def scale_of(cfg: Config) -> float:
-        return 1.0
-
-    @staticmethod
-    def dropout_of(cfg: Config) -> float:
-        return 0.0
 
     @classmethod
     def describe(cls, cfg: Config) -> dict[str, Any]:
@@ -1691,7 +1680,7 @@ class PiSSALinear(LoRALinear):
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
         U, sigma, Vt = top_singular(W, cfg.rank, cfg.svd_niter, draw)
         if sigma[-1] <= 1e-6 * W.norm():          # no rank-r part to take out; as zeros A and B would never move
-            return LoRALinear.start(W, cfg, draw)
+            return LowRank.start(W, cfg, draw)
         root = sigma.sqrt()
         return {"lora_A": root[:, None] * Vt, "lora_B": U * root}
 
@@ -2832,10 +2821,23 @@ def shifted(a: slice, by: int) -> slice:
     return slice(a.start - by, a.stop - by)
 
 
+class Bucket:
+    """A part of one rank's slice of the gradient, on its way to that rank."""
+
+    def __init__(self, owner: int, part: slice, missing: int, like: Tensor):
+        self.owner, self.part = owner, part                           # `part` of the whole gradient
+        self.missing = missing                                        # numbers that have not had their gradient yet
+        self.like = like
+
+    @cached_property
+    def sum(self) -> Tensor:
+        """What this rank has to add; memory is taken at the first gradient."""
+        return self.like.new_zeros(self.part.stop - self.part.start)
+
+
 class Buckets:
-    """Stage 2's gradients on their way. A bucket is a part of one rank's slice; it takes memory from the first gradient
-    that falls into it until the sum over ranks has come to that rank. Backward begins with the last parameters: so do
-    the buckets, and they are sent in this order on every rank, whatever happens there.
+    """Stage 2 sends gradients while backward makes them, a bucket at a time. Backward begins with the last parameters,
+    so the last bucket is full first: on every rank the buckets are sent from the last to the first.
     """
 
     SIZE = 2**24                                                      # numbers
@@ -2844,53 +2846,43 @@ class Buckets:
     def __init__(self, own: Tensor, ranks: Ranks, numbers: int, eager: bool):
         """own (S): where the sums for this rank are added. numbers: of all parameters. eager: send a bucket as soon as
         every number in it has had a gradient, which is right where each has one in a micro-batch."""
-        self.own, self.ranks, self.eager = own, ranks, eager
-        size = len(own)
-        self.parts = [(rank, slice(rank * size + at, rank * size + min(at + self.SIZE, size)))
-                      for rank in range(ranks.size) for at in range(0, size, self.SIZE)][::-1]
-        self.lengths = [max(0, min(part.stop, numbers) - part.start) for _, part in self.parts]  # without padding
-        self.flying: list[tuple[dist.Work, int]] = []
+        self.own, self.ranks, self.numbers, self.eager = own, ranks, numbers, eager
+        self.flying: list[tuple[dist.Work, Bucket]] = []
         self.begin()
 
     def begin(self) -> None:
-        self.buffers: list[Tensor | None] = [None] * len(self.parts)
-        self.filled, self.sent = [0] * len(self.parts), 0
+        size, self.waiting = len(self.own), []
+        for rank in range(self.ranks.size):
+            for start in range(rank * size, (rank + 1) * size, self.SIZE):
+                part = slice(start, min(start + self.SIZE, (rank + 1) * size))
+                missing = max(0, min(part.stop, self.numbers) - start)                    # (padding gets no gradient)
+                self.waiting.append(Bucket(rank, part, missing, self.own))
 
     def take(self, where: slice, g: Tensor) -> None:
-        for i, (_, part) in enumerate(self.parts):
-            both = common(where, part)
+        for bucket in self.waiting:
+            both = common(where, bucket.part)
             if n := both.stop - both.start:
-                self.buffer(i)[shifted(both, part.start)] += g[shifted(both, where.start)]
-                self.filled[i] += n
-        while self.eager and self.sent < len(self.parts) and self.filled[self.sent] == self.lengths[self.sent]:
+                bucket.sum[shifted(both, bucket.part.start)] += g[shifted(both, where.start)]
+                bucket.missing -= n
+        while self.eager and self.waiting and not self.waiting[-1].missing:
             self.send()
 
-    def buffer(self, i: int) -> Tensor:
-        if self.buffers[i] is None:
-            part = self.parts[i][1]
-            self.buffers[i] = self.own.new_zeros(part.stop - part.start)
-        return self.buffers[i]
-
     def send(self) -> None:
-        """All ranks send the next bucket, whatever each has in it; only its owner keeps the sum."""
-        i = self.sent
-        buffer, (owner, _) = self.buffer(i), self.parts[i]
-        self.flying.append((self.ranks.call(partial(dist.reduce, async_op=True), buffer, owner), i))
-        self.sent += 1
+        """All ranks send the last bucket, whatever each has in it; only its owner keeps the sum."""
+        bucket = self.waiting.pop()
+        self.flying.append((self.ranks.call(partial(dist.reduce, async_op=True), bucket.sum, bucket.owner), bucket))
         if len(self.flying) > self.IN_FLIGHT:
             self.land()
 
     def land(self) -> None:
-        work, i = self.flying.pop(0)
+        work, bucket = self.flying.pop(0)
         self.ranks.call(work.wait)
-        owner, part = self.parts[i]
-        if owner == self.ranks.rank:
-            self.own[shifted(part, owner * len(self.own))] += self.buffers[i]
-        self.buffers[i] = None
+        if bucket.owner == self.ranks.rank:
+            self.own[shifted(bucket.part, bucket.owner * len(self.own))] += bucket.sum
 
     def flush(self) -> None:
         """Sends the rest, and waits for all."""
-        while self.sent < len(self.parts):
+        while self.waiting:
             self.send()
         while self.flying:
             self.land()
@@ -2929,6 +2921,19 @@ class Numbers:
         return (self.held,)
 
 
+@kept
+def signed_levels(device: torch.device) -> Tensor:
+    """256, ascending: the `dynamic_levels`, with -1 in the place of the smallest negative one."""
+    half, one = magnitudes(1), torch.ones(1)
+    return torch.cat([-one, -half[1:].flip(0), 0 * one, half, one]).to(device)
+
+
+@kept
+def positive_levels(device: torch.device) -> Tensor:
+    """255, ascending, without 0."""
+    return torch.cat([magnitudes(2), torch.ones(1)]).to(device)
+
+
 class CodedNumbers(Numbers):
     """Moments in 8.125 bits: codes (S) uint8, absmax (S/256) fp32. As in 8-bit Adam (arXiv 2110.02861), but that 0, 1
     and -1 are levels: what gets no gradient stays where it is, and what was held is held as the same again.
@@ -2937,12 +2942,12 @@ class CodedNumbers(Numbers):
     """
 
     per, plain = 256, False
-    kind = 0                                                          # which of the levels
+    levels_on = staticmethod(signed_levels)
 
     def __init__(self, own: Tensor):
         self.codes = own.new_zeros(len(own), dtype=torch.uint8)
         self.absmax = own.new_zeros(len(own) // self.per, dtype=torch.float32)
-        self.levels = moment_levels(own.device)[self.kind]
+        self.levels = self.levels_on(own.device)
 
     def read(self, part: slice) -> Tensor:
         levels = self.levels[self.codes[part].int()]                                      # (n)
@@ -2964,15 +2969,7 @@ class CodedNumbers(Numbers):
 class CodedSquares(CodedNumbers):
     """Likewise of numbers that are not negative. 0 is no level: a small one must not become that, to be divided by."""
 
-    kind = 1
-
-
-@kept
-def moment_levels(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ascending: 256 of both signs, the `dynamic_levels` with -1 for the smallest negative one; and 255 above 0."""
-    half, one = magnitudes(1), torch.ones(1)
-    signed, above = torch.cat([-one, -half[1:].flip(0), 0 * one, half, one]), torch.cat([magnitudes(2), one])
-    return signed.to(device), above.to(device)
+    levels_on = staticmethod(positive_levels)
 
 
 class Same(Numbers):
@@ -3996,12 +3993,14 @@ def first_loss(model: RWKV, loader: Loader) -> float:
     return sum(loss.item() for loss in batch_losses(model.eval(), batch, max(1, len(batch.learnt)), loader.cfg))
 
 
+COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale")         # of a Run, in every resume.pth
+
+
 def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:
     """Sets a run to where resume.pth was written."""
-    counters = ("step", "epoch_loss", "epoch_good", "loss_scale")
     shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
     compare(path, described, run.about | {"trained": run.optimiser.layout()})
-    whole = {*counters, "config"} <= described.keys() and {*shapes, "rng"} <= state.keys() and all(
+    whole = {*COUNTERS, "config"} <= described.keys() and {*shapes, "rng"} <= state.keys() and all(
         state[name].shape == shape for name, shape in shapes.items()) and 0 <= state["t"] < 2**31
     rng = torch.get_rng_state()
     if not whole or state["rng"].dtype != rng.dtype or state["rng"].shape[1:] != rng.shape:
@@ -4011,9 +4010,9 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
     if changed:
         say(f"resuming with changes: {', '.join(changed)}")
     run.optimiser.load(state)
-    for item in counters:
+    for item in COUNTERS:
         setattr(run, item, described[item])
-    run.scaled_at = described.get("scaled_at", run.step)
+    run.scaled_at = described.get("scaled_at", run.step)              # (older files lack it)
     old_steps, old_rows = described.get("epoch_steps", run.epoch_steps), described.get("rows", run.rows)
     if old_steps != run.epoch_steps:                                  # the same part of an epoch, and so of the data
         run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
@@ -4045,11 +4044,9 @@ def save_resume(run: Run) -> None:
     if run.device == "cuda":
         state["rng_cuda"] = run.ranks.collect(torch.cuda.get_rng_state()[None])
     if run.ranks.rank == 0:
-        save(run.folder / "resume.pth", state, run.about | {
-            "step": run.step, "epoch_steps": run.epoch_steps, "epoch_loss": run.epoch_loss,
-            "epoch_good": run.epoch_good, "loss_scale": run.loss_scale, "scaled_at": run.scaled_at, "rows": run.rows,
-            "config": config_of(run),
-            "trained": run.optimiser.layout()}, keep=run.cfg.keep)
+        stands = {item: getattr(run, item) for item in (*COUNTERS, "scaled_at", "epoch_steps", "rows")}
+        about = run.about | stands | {"config": config_of(run), "trained": run.optimiser.layout()}
+        save(run.folder / "resume.pth", state, about, run.cfg.keep)
 
 
 def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -4396,9 +4393,7 @@ def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
     arch, tensors = with_time_state(arch, tensors, cfg)
     model = load_model(cfg, arch, tensors, device, dtype)
     take_parts(model, ADAPTER[cfg.peft], load, cfg.adapter_load)
-    names = list(to_freeze(model, cfg))
-    for name, start in progress(starts(model, names, cfg, init, ranks), "adapters", len(names)):
-        add_adapter(model, name, start, cfg, load)
+    add_adapters(model, cfg, init, load, ranks)
     return model.eval(), tokenizer
 
 
