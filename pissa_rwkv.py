@@ -1115,95 +1115,6 @@ NOT_OURS = {  # a key that ends so -> what the file is
 }
 # Some files have layer 0's value residual, and those with head_qk the mask that `tril` is.
 UNUSED = (*(f"blocks.0.att.v{i}" for i in "012"), "copy_mask")
-NOT_A_PTH = {  # how a file begins -> what it is
-    b"<": "a web page: the download failed", b"{": "JSON",
-    b"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
-    b"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
-}
-
-
-def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, Tensor]:
-    """The flat dict of tensors in a .pth, memory-mapped. Runs no code from it; checks the zip's checksums first, unless
-    another process has.
-
-    Raises Fatal, in one line, for anything else: no file, another format, truncation, flipped bits, objects.
-    """
-    path = Path(path)
-    refuse_device(path, what)
-    if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.pth"))[:4]) if path.parent.is_dir() else ""
-        raise Fatal(f"{what} {path}: {'this is a folder' if path.is_dir() else 'no such file'}"
-                    + (f"; beside it: {there}" if there else ""))
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as e:
-        raise Fatal(f"{what} {path}: cannot be read ({e.strerror})") from None
-    if not head:
-        raise Fatal(f"{what} {path}: this is an empty file")
-    for start, kind in NOT_A_PTH.items():
-        if head.startswith(start):
-            raise Fatal(f"{what} {path}: this is {kind}")
-    if head[8:] == b"{":
-        raise Fatal(f"{what} {path}: this is safetensors, made for other programs; the .pth beside it is wanted")
-    pickled = pickles_of(path, what, checksums)
-    try:
-        check_names(pickled)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                           # of kinds of tensors that are refused below
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:
-        raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
-    except Exception as e:             # damaged pickles end in IndexError, TypeError, AttributeError and others
-        raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
-    if not isinstance(tensors, dict) or not tensors or not all(is_entry(k, t) for k, t in tensors.items()):
-        raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
-    return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
-
-
-def pickles_of(path: Path, what: str, checksums: bool) -> list[bytes]:
-    """The pickles of a .pth, a zip that is whole and not compressed."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            items = archive.infolist()
-            packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
-            damaged = archive.testzip() if checksums and not packed else None
-            pickled = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
-    except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
-        raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
-    if damaged:
-        raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
-    if packed:                                                        # what is mapped must lie in the file as it is
-        raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
-    return pickled
-
-
-def check_names(pickles: list[bytes]) -> None:
-    """Raises UnpicklingError where a pickle names what no tensor needs. (torch.load itself calls bytearray(10**11).)"""
-    for op, name, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
-        if op.name == "GLOBAL" and not name.startswith(("torch", "collections OrderedDict")):
-            raise pickle.UnpicklingError
-
-
-HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-                 torch.int8, torch.uint8, torch.bool)
-
-
-def is_entry(name: Any, value: Any) -> bool:
-    """Whether it is a name and an ordinary tensor, all of which is in the file."""
-    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-            and value.device.type == "cpu" and not value.is_nested and value.dtype in HELD_IN_FILES
-            and value.nbytes <= value.untyped_storage().nbytes())
-
-
-def describe(value: Any) -> str:
-    if not isinstance(value, dict):
-        return f"a {type(value).__name__}"
-    if not value:
-        return "an empty dict"
-    name, odd = next((k, v) for k, v in value.items() if not is_entry(k, v))
-    kind = f"an unusual tensor ({odd.dtype}, {odd.layout})" if isinstance(odd, Tensor) else type(odd).__name__
-    return f"a dict with {name!r}: {kind}"
 
 
 def detect(tensors: dict[str, Tensor], path: str) -> Arch:
@@ -3216,12 +3127,159 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
 
 
 # ======================================================================================================================
-# 9. Files: written whole or not at all; described, so that nothing is merged or resumed where it does not belong.
+# 9. Files: read without running anything that is in them; written whole or not at all; described, so that nothing is
+#    merged or resumed where it does not belong.
 # ======================================================================================================================
+
+NOT_A_PTH = {  # how a file begins -> what it is
+    b"<": "a web page: the download failed", b"{": "JSON",
+    b"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
+    b"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
+}
+
+
+def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, Tensor]:
+    """The flat dict of tensors in a .pth, memory-mapped. Runs no code from it; checks the zip's checksums first, unless
+    another process has.
+
+    Raises Fatal, in one line, for anything else: no file, another format, truncation, flipped bits, objects.
+    """
+    path = Path(path)
+    refuse_device(path, what)
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.pth"))[:4]) if path.parent.is_dir() else ""
+        raise Fatal(f"{what} {path}: {'this is a folder' if path.is_dir() else 'no such file'}"
+                    + (f"; beside it: {there}" if there else ""))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as e:
+        raise Fatal(f"{what} {path}: cannot be read ({e.strerror})") from None
+    if not head:
+        raise Fatal(f"{what} {path}: this is an empty file")
+    for start, kind in NOT_A_PTH.items():
+        if head.startswith(start):
+            raise Fatal(f"{what} {path}: this is {kind}")
+    if head[8:] == b"{":
+        raise Fatal(f"{what} {path}: this is safetensors, made for other programs; the .pth beside it is wanted")
+    pickled = pickles_of(path, what, checksums)
+    try:
+        check_names(pickled)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                           # of kinds of tensors that are refused below
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
+    except Exception as e:             # damaged pickles end in IndexError, TypeError, AttributeError and others
+        raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
+    if not isinstance(tensors, dict) or not tensors or not all(is_entry(k, t) for k, t in tensors.items()):
+        raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
+    return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
+
+
+def pickles_of(path: Path, what: str, checksums: bool) -> list[bytes]:
+    """The pickles of a .pth, a zip that is whole and not compressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            items = archive.infolist()
+            packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
+            damaged = archive.testzip() if checksums and not packed else None
+            pickled = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
+    except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
+        raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
+    if damaged:
+        raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
+    if packed:                                                        # what is mapped must lie in the file as it is
+        raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
+    return pickled
+
+
+def check_names(pickles: list[bytes]) -> None:
+    """Raises UnpicklingError where a pickle names what no tensor needs. (torch.load itself calls bytearray(10**11).)"""
+    for op, name, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
+        if op.name == "GLOBAL" and not name.startswith(("torch", "collections OrderedDict")):
+            raise pickle.UnpicklingError
+
+
+HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+                 torch.int8, torch.uint8, torch.bool)
+
+
+def is_entry(name: Any, value: Any) -> bool:
+    """Whether it is a name and an ordinary tensor, all of which is in the file."""
+    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+            and value.device.type == "cpu" and not value.is_nested and value.dtype in HELD_IN_FILES
+            and value.nbytes <= value.untyped_storage().nbytes())
+
+
+def describe(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"a {type(value).__name__}"
+    if not value:
+        return "an empty dict"
+    name, odd = next((k, v) for k, v in value.items() if not is_entry(k, v))
+    kind = f"an unusual tensor ({odd.dtype}, {odd.layout})" if isinstance(odd, Tensor) else type(odd).__name__
+    return f"a dict with {name!r}: {kind}"
+
 
 # A .pth is a zip. In it, beside what torch writes, lies what the file says of itself: no tensor, for some programs take
 # or count all the tensors there are.
 DESCRIPTION = "archive/pissa_rwkv.json"
+
+
+def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
+    tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
+    with zipfile.ZipFile(path) as archive:
+        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
+    if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
+        about = old.to(torch.uint8).numpy().tobytes()
+    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
+    if bad:
+        raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
+    described = read_description(about, f"{what} {path}")
+    if described.get("tensors", len(tensors)) != len(tensors):
+        raise Fatal(f"{what} {path}: holds {len(tensors)} tensors and says that it had {described['tensors']}; the file"
+                    " is of no use")
+    return tensors, described
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and 0 <= x < 1e30
+
+
+def is_count(x: Any) -> bool:
+    return is_number(x) and isinstance(x, int)
+
+
+DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
+    "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
+    "epoch_loss": is_number, "loss_scale": lambda x: is_number(x) and x > 0,
+    "scaled_at": is_count, "rows": is_count, "scale": is_number,
+    "dtype": "float32 bfloat16 float16".split().__contains__,
+    "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text, "tensors": is_count,
+    "config": lambda x: isinstance(x, dict),
+}
+
+
+def read_description(about: bytes, file: str) -> dict[str, Any]:
+    try:
+        described = json.loads(about)
+        odd = [item for item, fits in DESCRIBED.items() if item in described and not fits(described[item])]
+    except (ValueError, TypeError, RecursionError):
+        described, odd = None, []
+    if odd or not isinstance(described, dict):
+        found = f"{odd[0]} {described[odd[0]]!r}" if odd else "no JSON object"
+        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {found}; the file is of no use")
+    return described
+
+
+def compare(path: str | Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Every item that both descriptions have must be the same."""
+    for item, value in wanted.items():
+        if item in about and about[item] != value:
+            whose = {"base": "of another base model: ", "init": "of another run: "}.get(item, "")
+            raise Fatal(f"{path}: {whose}made with {item} {about[item]}, but here it is {value}")
 
 
 def aged(path: Path, age: int) -> Path:
@@ -3287,61 +3345,6 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = 
                 archive.writestr(zipfile.ZipInfo(DESCRIPTION), text)                      # (which has no time of now)
 
     write_whole(path, write, keep)
-
-
-def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
-    tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
-    with zipfile.ZipFile(path) as archive:
-        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
-    if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
-        about = old.to(torch.uint8).numpy().tobytes()
-    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
-    if bad:
-        raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
-    described = read_description(about, f"{what} {path}")
-    if described.get("tensors", len(tensors)) != len(tensors):
-        raise Fatal(f"{what} {path}: holds {len(tensors)} tensors and says that it had {described['tensors']}; the file"
-                    " is of no use")
-    return tensors, described
-
-
-def is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and 0 <= x < 1e30
-
-
-def is_count(x: Any) -> bool:
-    return is_number(x) and isinstance(x, int)
-
-
-DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
-    "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
-    "epoch_loss": is_number, "loss_scale": lambda x: is_number(x) and x > 0,
-    "scaled_at": is_count, "rows": is_count, "scale": is_number,
-    "dtype": "float32 bfloat16 float16".split().__contains__,
-    "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text, "tensors": is_count,
-    "config": lambda x: isinstance(x, dict),
-}
-
-
-def read_description(about: bytes, file: str) -> dict[str, Any]:
-    try:
-        described = json.loads(about)
-        odd = [item for item, fits in DESCRIBED.items() if item in described and not fits(described[item])]
-    except (ValueError, TypeError, RecursionError):
-        described, odd = None, []
-    if odd or not isinstance(described, dict):
-        found = f"{odd[0]} {described[odd[0]]!r}" if odd else "no JSON object"
-        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {found}; the file is of no use")
-    return described
-
-
-def compare(path: str | Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Every item that both descriptions have must be the same."""
-    for item, value in wanted.items():
-        if item in about and about[item] != value:
-            whose = {"base": "of another base model: ", "init": "of another run: "}.get(item, "")
-            raise Fatal(f"{path}: {whose}made with {item} {about[item]}, but here it is {value}")
 
 
 def write_binidx(prefix: str, corpus: Corpus) -> None:
@@ -3471,12 +3474,571 @@ def merge_files(
 
 
 # ======================================================================================================================
-# 10. Training: what is above, in order.
+# 10. Training: what is above, in order. After it, what a run needs besides.
 # ======================================================================================================================
 
 PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BAD_STEPS = 3                                                         # this many without a finite loss end the run
 SCALE_GROWS = 2000                                                    # fp16: after so many good steps, as torch does
+
+
+@dataclass
+class Run:
+    """What a training run works with and where it stands."""
+
+    cfg: Config
+    ranks: Ranks
+    device: str
+    arch: Arch
+    tokenizer: ByteTokenizer
+    loader: Loader
+    held_out: Loader | None
+    model: RWKV
+    optimiser: ZeroAdamW
+    about: dict[str, Any]                                             # goes into every file that is written
+    epoch_steps: int
+    step: int = 0                                                     # the next optimiser step
+    epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
+    epoch_good: int = 0                                               # and their number
+    loss_scale: float = 1.0                                           # fp16: its gradients would underflow
+    scaled_at: int = 0                                                # the last step after which it was changed
+    bad_steps: int = 0
+    add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of an optimiser step, those of all ranks."""
+        return self.cfg.accumulate_grad_batches * self.ranks.size
+
+    @property
+    def rows(self) -> int:
+        """Rows of an optimiser step."""
+        return self.batches * self.loader.bsz
+
+    @property
+    def steps(self) -> int:
+        return (self.cfg.epoch_begin + self.cfg.epoch_count) * self.epoch_steps
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.proj_dir)
+
+
+def build(cfg: Config) -> Run | None:
+    """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
+    cfg = with_init(cfg)
+    check(cfg)
+    cfg, ranks, device, dtype = setup(from_whole_model(cfg))
+    tensors = ranks.first(lambda: read_pth(cfg.load_model, "--load_model", ranks.rank == 0)) if cfg.load_model else {}
+    arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
+    check_arch(cfg, arch)
+    hint_rate(cfg, arch.n_embd)
+    if arch.head_qk and cfg.train_type == "infctx":
+        raise Fatal("--train_type infctx: this model has head_qk, which looks back at a whole row; leave the flag out")
+    folder = Path(cfg.proj_dir)
+    if ranks.rank == 0 and not cfg.dry_run:
+        open_folder(cfg)
+    tokenizer = load_tokenizer(cfg, arch.vocab_size) if needs_tokenizer(cfg) else ByteTokenizer(arch.vocab_size)
+    check_tokens(tokenizer.encode(cfg.sample_prompt), arch, f"--sample_prompt {cfg.sample_prompt}")
+    loader, held_out = load_data(cfg, tokenizer)
+    epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
+    base = fingerprint(tensors) if tensors else "new"
+    arch, tensors = with_time_state(arch, tensors, cfg)
+    if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
+        with torch.device("meta"):
+            check_tensors(RWKV(arch, RECURRENCE[arch.version][1]), tensors, cfg.load_model)
+    if cfg.grad_cp == "auto":
+        cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
+    if cfg.dry_run:
+        dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks)
+        return None
+    model = load_model(cfg, arch, tensors, device, dtype)
+    torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
+    about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
+    path, state, described = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
+    found = described.get("step", -1)
+    if ranks.totals(found) != [found * ranks.size]:
+        raise Fatal(f"--resume: not all ranks find the same in --proj_dir {folder}; it must lie on a disk that all see")
+    about_adapters, exact = adapt(model, cfg, loader, about, bool(state), ranks)
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
+    model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
+    first, loss_scale = cfg.epoch_begin * epoch_steps, 2.0**16 if dtype == torch.float16 else 1.0  # (torch's first)
+    run = Run(cfg, ranks, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters,
+              epoch_steps, step=first, loss_scale=loss_scale, scaled_at=first)
+    if cfg.cuda_graph:
+        run.add_gradient = graphs(model, cfg, device, ranks)
+    if state:
+        restore(run, path, state, described)
+    return run
+
+
+def with_init(cfg: Config) -> Config:
+    """PiSSA's adapters lie beside their init_pissa.pth, if --adapter_init does not say otherwise."""
+    beside = Path(cfg.adapter_load).with_name("init_pissa.pth") if cfg.adapter_load else None
+    layer = pick(ADAPTER, "--peft", cfg.peft).layer
+    wanted = layer.taken and not cfg.adapter_init and beside and beside.exists()
+    return replace(cfg, adapter_init=str(beside)) if wanted else cfg
+
+
+def from_whole_model(cfg: Config) -> Config:
+    """Where the files of a method are whole models, going on from one is to take it as the base."""
+    file = cfg.adapter_load or (str(Path(cfg.proj_dir) / f"rwkv-{cfg.epoch_begin - 1}.pth") if cfg.epoch_begin else "")
+    return replace(cfg, load_model=file, adapter_load="") if file and ADAPTER[cfg.peft].whole else cfg
+
+
+def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | None]:
+    """The corpus and what is held out, if anything is."""
+    corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
+    if cfg.val_split:
+        corpus, held_out = split(corpus, cfg.val_split)
+    if cfg.val_file:
+        held_out = read_corpus(cfg, cfg.val_file, tokenizer, "--val_file")
+    loader = Loader(corpus, tokenizer, cfg)
+    if held_out:
+        in_order = replace(cfg, data_file=cfg.val_file or cfg.data_file, dataload="pad", data_shuffle=False)
+        held_out = Loader(held_out, tokenizer, in_order)
+    say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
+    return loader, held_out
+
+
+def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> RWKV:
+    """The base; without tensors a new model."""
+    with torch.device("meta"):
+        model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
+    if tensors:
+        return fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
+    return model.to_empty(device="cpu").initialise().to(device, dtype)
+
+
+def compiled(run_block: RunBlock, device: str) -> RunBlock:
+    """`run_block` by torch.compile, if that works here. What lies between two products becomes one kernel, and what
+    backward computes again is fused into it. The first step compiles, and the first whose rows have another length.
+    """
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as e:             # of the compiler's many parts, each has its own
+        say(f"--compile 1: torch.compile does not work here ({first_line(e)}); going on without, which is slower")
+        return run_block
+    # It warns that what keep_products does suits no block with in-place operations; ours has none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    # A graph for each of: the first layer or another; a length, or any; states with a gradient or without.
+    torch._dynamo.config.recompile_limit = 32
+    say("torch.compile: the first step takes a minute")
+    return torch.compile(run_block)
+
+
+@torch.no_grad()
+def first_loss(model: RWKV, loader: Loader) -> float:
+    batch = loader.batch(0)
+    return sum(loss.item() for loss in batch_losses(model.eval(), batch, max(1, len(batch.learnt)), loader.cfg))
+
+
+def adapt(
+    model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool, ranks: Ranks
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Freezes what is not trained and puts adapters on it, new ones or those of an earlier run; writes init_pissa.pth.
+    Returns what describes them, and what the earlier run's file holds.
+
+    Prints the loss of one batch with and without: a new start computes what the base computes, but for quantisation.
+    """
+    folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
+    init_path, load_path = cfg.adapter_init, cfg.adapter_load
+    if resumed or (cfg.epoch_begin and not load_path):
+        init_path = str(folder / "init_pissa.pth") if method.layer.taken else ""
+        load_path = "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
+    init, load = read_adapters(cfg, init_path, load_path, about)
+    compares = not load and not resumed and bool(to_freeze(model, cfg))
+    before = first_loss(model, loader) if compares else 0.0
+    take_parts(model, method, load, load_path)
+    taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load, ranks)
+    if compares:
+        say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, loader):.6f}")
+    about_adapters = method.layer.describe(cfg)
+    about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
+    if taken:
+        about_adapters |= {"init": fingerprint(taken)}
+        own = folder / "init_pissa.pth"
+        there = read_described(own, "pissa_init")[1] if ranks.rank == 0 and own.exists() else {}
+        if ranks.rank == 0 and there.get("init") != about_adapters["init"]:
+            if there and cfg.epoch_begin:
+                raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
+                            " another one; name another --proj_dir")
+            save(own, taken, about | about_adapters)
+    return about_adapters, load
+
+
+def read_adapters(
+    cfg: Config, init_path: str, load_path: str, about: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """init_pissa.pth and rwkv-<N>.pth of an earlier run, or nothing; both have to be of this base and of this --peft.
+    """
+    init, about_init = read_described(init_path, "--adapter_init (pissa_init)") if init_path else ({}, {})
+    load, about_load = read_described(load_path, "--adapter_load") if load_path else ({}, {})
+    for path, found in ((init_path, about_init), (load_path, about_load)):
+        compare(path, found, about)
+    if "init" in about_load:
+        compare(init_path, about_init, {"init": about_load["init"]})
+    if about_load.get("rank") == cfg.rank:                            # (another one is refused with both shapes)
+        described = ADAPTER[cfg.peft].layer.describe(cfg)
+        compare(load_path, about_load, {item: described[item] for item in ("scale", "mode") if item in described})
+    return init, load
+
+
+def take_parts(model: RWKV, method: Method, load: dict[str, Tensor], path: str) -> None:
+    """Takes from a file the parameters that the model has already, a time_state too; adapters come later."""
+    parameters = dict(model.named_parameters())
+    for name, t in load.items():
+        part = parameters.get(name)
+        if part is None and method.is_own(name):
+            continue
+        if part is None or part.numel() != t.numel():
+            raise Fatal(f"{path}: {name} does not fit this model; is it of this --peft?")
+        part.data.copy_(t.view(part.shape))
+    missing = [name for name in parameters if load and method.is_own(name) and name not in load]
+    if missing:
+        raise Fatal(f"{path}: lacks {some(missing)}; is it of this --peft?")
+
+
+def train_step(run: Run, lr: float) -> dict[str, Any]:
+    """One optimiser step. A loss or gradient that is not finite changes nothing; three such steps end the run.
+
+    The micro-batches of a step are dealt out to the ranks in turn, and n counts what all of them learn: gradients are
+    summed, and nobody divides by a number of ranks.
+    """
+    cfg, optimiser, ranks = run.cfg, run.optimiser, run.ranks
+    numbers = range(run.step * run.batches, (run.step + 1) * run.batches)
+    own = numbers[ranks.rank:: ranks.size]
+    batches = [run.loader.batch(i) for i in own]
+    learnt, tokens = ranks.totals(sum(len(b.learnt) for b in batches), sum(b.inputs.numel() for b in batches))
+    n, loss = max(1, int(learnt)), 0.0
+    for batch in batches:
+        loss += run.add_gradient(run.model, batch, n, run.loss_scale, cfg)
+        optimiser.sum_micro_batch()
+    for i in own:                                                     # those of the next step, while a GPU still works
+        run.loader.batch(i + run.batches)
+    loss, = ranks.totals(float(loss))
+    norm = optimiser.reduce() / run.loss_scale
+    if math.isfinite(loss) and math.isfinite(norm):
+        clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
+        optimiser.step(lr, clip / run.loss_scale)
+        run.bad_steps = 0
+        if run.model.head.weight.dtype == torch.float16 and run.step - run.scaled_at >= SCALE_GROWS:
+            run.loss_scale, run.scaled_at = 2 * run.loss_scale, run.step
+    else:
+        optimiser.clear()
+        skip(run, loss)
+    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(tokens), "learnt": n}
+
+
+def skip(run: Run, loss: float) -> None:
+    """Says which rows gave no finite gradient. In fp16 that is mostly the loss scale's doing: it is halved first."""
+    if run.loss_scale > 1 and math.isfinite(loss):
+        run.loss_scale, run.scaled_at = run.loss_scale / 2, run.step
+        say(f"step {run.step}: a gradient overflowed in fp16; skipped, and the loss scale is now {run.loss_scale:g}")
+        return
+    run.bad_steps += 1
+    say(f"step {run.step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; the step is skipped and"
+        f" nothing changed (rows {run.step * run.rows} to {(run.step + 1) * run.rows - 1} that were read)")
+    if run.bad_steps == BAD_STEPS:
+        raise Fatal(f"{BAD_STEPS} steps in a row, up to step {run.step}, had no finite loss and gradient; what was"
+                    " saved before is good; lower --lr_init, or look at those rows")
+
+
+def train(run: Run) -> bool:
+    """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Returns
+    whether it came to its end, and was not asked to stop."""
+    cfg = run.cfg
+    if run.held_out:
+        say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
+    run.model.train()
+    pace = 0.1 if sys.stderr.isatty() else 30.0                       # seconds from one look of the bar to the next
+    with (Logger(run) as log, Stop() as stop,
+          tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace, disable=run.ranks.rank > 0) as bar):
+        while run.step < run.steps and not any(run.ranks.totals(stop.asked)):
+            began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
+            row = train_step(run, lr)
+            seconds = time.perf_counter() - began
+            epoch = run.step // run.epoch_steps
+            log.step(**row, step=run.step, epoch=epoch, kt_s=row["tokens"] / seconds / 1000, t_cost=1 / seconds)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{lr:.1e}", tok_s=f"{row['tokens'] / seconds:,.0f}")
+            bar.update()
+            run.step += 1
+            if math.isfinite(row["loss"]):
+                run.epoch_loss, run.epoch_good = run.epoch_loss + row["loss"], run.epoch_good + 1
+            epoch_ends = run.step % run.epoch_steps == 0
+            if epoch_ends:
+                loss = log_epoch(run, log, epoch, lr)
+            if epoch_ends and saved_after(run, epoch) or cfg.save_steps and run.step % cfg.save_steps == 0:
+                save_resume(run)
+            if epoch_ends:
+                finish_epoch(run, epoch)
+                examine(run, log, epoch, loss)
+        if run.step < run.steps:
+            save_resume(run)
+            say(f"stopped before step {run.step}; --resume goes on from here")
+            return False
+    say(f"done: {run.folder}")
+    return True
+
+
+def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
+    """Logs the mean loss of an epoch, and returns it; the next begins."""
+    if run.step == run.steps and not run.optimiser.t:
+        raise Fatal("no step had a finite loss and gradient; nothing was learnt, and nothing is saved")
+    loss = run.epoch_loss / run.epoch_good if run.epoch_good else math.nan
+    run.epoch_loss, run.epoch_good = 0.0, 0
+    log.epoch(epoch, loss, lr)
+    return loss
+
+
+def examine(run: Run, log: Logger, epoch: int, loss: float) -> None:
+    """After an epoch is saved: validates, prints a sample."""
+    cfg, line = run.cfg, f"epoch {epoch}: loss {loss:.4f}"
+    if run.held_out:
+        held_out = evaluate(run.model, run.held_out, run.ranks)
+        log.step(step=run.step - 1, epoch=epoch, val_loss=held_out)
+        line += f", held out {held_out:.4f}"
+    say(line)
+    if cfg.sample_prompt and run.ranks.rank == 0:
+        say(cfg.sample_prompt + generate(run.model, run.tokenizer, cfg.sample_prompt, cfg.sample_len, cfg.sample_top_p,
+                                         cfg.random_seed, cfg.sample_temperature))
+
+
+@torch.no_grad()
+def evaluate(model: RWKV, loader: Loader, ranks: Ranks = ONE_RANK) -> float:
+    """Mean loss over every learnt token of a corpus."""
+    model.eval()
+    total = learnt = 0
+    for i in progress(range(ranks.rank, -(-loader.pass_rows // loader.bsz), ranks.size), "validation"):
+        batch = loader.batch(i, last=loader.pass_rows)
+        total += sum(loss.item() for loss in batch_losses(model, batch, 1, loader.cfg))
+        learnt += len(batch.learnt)
+    model.train()
+    total, learnt = ranks.totals(total, learnt)
+    return total / max(1, learnt)
+
+
+def saved_after(run: Run, epoch: int) -> bool:
+    return run.step == run.steps or (epoch - run.cfg.epoch_begin) % run.cfg.epoch_save == 0
+
+
+def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
+    """Writes an epoch's files: rwkv-<epoch>.pth, fp32 adapters and trained parts or the whole model, and what is
+    merged. They follow from resume.pth, which was written before: a kill between loses nothing. What is there already
+    is replaced, since a run that went back to resume.1.pth makes an epoch again; without `anew` it stays."""
+    cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
+    path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
+    masters = run.optimiser.masters() if saved_after(run, epoch) else {}
+    if run.ranks.rank > 0:
+        return
+    if masters and (anew or not path.exists()):
+        if method.whole:
+            save(path, whole_model(run, masters))                     # others read it, so no description
+        else:
+            save(path, masters, run.about)
+    if last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
+        merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
+        say(f"merged: {merged}")
+
+
+def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base with what was trained, as a model file."""
+    cfg = run.cfg
+    base = read_pth(cfg.load_model, "--load_model") if cfg.load_model else run.model.state_dict()
+    held = QUANT[cfg.quant].merged_as(run.model.head.weight.dtype)
+    return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held)
+
+
+# ----------------------------------------------------------------------------------------- going on where a run stopped
+
+# What `write_whole` leaves where a run is killed in it.
+LEFTOVER = re.compile(r"\.(probe|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.(part|link)")
+
+
+def open_folder(cfg: Config) -> Path:
+    """proj_dir, made if need be. A run that is in it is never written over."""
+    folder = Path(cfg.proj_dir)
+    probe = folder / f".probe.{os.getpid()}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
+    epochs = {p.name: re.fullmatch(r"rwkv-(\d{1,9})(-merged)?\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
+    held = [name for name, m in epochs.items() if m and int(m[1]) >= cfg.epoch_begin]
+    saved = sorted(p.name for p in folder.glob("resume*.pth"))
+    if cfg.resume and held and not saved:
+        raise Fatal(f"--resume: {folder} holds {some(held)} but no resume.pth;"
+                    " --epoch_begin goes on from rwkv-<N-1>.pth")
+    others = [name for name in ("init_pissa.pth", "loss_data.jsonl") if (folder / name).exists()]
+    held += [] if cfg.epoch_begin else saved + others
+    if held and not cfg.resume:
+        raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
+    for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale")         # of a Run, in every resume.pth
+
+
+def save_resume(run: Run) -> None:
+    """All that a run needs to go on as if it had never stopped. The file before it is kept as resume.1.pth, and so on.
+
+    To the bit so with the same device, threads, number of ranks, and without --compile: optimiser and random state are
+    in this file, the data follow from `step`, what is frozen from the base and init_pissa.pth.
+    """
+    state = run.optimiser.state() | {"rng": run.ranks.collect(torch.get_rng_state()[None])}
+    if run.device == "cuda":
+        state["rng_cuda"] = run.ranks.collect(torch.cuda.get_rng_state()[None])
+    if run.ranks.rank == 0:
+        stands = {item: getattr(run, item) for item in (*COUNTERS, "scaled_at", "epoch_steps", "rows")}
+        about = run.about | stands | {"config": config_of(run), "trained": run.optimiser.layout()}
+        save(run.folder / "resume.pth", state, about, run.cfg.keep)
+
+
+def config_of(run: Run) -> dict[str, Any]:
+    """What a resumed run should share, as JSON gives it back: the options, and what the corpus holds."""
+    options = {k: v for k, v in asdict(run.cfg).items() if k not in ("resume", "proj_dir", "wandb")}
+    return json.loads(json.dumps(options)) | {"corpus": run.loader.corpus.fingerprint}
+
+
+def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest file of proj_dir to go on from that is whole, and what it holds; nothing, where there is none."""
+    path = Path(cfg.proj_dir) / "resume.pth"
+    there = [p for age in range(cfg.keep + 1) if (p := aged(path, age)).exists()]
+    for p in there:
+        try:
+            return p, *read_described(p, "--resume")
+        except Fatal as e:
+            if p == there[-1]:
+                raise
+            say(f"{e}; taking the one before it")
+    say(f"--resume: {path} is not there; the run begins anew")
+    return path, {}, {}
+
+
+def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:
+    """Sets a run to where resume.pth was written."""
+    shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
+    compare(path, described, run.about | {"trained": run.optimiser.layout()})
+    whole = {*COUNTERS, "config"} <= described.keys() and {*shapes, "rng"} <= state.keys() and all(
+        state[name].shape == shape for name, shape in shapes.items()) and 0 <= state["t"] < 2**31
+    rng = torch.get_rng_state()
+    if not whole or state["rng"].dtype != rng.dtype or state["rng"].shape[1:] != rng.shape:
+        raise Fatal(f"{path}: not what this program writes for --resume")
+    before = described["config"]
+    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := before.get(k, v)) != v]
+    if changed:
+        say(f"resuming with changes: {', '.join(changed)}")
+    run.optimiser.load(state)
+    for item in COUNTERS:
+        setattr(run, item, described[item])
+    run.scaled_at = described.get("scaled_at", run.step)              # (older files lack it)
+    old_steps, old_rows = described.get("epoch_steps", run.epoch_steps), described.get("rows", run.rows)
+    if old_steps != run.epoch_steps:                                  # the same part of an epoch, and so of the data
+        run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
+        say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
+    if old_rows != run.rows:
+        say(f"a step had {old_rows} rows and has {run.rows} now: the data go on at row {run.step * run.rows}")
+    if len(state["rng"]) == run.ranks.size:
+        torch.set_rng_state(state["rng"][run.ranks.rank].clone())     # (a view would crash torch)
+        if "rng_cuda" in state and run.device == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"][run.ranks.rank].clone())
+    say(f"resumed at step {run.step} of {run.steps}")
+    if run.step > run.cfg.epoch_begin * run.epoch_steps and run.step % run.epoch_steps == 0:
+        finish_epoch(run, run.step // run.epoch_steps - 1, anew=False)                    # killed before that, maybe
+
+
+class Stop:
+    """The first SIGTERM or Ctrl-C asks the run to end after its step; a second one ends the program."""
+
+    def __enter__(self) -> Stop:
+        self.asked = False
+        self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------- what is logged
+
+
+class Logger:
+    """train_log.txt (a line per epoch), loss_data.jsonl (a line per step), both in RWKV-PEFT's form; maybe wandb."""
+
+    def __init__(self, run: Run):
+        self.run, self.wandb = run, None
+        self.log, self.losses = run.folder / "train_log.txt", run.folder / "loss_data.jsonl"
+        if run.ranks.rank > 0:
+            return
+        self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
+        if self.losses.exists():                                      # lines of steps that will be made again
+            lines = self.losses.read_text("utf-8", errors="replace").splitlines()
+            kept = "".join(x + "\n" for x in lines if step_of(x) < run.step)
+            write_whole(self.losses, lambda file: file.write(kept.encode()))
+        self.wandb = load_wandb(run.cfg)
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        if self.wandb:
+            self.wandb.finish(exit_code=int(kind is not None))
+
+    def step(self, **row: Any) -> None:
+        row = {k: v if math.isfinite(v) else None for k, v in row.items()}                # JSON knows no NaN
+        self.append(self.losses, json.dumps(row))
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+
+    def epoch(self, epoch: int, loss: float, lr: float) -> None:
+        perplexity, of_run = math.exp(min(loss, 700)), epoch - self.run.cfg.epoch_begin
+        self.append(self.log, f"{epoch} {loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.now()} {of_run}")
+
+    def append(self, path: Path, line: str) -> None:
+        if self.run.ranks.rank > 0:
+            return
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as e:
+            raise Fatal(f"cannot write {path}: {e.strerror}; --resume goes on from what was saved last") from None
+
+
+def step_of(line: str) -> float:
+    """The step of a line of loss_data.jsonl; infinity where a crash left part of a line, or worse."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return math.inf
+
+
+def load_wandb(cfg: Config) -> Any:
+    """A run of Weights & Biases, whose files are all in proj_dir; None without --wandb."""
+    if not cfg.wandb:
+        return None
+    import wandb
+
+    folder = Path(cfg.proj_dir).absolute()
+    os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")   # its logs would go to the home folder
+    try:
+        return wandb.init(project=cfg.wandb, name=folder.name, config=asdict(cfg), dir=str(folder))
+    except Exception as e:             # of wandb's own and of those of what it stands on
+        raise Fatal(f"--wandb {cfg.wandb}: {first_line(e)} (WANDB_MODE=offline logs into {cfg.proj_dir}, from where"
+                    " `wandb sync` sends it later)") from None
+
+
+# ------------------------------------------------------------------------------------- the processes, and their devices
 
 
 def of_torchrun(name: str, usual: int) -> int:
@@ -3563,6 +4125,11 @@ def launch(cfg: Config, argv: list[str]) -> None:
     os.execv(sys.executable, [*torchrun, __file__, *argv])
 
 
+# ---------------------------------------------------------------------------- options that are wrong, or have no effect
+
+STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}  # ZeRO's
+
+
 def check(cfg: Config) -> None:
     """Everything that is wrong with the options by themselves, before any file is touched."""
     check_choices(cfg)
@@ -3635,6 +4202,14 @@ def hint(cfg: Config) -> None:
             say(f"--{option} has no effect without {' or '.join(f'--{o} {v}' for o, v in others.items())}")
 
 
+BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
+    "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
+    "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
+    "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
+    "vram_gb": {"dry_run": True, "grad_cp": "auto"},
+}
+
+
 def hint_rate(cfg: Config, width: int) -> None:
     """Of the learning rate: narrow models, as those of a demonstration, bear more."""
     method = ADAPTER[cfg.peft]
@@ -3645,13 +4220,7 @@ def hint_rate(cfg: Config, width: int) -> None:
             f" {method.layer.high_lr:g} is usual")
 
 
-BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
-    "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
-    "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
-    "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
-    "vram_gb": {"dry_run": True, "grad_cp": "auto"},
-}
-STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}  # ZeRO's
+# ----------------------------------------------------------------------------------- a step as one launch: --cuda_graph
 
 
 class Graphs:
@@ -3746,555 +4315,7 @@ def graphs(model: RWKV, cfg: Config, device: str, ranks: Ranks) -> Callable[...,
     return add_gradient
 
 
-@dataclass
-class Run:
-    """What a training run works with and where it stands."""
-
-    cfg: Config
-    ranks: Ranks
-    device: str
-    arch: Arch
-    tokenizer: ByteTokenizer
-    loader: Loader
-    held_out: Loader | None
-    model: RWKV
-    optimiser: ZeroAdamW
-    about: dict[str, Any]                                             # goes into every file that is written
-    epoch_steps: int
-    step: int = 0                                                     # the next optimiser step
-    epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
-    epoch_good: int = 0                                               # and their number
-    loss_scale: float = 1.0                                           # fp16: its gradients would underflow
-    scaled_at: int = 0                                                # the last step after which it was changed
-    bad_steps: int = 0
-    add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
-
-    @property
-    def batches(self) -> int:
-        """Micro-batches of an optimiser step, those of all ranks."""
-        return self.cfg.accumulate_grad_batches * self.ranks.size
-
-    @property
-    def rows(self) -> int:
-        """Rows of an optimiser step."""
-        return self.batches * self.loader.bsz
-
-    @property
-    def steps(self) -> int:
-        return (self.cfg.epoch_begin + self.cfg.epoch_count) * self.epoch_steps
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.cfg.proj_dir)
-
-
-# What `write_whole` leaves where a run is killed in it.
-LEFTOVER = re.compile(r"\.(probe|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.(part|link)")
-
-
-def open_folder(cfg: Config) -> Path:
-    """proj_dir, made if need be. A run that is in it is never written over."""
-    folder = Path(cfg.proj_dir)
-    probe = folder / f".probe.{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
-    epochs = {p.name: re.fullmatch(r"rwkv-(\d{1,9})(-merged)?\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
-    held = [name for name, m in epochs.items() if m and int(m[1]) >= cfg.epoch_begin]
-    saved = sorted(p.name for p in folder.glob("resume*.pth"))
-    if cfg.resume and held and not saved:
-        raise Fatal(f"--resume: {folder} holds {some(held)} but no resume.pth;"
-                    " --epoch_begin goes on from rwkv-<N-1>.pth")
-    others = [name for name in ("init_pissa.pth", "loss_data.jsonl") if (folder / name).exists()]
-    held += [] if cfg.epoch_begin else saved + others
-    if held and not cfg.resume:
-        raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
-    for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
-        (folder / name).unlink(missing_ok=True)
-    return folder
-
-
-def build(cfg: Config) -> Run | None:
-    """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
-    cfg = with_init(cfg)
-    check(cfg)
-    cfg, ranks, device, dtype = setup(from_whole_model(cfg))
-    tensors = ranks.first(lambda: read_pth(cfg.load_model, "--load_model", ranks.rank == 0)) if cfg.load_model else {}
-    arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
-    check_arch(cfg, arch)
-    hint_rate(cfg, arch.n_embd)
-    if arch.head_qk and cfg.train_type == "infctx":
-        raise Fatal("--train_type infctx: this model has head_qk, which looks back at a whole row; leave the flag out")
-    folder = Path(cfg.proj_dir)
-    if ranks.rank == 0 and not cfg.dry_run:
-        open_folder(cfg)
-    tokenizer = load_tokenizer(cfg, arch.vocab_size) if needs_tokenizer(cfg) else ByteTokenizer(arch.vocab_size)
-    check_tokens(tokenizer.encode(cfg.sample_prompt), arch, f"--sample_prompt {cfg.sample_prompt}")
-    loader, held_out = load_data(cfg, tokenizer)
-    epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
-    base = fingerprint(tensors) if tensors else "new"
-    arch, tensors = with_time_state(arch, tensors, cfg)
-    if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
-        with torch.device("meta"):
-            check_tensors(RWKV(arch, RECURRENCE[arch.version][1]), tensors, cfg.load_model)
-    if cfg.grad_cp == "auto":
-        cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
-    if cfg.dry_run:
-        dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks)
-        return None
-    model = load_model(cfg, arch, tensors, device, dtype)
-    torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
-    about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
-    path, state, described = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
-    found = described.get("step", -1)
-    if ranks.totals(found) != [found * ranks.size]:
-        raise Fatal(f"--resume: not all ranks find the same in --proj_dir {folder}; it must lie on a disk that all see")
-    about_adapters, exact = adapt(model, cfg, loader, about, bool(state), ranks)
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
-    model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
-    first, loss_scale = cfg.epoch_begin * epoch_steps, 2.0**16 if dtype == torch.float16 else 1.0  # (torch's first)
-    run = Run(cfg, ranks, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters,
-              epoch_steps, step=first, loss_scale=loss_scale, scaled_at=first)
-    if cfg.cuda_graph:
-        run.add_gradient = graphs(model, cfg, device, ranks)
-    if state:
-        restore(run, path, state, described)
-    return run
-
-
-def with_init(cfg: Config) -> Config:
-    """PiSSA's adapters lie beside their init_pissa.pth, if --adapter_init does not say otherwise."""
-    beside = Path(cfg.adapter_load).with_name("init_pissa.pth") if cfg.adapter_load else None
-    layer = pick(ADAPTER, "--peft", cfg.peft).layer
-    wanted = layer.taken and not cfg.adapter_init and beside and beside.exists()
-    return replace(cfg, adapter_init=str(beside)) if wanted else cfg
-
-
-def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | None]:
-    """The corpus and what is held out, if anything is."""
-    corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
-    if cfg.val_split:
-        corpus, held_out = split(corpus, cfg.val_split)
-    if cfg.val_file:
-        held_out = read_corpus(cfg, cfg.val_file, tokenizer, "--val_file")
-    loader = Loader(corpus, tokenizer, cfg)
-    if held_out:
-        in_order = replace(cfg, data_file=cfg.val_file or cfg.data_file, dataload="pad", data_shuffle=False)
-        held_out = Loader(held_out, tokenizer, in_order)
-    say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
-    return loader, held_out
-
-
-def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> RWKV:
-    """The base; without tensors a new model."""
-    with torch.device("meta"):
-        model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
-    if tensors:
-        return fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
-    return model.to_empty(device="cpu").initialise().to(device, dtype)
-
-
-def compiled(run_block: RunBlock, device: str) -> RunBlock:
-    """`run_block` by torch.compile, if that works here. What lies between two products becomes one kernel, and what
-    backward computes again is fused into it. The first step compiles, and the first whose rows have another length.
-    """
-    try:
-        torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as e:             # of the compiler's many parts, each has its own
-        say(f"--compile 1: torch.compile does not work here ({first_line(e)}); going on without, which is slower")
-        return run_block
-    # It warns that what keep_products does suits no block with in-place operations; ours has none.
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    # A graph for each of: the first layer or another; a length, or any; states with a gradient or without.
-    torch._dynamo.config.recompile_limit = 32
-    say("torch.compile: the first step takes a minute")
-    return torch.compile(run_block)
-
-
-def from_whole_model(cfg: Config) -> Config:
-    """Where the files of a method are whole models, going on from one is to take it as the base."""
-    file = cfg.adapter_load or (str(Path(cfg.proj_dir) / f"rwkv-{cfg.epoch_begin - 1}.pth") if cfg.epoch_begin else "")
-    return replace(cfg, load_model=file, adapter_load="") if file and ADAPTER[cfg.peft].whole else cfg
-
-
-def adapt(
-    model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool, ranks: Ranks
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Freezes what is not trained and puts adapters on it, new ones or those of an earlier run; writes init_pissa.pth.
-    Returns what describes them, and what the earlier run's file holds.
-
-    Prints the loss of one batch with and without: a new start computes what the base computes, but for quantisation.
-    """
-    folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
-    init_path, load_path = cfg.adapter_init, cfg.adapter_load
-    if resumed or (cfg.epoch_begin and not load_path):
-        init_path = str(folder / "init_pissa.pth") if method.layer.taken else ""
-        load_path = "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
-    init, load = read_adapters(cfg, init_path, load_path, about)
-    compares = not load and not resumed and bool(to_freeze(model, cfg))
-    before = first_loss(model, loader) if compares else 0.0
-    take_parts(model, method, load, load_path)
-    taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load, ranks)
-    if compares:
-        say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, loader):.6f}")
-    about_adapters = method.layer.describe(cfg)
-    about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
-    if taken:
-        about_adapters |= {"init": fingerprint(taken)}
-        own = folder / "init_pissa.pth"
-        there = read_described(own, "pissa_init")[1] if ranks.rank == 0 and own.exists() else {}
-        if ranks.rank == 0 and there.get("init") != about_adapters["init"]:
-            if there and cfg.epoch_begin:
-                raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
-                            " another one; name another --proj_dir")
-            save(own, taken, about | about_adapters)
-    return about_adapters, load
-
-
-def read_adapters(
-    cfg: Config, init_path: str, load_path: str, about: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """init_pissa.pth and rwkv-<N>.pth of an earlier run, or nothing; both have to be of this base and of this --peft.
-    """
-    init, about_init = read_described(init_path, "--adapter_init (pissa_init)") if init_path else ({}, {})
-    load, about_load = read_described(load_path, "--adapter_load") if load_path else ({}, {})
-    for path, found in ((init_path, about_init), (load_path, about_load)):
-        compare(path, found, about)
-    if "init" in about_load:
-        compare(init_path, about_init, {"init": about_load["init"]})
-    if about_load.get("rank") == cfg.rank:                            # (another one is refused with both shapes)
-        described = ADAPTER[cfg.peft].layer.describe(cfg)
-        compare(load_path, about_load, {item: described[item] for item in ("scale", "mode") if item in described})
-    return init, load
-
-
-def take_parts(model: RWKV, method: Method, load: dict[str, Tensor], path: str) -> None:
-    """Takes from a file the parameters that the model has already, a time_state too; adapters come later."""
-    parameters = dict(model.named_parameters())
-    for name, t in load.items():
-        part = parameters.get(name)
-        if part is None and method.is_own(name):
-            continue
-        if part is None or part.numel() != t.numel():
-            raise Fatal(f"{path}: {name} does not fit this model; is it of this --peft?")
-        part.data.copy_(t.view(part.shape))
-    missing = [name for name in parameters if load and method.is_own(name) and name not in load]
-    if missing:
-        raise Fatal(f"{path}: lacks {some(missing)}; is it of this --peft?")
-
-
-@torch.no_grad()
-def first_loss(model: RWKV, loader: Loader) -> float:
-    batch = loader.batch(0)
-    return sum(loss.item() for loss in batch_losses(model.eval(), batch, max(1, len(batch.learnt)), loader.cfg))
-
-
-COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale")         # of a Run, in every resume.pth
-
-
-def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:
-    """Sets a run to where resume.pth was written."""
-    shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
-    compare(path, described, run.about | {"trained": run.optimiser.layout()})
-    whole = {*COUNTERS, "config"} <= described.keys() and {*shapes, "rng"} <= state.keys() and all(
-        state[name].shape == shape for name, shape in shapes.items()) and 0 <= state["t"] < 2**31
-    rng = torch.get_rng_state()
-    if not whole or state["rng"].dtype != rng.dtype or state["rng"].shape[1:] != rng.shape:
-        raise Fatal(f"{path}: not what this program writes for --resume")
-    before = described["config"]
-    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := before.get(k, v)) != v]
-    if changed:
-        say(f"resuming with changes: {', '.join(changed)}")
-    run.optimiser.load(state)
-    for item in COUNTERS:
-        setattr(run, item, described[item])
-    run.scaled_at = described.get("scaled_at", run.step)              # (older files lack it)
-    old_steps, old_rows = described.get("epoch_steps", run.epoch_steps), described.get("rows", run.rows)
-    if old_steps != run.epoch_steps:                                  # the same part of an epoch, and so of the data
-        run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
-        say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
-    if old_rows != run.rows:
-        say(f"a step had {old_rows} rows and has {run.rows} now: the data go on at row {run.step * run.rows}")
-    if len(state["rng"]) == run.ranks.size:
-        torch.set_rng_state(state["rng"][run.ranks.rank].clone())     # (a view would crash torch)
-        if "rng_cuda" in state and run.device == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"][run.ranks.rank].clone())
-    say(f"resumed at step {run.step} of {run.steps}")
-    if run.step > run.cfg.epoch_begin * run.epoch_steps and run.step % run.epoch_steps == 0:
-        finish_epoch(run, run.step // run.epoch_steps - 1, anew=False)                    # killed before that, maybe
-
-
-def config_of(run: Run) -> dict[str, Any]:
-    """What a resumed run should share, as JSON gives it back: the options, and what the corpus holds."""
-    options = {k: v for k, v in asdict(run.cfg).items() if k not in ("resume", "proj_dir", "wandb")}
-    return json.loads(json.dumps(options)) | {"corpus": run.loader.corpus.fingerprint}
-
-
-def save_resume(run: Run) -> None:
-    """All that a run needs to go on as if it had never stopped. The file before it is kept as resume.1.pth, and so on.
-
-    To the bit so with the same device, threads, number of ranks, and without --compile: optimiser and random state are
-    in this file, the data follow from `step`, what is frozen from the base and init_pissa.pth.
-    """
-    state = run.optimiser.state() | {"rng": run.ranks.collect(torch.get_rng_state()[None])}
-    if run.device == "cuda":
-        state["rng_cuda"] = run.ranks.collect(torch.cuda.get_rng_state()[None])
-    if run.ranks.rank == 0:
-        stands = {item: getattr(run, item) for item in (*COUNTERS, "scaled_at", "epoch_steps", "rows")}
-        about = run.about | stands | {"config": config_of(run), "trained": run.optimiser.layout()}
-        save(run.folder / "resume.pth", state, about, run.cfg.keep)
-
-
-def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The newest file of proj_dir to go on from that is whole, and what it holds; nothing, where there is none."""
-    path = Path(cfg.proj_dir) / "resume.pth"
-    there = [p for age in range(cfg.keep + 1) if (p := aged(path, age)).exists()]
-    for p in there:
-        try:
-            return p, *read_described(p, "--resume")
-        except Fatal as e:
-            if p == there[-1]:
-                raise
-            say(f"{e}; taking the one before it")
-    say(f"--resume: {path} is not there; the run begins anew")
-    return path, {}, {}
-
-
-class Stop:
-    """The first SIGTERM or Ctrl-C asks the run to end after its step; a second one ends the program."""
-
-    def __enter__(self) -> Stop:
-        self.asked = False
-        self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, number: int, frame: Any) -> None:
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = True
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-class Logger:
-    """train_log.txt (a line per epoch), loss_data.jsonl (a line per step), both in RWKV-PEFT's form; maybe wandb."""
-
-    def __init__(self, run: Run):
-        self.run, self.wandb = run, None
-        self.log, self.losses = run.folder / "train_log.txt", run.folder / "loss_data.jsonl"
-        if run.ranks.rank > 0:
-            return
-        self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
-        if self.losses.exists():                                      # lines of steps that will be made again
-            lines = self.losses.read_text("utf-8", errors="replace").splitlines()
-            kept = "".join(x + "\n" for x in lines if step_of(x) < run.step)
-            write_whole(self.losses, lambda file: file.write(kept.encode()))
-        self.wandb = load_wandb(run.cfg)
-
-    def __enter__(self) -> Logger:
-        return self
-
-    def __exit__(self, kind: type | None, *error: Any) -> None:
-        if self.wandb:
-            self.wandb.finish(exit_code=int(kind is not None))
-
-    def step(self, **row: Any) -> None:
-        row = {k: v if math.isfinite(v) else None for k, v in row.items()}                # JSON knows no NaN
-        self.append(self.losses, json.dumps(row))
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
-
-    def epoch(self, epoch: int, loss: float, lr: float) -> None:
-        perplexity, of_run = math.exp(min(loss, 700)), epoch - self.run.cfg.epoch_begin
-        self.append(self.log, f"{epoch} {loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.now()} {of_run}")
-
-    def append(self, path: Path, line: str) -> None:
-        if self.run.ranks.rank > 0:
-            return
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as e:
-            raise Fatal(f"cannot write {path}: {e.strerror}; --resume goes on from what was saved last") from None
-
-
-def step_of(line: str) -> float:
-    """The step of a line of loss_data.jsonl; infinity where a crash left part of a line, or worse."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return math.inf
-
-
-def load_wandb(cfg: Config) -> Any:
-    """A run of Weights & Biases, whose files are all in proj_dir; None without --wandb."""
-    if not cfg.wandb:
-        return None
-    import wandb
-
-    folder = Path(cfg.proj_dir).absolute()
-    os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")   # its logs would go to the home folder
-    try:
-        return wandb.init(project=cfg.wandb, name=folder.name, config=asdict(cfg), dir=str(folder))
-    except Exception as e:             # of wandb's own and of those of what it stands on
-        raise Fatal(f"--wandb {cfg.wandb}: {first_line(e)} (WANDB_MODE=offline logs into {cfg.proj_dir}, from where"
-                    " `wandb sync` sends it later)") from None
-
-
-def train_step(run: Run, lr: float) -> dict[str, Any]:
-    """One optimiser step. A loss or gradient that is not finite changes nothing; three such steps end the run.
-
-    The micro-batches of a step are dealt out to the ranks in turn, and n counts what all of them learn: gradients are
-    summed, and nobody divides by a number of ranks.
-    """
-    cfg, optimiser, ranks = run.cfg, run.optimiser, run.ranks
-    numbers = range(run.step * run.batches, (run.step + 1) * run.batches)
-    own = numbers[ranks.rank:: ranks.size]
-    batches = [run.loader.batch(i) for i in own]
-    learnt, tokens = ranks.totals(sum(len(b.learnt) for b in batches), sum(b.inputs.numel() for b in batches))
-    n, loss = max(1, int(learnt)), 0.0
-    for batch in batches:
-        loss += run.add_gradient(run.model, batch, n, run.loss_scale, cfg)
-        optimiser.sum_micro_batch()
-    for i in own:                                                     # those of the next step, while a GPU still works
-        run.loader.batch(i + run.batches)
-    loss, = ranks.totals(float(loss))
-    norm = optimiser.reduce() / run.loss_scale
-    if math.isfinite(loss) and math.isfinite(norm):
-        clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
-        optimiser.step(lr, clip / run.loss_scale)
-        run.bad_steps = 0
-        if run.model.head.weight.dtype == torch.float16 and run.step - run.scaled_at >= SCALE_GROWS:
-            run.loss_scale, run.scaled_at = 2 * run.loss_scale, run.step
-    else:
-        optimiser.clear()
-        skip(run, loss)
-    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(tokens), "learnt": n}
-
-
-def skip(run: Run, loss: float) -> None:
-    """Says which rows gave no finite gradient. In fp16 that is mostly the loss scale's doing: it is halved first."""
-    if run.loss_scale > 1 and math.isfinite(loss):
-        run.loss_scale, run.scaled_at = run.loss_scale / 2, run.step
-        say(f"step {run.step}: a gradient overflowed in fp16; skipped, and the loss scale is now {run.loss_scale:g}")
-        return
-    run.bad_steps += 1
-    say(f"step {run.step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; the step is skipped and"
-        f" nothing changed (rows {run.step * run.rows} to {(run.step + 1) * run.rows - 1} that were read)")
-    if run.bad_steps == BAD_STEPS:
-        raise Fatal(f"{BAD_STEPS} steps in a row, up to step {run.step}, had no finite loss and gradient; what was"
-                    " saved before is good; lower --lr_init, or look at those rows")
-
-
-@torch.no_grad()
-def evaluate(model: RWKV, loader: Loader, ranks: Ranks = ONE_RANK) -> float:
-    """Mean loss over every learnt token of a corpus."""
-    model.eval()
-    total = learnt = 0
-    for i in progress(range(ranks.rank, -(-loader.pass_rows // loader.bsz), ranks.size), "validation"):
-        batch = loader.batch(i, last=loader.pass_rows)
-        total += sum(loss.item() for loss in batch_losses(model, batch, 1, loader.cfg))
-        learnt += len(batch.learnt)
-    model.train()
-    total, learnt = ranks.totals(total, learnt)
-    return total / max(1, learnt)
-
-
-def train(run: Run) -> bool:
-    """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Returns
-    whether it came to its end, and was not asked to stop."""
-    cfg = run.cfg
-    if run.held_out:
-        say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
-    run.model.train()
-    pace = 0.1 if sys.stderr.isatty() else 30.0                       # seconds from one look of the bar to the next
-    with (Logger(run) as log, Stop() as stop,
-          tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace, disable=run.ranks.rank > 0) as bar):
-        while run.step < run.steps and not any(run.ranks.totals(stop.asked)):
-            began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
-            row = train_step(run, lr)
-            seconds = time.perf_counter() - began
-            epoch = run.step // run.epoch_steps
-            log.step(**row, step=run.step, epoch=epoch, kt_s=row["tokens"] / seconds / 1000, t_cost=1 / seconds)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{lr:.1e}", tok_s=f"{row['tokens'] / seconds:,.0f}")
-            bar.update()
-            run.step += 1
-            if math.isfinite(row["loss"]):
-                run.epoch_loss, run.epoch_good = run.epoch_loss + row["loss"], run.epoch_good + 1
-            epoch_ends = run.step % run.epoch_steps == 0
-            if epoch_ends:
-                loss = log_epoch(run, log, epoch, lr)
-            if epoch_ends and saved_after(run, epoch) or cfg.save_steps and run.step % cfg.save_steps == 0:
-                save_resume(run)
-            if epoch_ends:
-                finish_epoch(run, epoch)
-                examine(run, log, epoch, loss)
-        if run.step < run.steps:
-            save_resume(run)
-            say(f"stopped before step {run.step}; --resume goes on from here")
-            return False
-    say(f"done: {run.folder}")
-    return True
-
-
-def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
-    """Logs the mean loss of an epoch, and returns it; the next begins."""
-    if run.step == run.steps and not run.optimiser.t:
-        raise Fatal("no step had a finite loss and gradient; nothing was learnt, and nothing is saved")
-    loss = run.epoch_loss / run.epoch_good if run.epoch_good else math.nan
-    run.epoch_loss, run.epoch_good = 0.0, 0
-    log.epoch(epoch, loss, lr)
-    return loss
-
-
-def examine(run: Run, log: Logger, epoch: int, loss: float) -> None:
-    """After an epoch is saved: validates, prints a sample."""
-    cfg, line = run.cfg, f"epoch {epoch}: loss {loss:.4f}"
-    if run.held_out:
-        held_out = evaluate(run.model, run.held_out, run.ranks)
-        log.step(step=run.step - 1, epoch=epoch, val_loss=held_out)
-        line += f", held out {held_out:.4f}"
-    say(line)
-    if cfg.sample_prompt and run.ranks.rank == 0:
-        say(cfg.sample_prompt + generate(run.model, run.tokenizer, cfg.sample_prompt, cfg.sample_len, cfg.sample_top_p,
-                                         cfg.random_seed, cfg.sample_temperature))
-
-
-def saved_after(run: Run, epoch: int) -> bool:
-    return run.step == run.steps or (epoch - run.cfg.epoch_begin) % run.cfg.epoch_save == 0
-
-
-def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
-    """Writes an epoch's files: rwkv-<epoch>.pth, fp32 adapters and trained parts or the whole model, and what is
-    merged. They follow from resume.pth, which was written before: a kill between loses nothing. What is there already
-    is replaced, since a run that went back to resume.1.pth makes an epoch again; without `anew` it stays."""
-    cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
-    path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
-    masters = run.optimiser.masters() if saved_after(run, epoch) else {}
-    if run.ranks.rank > 0:
-        return
-    if masters and (anew or not path.exists()):
-        if method.whole:
-            save(path, whole_model(run, masters))                     # others read it, so no description
-        else:
-            save(path, masters, run.about)
-    if last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
-        merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
-        say(f"merged: {merged}")
-
-
-def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base with what was trained, as a model file."""
-    cfg = run.cfg
-    base = read_pth(cfg.load_model, "--load_model") if cfg.load_model else run.model.state_dict()
-    held = QUANT[cfg.quant].merged_as(run.model.head.weight.dtype)
-    return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held)
+# -------------------------------------------------------------------------------------------------- what a model writes
 
 
 class Past(NamedTuple):
@@ -4346,7 +4367,7 @@ def generate(
     return text
 
 
-# ------------------------------------------------------------------------------- talking to what was trained: --chat
+# ---------------------------------------------------------------------------------- talking to what was trained: --chat
 
 TOLD = {"peft": "peft", "quant": "quant", "rank": "rank", "bone_mode": "mode"}  # option -> what a file calls it
 NOT_IN_CHAT = ("data_file", "val_file", "make_binidx", "dry_run", "resume", "auto_merge")
@@ -4461,7 +4482,7 @@ def talk(cfg: Config, given: set[str]) -> None:
             write("\n\n" if watched else "\n")
 
 
-# ------------------------------------------------------- counting bytes without a device: --dry_run, --grad_cp auto
+# ----------------------------------------------------------- counting bytes without a device: --dry_run, --grad_cp auto
 
 
 class Peak(TorchDispatchMode):
@@ -4636,6 +4657,9 @@ def dry_run(
         say(f"of {room / GB:.1f} GB: the largest --micro_bsz that fits is {rehearsal.largest_bsz(room)}")
 
 
+# ------------------------------------------------------------------------ text into tokens, once for all: --make_binidx
+
+
 def make_binidx(cfg: Config) -> None:
     """--make_binidx X.jsonl writes X.bin and X.idx beside it."""
     prefix = cfg.make_binidx.removesuffix(".jsonl")
@@ -4654,7 +4678,7 @@ def make_binidx(cfg: Config) -> None:
         f" train with --data_file {prefix}")
 
 
-# ------------------------------------------------------------------ the demonstration: the whole job, in miniature
+# ----------------------------------------------------------------------- the demonstration: the whole job, in miniature
 
 
 @torch.no_grad()
@@ -4729,6 +4753,9 @@ def demo_merged(run: Run, merged: str) -> None:
     for question, answer in dummy_tasks("shift", 4096, run.cfg.random_seed)[-4:]:
         said = generate(model, run.tokenizer, chat(question, ""), 24).strip()
         say(f"   {question}  ->  {said}" + ("" if said == answer else f"  (right: {answer})"))
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 def open_streams() -> None:
