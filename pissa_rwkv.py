@@ -19,7 +19,7 @@ The file follows a run; a section uses only what stands above it:
      6 data             readers -> one stream; samplers; masks              Corpus, Loader
      7 loss             cross-entropy without all the logits; chunks        HeadLoss, batch_losses
      8 optimiser        AdamW on one flat buffer, shared out; schedules     ZeroAdamW, lr_at
-     9 files            written whole or not at all; merging                save, merge
+     9 files            read and written safely; merging                    read_pth, save, merge
     10 training         the loop, resuming, talking, --dry_run, demo        build, train, generate, main
 
 Names. Parameters are called as in the files of the RWKV world; locals bear the letters of the papers.
@@ -319,7 +319,7 @@ def parser() -> Parser:
     return p
 
 
-def said(argv: list[str]) -> set[str]:
+def options_given(argv: list[str]) -> set[str]:
     """The options that a command line names, with whatever value, also inside the JSON of --pissa_config and its like.
     """
     given = vars(parser().parse_known_args(argv)[0])
@@ -493,7 +493,7 @@ class Ranks:
         return result if self.rank == 0 else action()
 
     def sum_slices(self, x: Tensor) -> Tensor:
-        """Reduce-scatter: of x (W S) summed over the ranks, this rank's slice (S)."""
+        """Reduce-scatter: of x (R S) summed over the ranks, this rank's slice (S)."""
         if self.size == 1:
             return x
         own = x.new_empty(len(x) // self.size)
@@ -501,12 +501,12 @@ class Ranks:
         return own
 
     def gather_slices(self, x: Tensor, own: Tensor) -> None:
-        """All-gather: fills x (W S) with the slices (S) of all; `own` may be the slice of x itself."""
+        """All-gather: fills x (R S) with the slices (S) of all; `own` may be the slice of x itself."""
         if self.size > 1:                                             # (torch 2.13 has a new name for it, as above)
             self.call(getattr(dist, "all_gather_single", dist.all_gather_into_tensor), x, own.clone())
 
     def collect(self, own: Tensor) -> Tensor | None:
-        """For rank 0, `own` (S,...) of all end to end (W S,...), in the host's memory."""
+        """For rank 0, `own` (S,...) of all end to end (R S,...), in the host's memory."""
         all_ranks = own.new_empty(self.size * len(own), *own.shape[1:]) if self.size > 1 else own
         self.gather_slices(all_ranks, own)
         return all_ranks.cpu() if self.rank == 0 else None
@@ -519,10 +519,11 @@ class Ranks:
 
 
 class Unheard(Ranks):
-    """In the place of several ranks, to count bytes: nothing is sent, and what comes back is not looked at."""
+    """One of several ranks that sends nothing and leaves every tensor as it is: to count bytes, where no value matters.
+    """
 
     def call(self, collective: Callable, *inputs: Any) -> Any:
-        return self                                                   # (where a dist.Work is wanted, too: see wait)
+        return self                                                   # as an asynchronous collective: with a `wait`
 
     def wait(self) -> None:
         pass
@@ -592,8 +593,8 @@ FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "c
 def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = True) -> Callable:
     """The operator `op` of a version; for op "" the fastest that this machine can build, said in one line.
 
-    Not `ready`: for tensors without values, whose bytes are counted; then a GPU's operator needs no GPU, and for fla,
-    which would launch its kernels on them all the same, another is taken.
+    Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded without being built.
+    fla's cannot be, since its kernels would run all the same: the fastest other one stands in for it.
     """
     ops = {o: load for (v, o), load in WKV.items() if v == version and (head_size == 64 or o not in FOR_HEADS_OF_64)}
     if not ready:
@@ -706,7 +707,7 @@ class TimeMix(nn.Module):
         parameters_of(self, self.shapes() | ({"time_state": (H, N, N)} if arch.time_state else {}))
         for name in self.maps:
             self.add_module(name, Linear(A, C) if name == "output" else Linear(C, A))
-        self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)           # (of y as it is; RWKV-LM has 1e-5, of y / 8)
+        self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)           # (RWKV-LM: 1e-5, of y / 8: the same)
 
     def heads(self, x: Tensor) -> Tensor:
         """(...,A) -> (...,H,N)"""
@@ -756,7 +757,7 @@ class TimeMix_x052(TimeMix):
         return self.time_decay                                                            # (H,N)
 
     def project(self, x: Tensor, previous: Tensor, v_first: None) -> tuple[list[Tensor], Tensor, None]:
-        x_k, x_v, x_r, x_g, *x_w = self.mix(x, previous)
+        x_k, x_v, x_r, x_g, *x_w = self.mix(x, previous)                                  # (x_w: for x060's decay)
         r, k, v = map(self.heads, (self.receptance(x_r), self.key(x_k), self.value(x_v)))  # (B,T,H,N)
         w = self.decay(*x_w).expand_as(r)                                                 # raw decay logit
         return [r, w, k, v, self.time_faaaa], F.silu(self.gate(x_g)), v_first
@@ -889,10 +890,10 @@ class ChannelMix(nn.Module):
     def __init__(self, arch: Arch, layer: int):
         super().__init__()
         self.arch, self.layer = arch, layer
-        C, F = arch.n_embd, arch.dim_ffn
+        C, width = arch.n_embd, arch.dim_ffn
         parameters_of(self, {name: (1, 1, C) for name in self.mixes})
         for name in self.maps:
-            self.add_module(name, Linear(F if name == "value" else C, F if name == "key" else C))
+            self.add_module(name, Linear(width if name == "value" else C, width if name == "key" else C))
 
     def recall(self, x_k: Tensor) -> Tensor:
         return self.value(torch.relu(self.key(x_k)) ** 2)                                 # (B,T,F) in between
@@ -991,55 +992,55 @@ class Block(nn.Module):
         return x, v_first, BlockState(h[:, -1].clone(), S, h2[:, -1].clone())  # (a view would keep all of h)
 
 
+# What --grad_cp keeps of a block for backward. First torch's policies, asked of every operation whether its result is
+# saved: what is made from codes (a quantised matrix) never is.
+
+
+def from_codes(op: Any) -> bool:
+    return op.name().startswith("pissa_rwkv::read")
+
+
+def save_all(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE if from_codes(op) else CheckpointPolicy.PREFER_SAVE
+
+
+def save_nothing(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE if from_codes(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_products(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    """The WKV operator's output, and products that sum over C terms or more: those with a block's matrices, and the
+    first of two thin ones, whose results are short."""
+    if op is torch.ops.aten.mm.default and inputs[0].shape[1] >= C or op.name().startswith("pissa_rwkv::wkv"):
+        return CheckpointPolicy.MUST_SAVE
+    return save_nothing(context, op)
+
+
 RunBlock = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Tensor, BlockState]]
 
 
-def checkpointed(keep: Callable | None, block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """Backward computes the block again; all of it, or what `keep`, a policy of torch's, does not keep."""
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, keep)} if keep else {}
+def checkpointed(policy: Callable | None, block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
+    """Runs the block; backward computes again what the policy did not save, or without one all of it."""
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if policy else {}
     return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws, **context)
 
 
 def keep_all(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    # Quantised matrices are made anew in backward, and not kept: eager code knows that, a compiler has to be told.
-    return checkpointed(all_but_read, block, x, *rest) if torch.compiler.is_compiling() else block(x, *rest)
+    # Eager code does not keep what is made from codes (see FrozenProduct); a compiler has to be told.
+    return checkpointed(save_all, block, x, *rest) if torch.compiler.is_compiling() else block(x, *rest)
 
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """Besides the input what takes longest to compute, some 13 C numbers a token."""
-    return checkpointed(partial(costly, x.shape[-1]), block, x, *rest)
+    """The input, and what takes longest to compute: some 13 C numbers a token."""
+    return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
 
 
 def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    # (Of a checkpoint without a policy, the compiler of torch 2.10 and 2.11 keeps the quantised matrices.)
-    return checkpointed(nothing if torch.compiler.is_compiling() else None, block, x, *rest)
+    # (The compiler of torch 2.10 and 2.11 has to be told here as well.)
+    return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, x, *rest)
 
 
-# Policies, named after what they keep; quantised matrices never are.
-
-
-def is_read(op: Any) -> bool:
-    """Whether it makes a quantised matrix."""
-    return op.name().startswith("pissa_rwkv::read")
-
-
-def all_but_read(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_RECOMPUTE if is_read(op) else CheckpointPolicy.PREFER_SAVE
-
-
-def costly(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """The operator's output, and products that sum over C terms or more: those with a block's matrices, and the first
-    of two thin ones, which are short."""
-    if op is torch.ops.aten.mm.default and inputs[0].shape[1] >= C or op.name().startswith("pissa_rwkv::wkv"):
-        return CheckpointPolicy.MUST_SAVE
-    return nothing(context, op)
-
-
-def nothing(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_RECOMPUTE if is_read(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-# --grad_cp: what a block keeps for backward, which computes the rest again. From fast and large to slow and small.
+# From fast and large to slow and small.
 GRAD_CP: dict[str, RunBlock] = {"0": keep_all, "products": keep_products, "1": keep_input}
 
 
@@ -1138,7 +1139,7 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     if missing:
         raise Fatal(f"--load_model {path}: lacks {', '.join(missing)}, as matrices")
     V, C = tensors["emb.weight"].shape
-    A, F = (tensors[f"{last}{mix}.key.weight"].shape[0] for mix in ("att", "ffn"))
+    A, width = (tensors[f"{last}{part}.key.weight"].shape[0] for part in ("att", "ffn"))
     H, N = tensors[f"{last}att.{mix.per_head}"].shape
     ranks = {"v": 32} if "v" in mix.low_rank else {}                  # one layer has no such map to read it from
     ranks |= {m: tensors[factor].shape[-2] for m, factor in low_rank.items()}
@@ -1147,7 +1148,7 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     head_qk = len(tensors["head_q.weight"]) if "head_q.weight" in tensors else 0
     pre_ffn = version in PRE_FFN and "blocks.0.ffnPre.key.weight" in tensors
     time_state = f"{last}att.time_state" in tensors
-    return Arch(version, len(layers), C, A, F, N, V, tuple(sorted(ranks.items())), pre_ffn, head_qk, time_state)
+    return Arch(version, len(layers), C, A, width, N, V, tuple(sorted(ranks.items())), pre_ffn, head_qk, time_state)
 
 
 def new_arch(cfg: Config) -> Arch:
@@ -1233,13 +1234,13 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
-def kept(make: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
+def once_per_device(make: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
     """make(device), made once for each; but always anew where tensors have no values (under FakeTensorMode)."""
     once = lru_cache(make)
     return lambda device: once(device) if type(torch.empty(0)) is Tensor else make(device)
 
 
-@kept
+@once_per_device
 def nf4_levels(device: torch.device) -> tuple[Tensor, Tensor]:
     """The levels (16), and for each byte the two levels it stands for (256,2), the high nibble's first."""
     levels = torch.tensor(NF4, device=device)
@@ -1252,7 +1253,7 @@ def magnitudes(density: int) -> Tensor:
     return torch.cat([10.0 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)])
 
 
-@kept
+@once_per_device
 def dynamic_levels(device: torch.device) -> Tensor:
     """The 256 levels of bitsandbytes' dynamic 8-bit numbers (arXiv 1511.04561), ascending: magnitudes of both signs,
     and 0 and 1."""
@@ -1302,7 +1303,7 @@ def hold_int8(W: Tensor, dtype: torch.dtype) -> Parts:
     """
     blocks = in_blocks(W, BLOCK)                                                          # (n/64,64)
     absmax = blocks.abs().amax(1)
-    scale = (absmax / absmax.new_tensor(127)).half()                  # (by a number CUDA multiplies: other bits)
+    scale = (absmax / absmax.new_tensor(127)).half()                  # (by a plain 127 CUDA multiplies with 1/127)
 
     def whole(w: Tensor, s: Tensor) -> Tensor:
         return (w / torch.where(s > 0, s.float(), 1)[:, None]).round_().clamp_(-127, 127)
@@ -1462,8 +1463,8 @@ class Adapter(nn.Module):
     none: it is how a method holds matrices that it leaves alone.
 
     A kind of adapter says what its numbers are and where they start (`shapes`, `start`), what of W is frozen then
-    (`left`), and what they add: to y, the short way (`forward`), and to W, when it is merged (`delta`). For files it
-    says besides whether their numbers fit a matrix (`fits`, `ranks`), and what else describes them (`describe`).
+    (`residual`), and what they add: to y, the short way (`forward`), and to W, when it is merged (`delta`). For files
+    it says besides whether their numbers fit a matrix (`fits`, `ranks`), and what else describes them (`describe`).
     """
 
     names: tuple[str, ...] = ()                                       # of its parameters
@@ -1507,7 +1508,7 @@ class Adapter(nn.Module):
         return {}
 
     @staticmethod
-    def left(W: Tensor, taken: dict[str, Tensor]) -> Tensor:
+    def residual(W: Tensor, taken: dict[str, Tensor]) -> Tensor:
         """What is frozen of W (out,in)."""
         return W
 
@@ -1590,13 +1591,14 @@ class PiSSALinear(LowRank):
     @staticmethod
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
         U, sigma, Vt = top_singular(W, cfg.rank, cfg.svd_niter, draw)
-        if sigma[-1] <= 1e-6 * W.norm():          # no rank-r part to take out; as zeros A and B would never move
+        # Of a rank below r: rows and columns of A and B that are both 0 would have no gradient, so it starts as LoRA.
+        if sigma[-1] <= 1e-6 * W.norm():
             return LowRank.start(W, cfg, draw)
         root = sigma.sqrt()
         return {"lora_A": root[:, None] * Vt, "lora_B": U * root}
 
     @staticmethod
-    def left(W: Tensor, taken: dict[str, Tensor]) -> Tensor:
+    def residual(W: Tensor, taken: dict[str, Tensor]) -> Tensor:
         """W - B0 A0; W, if nothing is taken out.
 
         Computed in float64 and rounded once, so that a GPU, a CPU and another number of threads find the same numbers
@@ -1728,6 +1730,22 @@ def left_in_file(model: RWKV, cfg: Config) -> set[str]:
     return {*to_freeze(model, cfg)} | ({"emb"} if cfg.emb_on_cpu else set())
 
 
+def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str) -> Tensor:
+    """One tensor of an adapter file, or a line about what is wrong with it."""
+    if name not in tensors:
+        raise Fatal(f"{path}: lacks {name}; is it of this model and this --peft?")
+    if tensors[name].shape != shape:
+        raise Fatal(f"{path}: {name} is {list(tensors[name].shape)}, {list(shape)} is wanted; is --rank the file's?")
+    return tensors[name]
+
+
+def from_file(
+    tensors: dict[str, Tensor], prefix: str, shapes: dict[str, tuple[int, ...]], W: Tensor, path: str
+) -> dict[str, Tensor]:
+    """What an adapter file has for W (out,in)."""
+    return {x: entry(tensors, prefix + x, shape, path).to(W) for x, shape in shapes.items()}
+
+
 class Start(NamedTuple):
     """Of a matrix (out,in): what is taken out of it, and where training starts, both by the names of the parameters."""
 
@@ -1758,7 +1776,7 @@ def new_start(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generator)
 
     before = now = start(W)
     for _ in range(cfg.qpissa_iters - 1):
-        before, now = now, start(W - QUANT[cfg.quant].through(layer.left(W, now), dtype))
+        before, now = now, start(W - QUANT[cfg.quant].through(layer.residual(W, now), dtype))
     return Start({x: before[x] for x in layer.taken}, now)
 
 
@@ -1772,13 +1790,6 @@ def saved_start(W: Tensor, name: str, cfg: Config, init: dict[str, Tensor]) -> S
     return Start(taken, start)
 
 
-def from_file(
-    tensors: dict[str, Tensor], prefix: str, shapes: dict[str, tuple[int, ...]], W: Tensor, path: str
-) -> dict[str, Tensor]:
-    """What an adapter file has for W (out,in)."""
-    return {x: entry(tensors, prefix + x, shape, path).to(W) for x, shape in shapes.items()}
-
-
 def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: str) -> Tensor:
     """(3) float64, the squared Frobenius norms of W less what is computed with at first, of W less W itself held
     like what is frozen, and of W."""
@@ -1787,7 +1798,7 @@ def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: st
     def lost(held: Tensor) -> Tensor:
         return in_slabs(torch.empty_like(W), torch.sub, W, held)
 
-    left = adapter.left(lost(frozen.weight), start.trained).norm()
+    left = adapter.residual(lost(frozen.weight), start.trained).norm()
     plain = lost(QUANT[quant].through(W, frozen.dtype)).norm()
     if not (left + plain).isfinite():
         raise Fatal(f"--quant {quant}: {name} reaches {W.abs().max():.1e}, too much for it in {frozen.dtype};"
@@ -1861,7 +1872,7 @@ def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[st
     """
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     W = in_memory(model, name)
-    frozen = FrozenLinear(layer.left(W, start.taken), dtype, cfg.quant)
+    frozen = FrozenLinear(layer.residual(W, start.taken), dtype, cfg.quant)
     first = from_file(load, f"{name}.", layer.shapes(W.shape, cfg), W, cfg.adapter_load) if load else start.trained
     adapter = layer(cfg, frozen, **{x: t.to(device, dtype, copy=True) for x, t in first.items()})
     model.set_submodule(name, adapter)
@@ -1884,7 +1895,8 @@ def add_adapters(
         layer_type = name.split(".", 2)[2]                                                # att.key, ffn.value, ...
         squares[layer_type] = squares.get(layer_type, 0) + errors.cpu()
         taken |= start.named(name)
-        unsplit += [] if all(t.any() for t in start.taken.values()) else [name]
+        if not all(t.any() for t in start.taken.values()):
+            unsplit.append(name)
     if unsplit:
         say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
@@ -1892,15 +1904,6 @@ def add_adapters(
         say(f"{cfg.peft}, quant {cfg.quant}: what the start is off by, |W - W'| / |W| by type, in brackets if W itself"
             " were quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
-
-
-def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str) -> Tensor:
-    """One tensor of an adapter file, or a line about what is wrong with it."""
-    if name not in tensors:
-        raise Fatal(f"{path}: lacks {name}; is it of this model and this --peft?")
-    if tensors[name].shape != shape:
-        raise Fatal(f"{path}: {name} is {list(tensors[name].shape)}, {list(shape)} is wanted; is --rank the file's?")
-    return tensors[name]
 
 
 # ======================================================================================================================
@@ -2418,7 +2421,7 @@ def windows(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) 
     return max(1, len(corpus.tokens) // cfg.ctx_len), span
 
 
-# (Loader makes a batch of one row of `only`.)
+# (`only` is `pad` in batches of one row: see Loader.bsz.)
 SAMPLER: dict[str, Callable[..., Rows]] = {"pad": documents, "only": documents, "get": windows}
 
 
@@ -2481,7 +2484,7 @@ class Batch:
     rows: list[int]
 
     def to(self, device: str) -> Batch:
-        """(Not blocking: to copy to a GPU would else wait until it has done all before.)"""
+        """Not blocking: a copy that blocks waits for all the work that a GPU still has."""
         return Batch(*(x.to(device, non_blocking=True) for x in (self.inputs, self.learnt, self.targets)), self.rows)
 
     def filled(self, ctx_len: int) -> Batch:
@@ -2610,15 +2613,17 @@ class HeadLoss(torch.autograd.Function):
             logits, target = (x[part] @ W.T).to(dtype), targets[part, None]               # (rows,V), (rows,1)
             if votes is not None:
                 logits.scatter_add_(1, spoken[part], votes[part].to(dtype))
-            one, target = (target != IGNORED).to(dtype), target.clamp_min(0)              # (rows,1), or 0 for one
+            # A position that is IGNORED (it only fills up a graph's shape) has valid = 0: it adds 0 to the loss, and
+            # its softmax is exp / (Z / 0) = 0.
+            valid, target = (target != IGNORED).to(dtype), target.clamp_min(0)            # (rows,1) both
             right, (m, top) = logits.gather(1, target), logits.max(-1, keepdim=True)      # (rows,1)
             # In place, all of it: torch's logsumexp makes another matrix as large as the logits.
             Z = logits.sub_(m).exp_().sum(-1, keepdim=True)                               # (rows,1)
-            loss += ((m + Z.log() - right) * one).sum()
+            loss += ((m + Z.log() - right) * valid).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            dlogits = logits.div_(Z / one)                                                # softmax, or x / inf
-            dlogits.scatter_add_(1, target, -one).scatter_add_(1, top, L2_WRAP * m * one)
+            dlogits = logits.div_(Z / valid)                                              # softmax
+            dlogits.scatter_add_(1, target, -valid).scatter_add_(1, top, L2_WRAP * m * valid)
             dlogits = dlogits.to(x.dtype)
             if votes is not None:
                 dvotes[part] = dlogits.gather(1, spoken[part])
@@ -2721,7 +2726,7 @@ def allocated(storage: torch.UntypedStorage) -> int:
     return -(-storage.nbytes() // 512) * 512
 
 
-def common(a: slice, b: slice) -> slice:
+def overlap(a: slice, b: slice) -> slice:
     """What two slices share; of length 0 if nothing."""
     start = max(a.start, b.start)
     return slice(start, max(start, min(a.stop, b.stop)))
@@ -2771,7 +2776,7 @@ class Buckets:
 
     def take(self, where: slice, g: Tensor) -> None:
         for bucket in self.waiting:
-            both = common(where, bucket.part)
+            both = overlap(where, bucket.part)
             if n := both.stop - both.start:
                 bucket.sum[shifted(both, bucket.part.start)] += g[shifted(both, where.start)]
                 bucket.missing -= n
@@ -2832,14 +2837,14 @@ class Numbers:
         return (self.held,)
 
 
-@kept
+@once_per_device
 def signed_levels(device: torch.device) -> Tensor:
     """256, ascending: the `dynamic_levels`, with -1 in the place of the smallest negative one."""
     half, one = magnitudes(1), torch.ones(1)
     return torch.cat([-one, -half[1:].flip(0), 0 * one, half, one]).to(device)
 
 
-@kept
+@once_per_device
 def positive_levels(device: torch.device) -> Tensor:
     """255, ascending, without 0."""
     return torch.cat([magnitudes(2), torch.ones(1)]).to(device)
@@ -2924,6 +2929,7 @@ class LowBits(Numbers):
 
 
 MOMENTS = {"fp32": (Numbers, Numbers), "8bit": (CodedNumbers, CodedSquares)}
+STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}
 MASTER = {torch.bfloat16: LowBits, torch.float16: Beside}             # by the parameters' dtype; of others the Same
 
 
@@ -2933,17 +2939,19 @@ class ZeroAdamW:
 
     The parameters themselves become views of `working`, a buffer in the compute dtype; `master`, `m` and `v` are fp32:
     in bf16 a step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it,
-    and frees it. Of a parameter in bf16 each of W ranks holds and sends (x 1 - 1/W) so many bytes a step:
+    and frees it. Of a parameter in bf16 each of R ranks holds and sends (x 1 - 1/R) so many bytes a step:
 
         stage   gradients, fp32                   master, m, v   then                    bytes held        sent
         0       all-reduced                       all            -                       2 + 4 + 10        8
-        1       reduce-scattered after backward   a slice        working is gathered     2 + 4 + 14 / W    4 + 2
-        2       reduced in backward, by buckets   a slice        working is gathered     2 + 14 / W        4 + 2
+        1       reduce-scattered after backward   a slice        working is gathered     2 + 4 + 14 / R    4 + 2
+        2       reduced in backward, by buckets   a slice        working is gathered     2 + 14 / R        4 + 2
 
-    (14 / W of stage 1 are the LowBits of master, m, v and the slice of the sum. Beside 14 / W stage 2 holds some
-    Buckets on their way, and all of a gradient in fp32 where a row is learnt in truncated chunks: it is sent when all
-    have been.) One rank alone sends nothing, holds 14, and its gradient, unless several are added, is no wider than it
-    came. Moments of 8 bits take 2 for 8. A group is one slice: same learning rate, same decay.
+        2 working, 4 gradient, 10 = 2 master (LowBits) + 4 m + 4 v; 14 = these 10 and the slice's sum of the gradient
+
+    Beside these stage 2 holds some Buckets on their way, and all of a gradient in fp32 where a row is learnt in
+    truncated chunks: it is sent when all have been. One rank alone sends nothing, and its gradient, unless several are
+    added, is no wider than it came: 2 + 2 + 10. Moments of 8 bits take 2 for 8. A group is one slice: same learning
+    rate, same decay.
     """
 
     # Numbers that are worked on at a time: on a CPU what stays in its cache, on a GPU what is worth a launch.
@@ -2974,7 +2982,7 @@ class ZeroAdamW:
             p.data = self.working[self.where[name]].view(p.shape)
             p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
             if exact and name in exact:
-                mine = common(self.where[name], self.own)
+                mine = overlap(self.where[name], self.own)
                 values = exact[name].reshape(-1)[shifted(mine, self.where[name].start)]
                 self.set(self.master, shifted(mine, self.own.start), values)
 
@@ -2994,7 +3002,7 @@ class ZeroAdamW:
         self.groups: list[tuple[slice, float, float]] = []            # of this rank's slice
         for (scale, decay), items in itertools.groupby(self.named, key=kind):
             names = [name for name, _ in items]
-            group = common(slice(self.where[names[0]].start, self.where[names[-1]].stop), self.own)
+            group = overlap(slice(self.where[names[0]].start, self.where[names[-1]].stop), self.own)
             self.groups.append((shifted(group, begin), scale, decay))
 
     @staticmethod
@@ -3043,7 +3051,7 @@ class ZeroAdamW:
             v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
             root = (v.sqrt() / math.sqrt(correction2)).add_(self.eps)
             for group, scale, decay in self.groups:
-                at = shifted(common(group, part), part.start)
+                at = shifted(overlap(group, part), part.start)
                 p[at].mul_(1 - lr * scale * decay)
                 p[at].addcdiv_(m[at], root[at], value=-lr * scale / correction1)
             for numbers, x in ((self.master, p), (self.m, m), (self.v, v)):
@@ -3365,28 +3373,28 @@ def merge(
     base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], method: Method, scale: float = 1.0,
     held: Callable[[Tensor], Tensor] = lambda W: W,
 ) -> dict[str, Tensor]:
-    """The full model: W' = held(left of W) + delta in fp32, rounded once to W's dtype; for PiSSA, with q what
+    """The full model: W' = held(residual of W) + delta in fp32, rounded once to W's dtype; for PiSSA, with q what
     quantising does, q(W - B0 A0) + B A. Other trained parts as such.
 
-    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of what was
-    left what training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is
+    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of the
+    residual what training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is
     what other programs read a model from; but a time_state that was trained comes to the base's.
     """
-    left, merged, layer = dict(trained), {}, method.layer
+    unused, merged, layer = dict(trained), {}, method.layer
     for name, W in progress(base.items(), "merging"):
         module, new = name.removesuffix(".weight"), W
         state = name.replace("att.receptance.weight", "att.time_state")
         if method.state and state not in base:                        # in a file it stands before receptance
-            merged[state] = merged_state(left, state, W)
-        if name in left:
-            new = left.pop(name)
+            merged[state] = merged_state(unused, state, W)
+        if name in unused:
+            new = unused.pop(name)
         elif is_matrix(name, W):
-            own = {x: left.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in left}
+            own = {x: unused.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in unused}
             taken = {}
             if own:
                 check_fit(module, W.shape, own, layer)
                 taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float() for x in layer.taken}
-            new = held(layer.left(W.float(), taken)).float()
+            new = held(layer.residual(W.float(), taken)).float()
             new = new + layer.delta(new, scale, **own) if own else new
         if new.numel() != W.numel():
             raise Fatal(f"its {name} is {list(new.shape)}, that of the base {list(W.shape)}")
@@ -3395,16 +3403,16 @@ def merge(
             raise Fatal(f"{name} would hold NaN or infinity, in {W.dtype}")
     if layer.names and not any(name.endswith(layer.names) for name in trained):
         raise Fatal(f"it holds no adapters, whose names end in {' or '.join(layer.names)}")
-    if left:
-        raise Fatal(f"it holds {some(left)}, which the base lacks")
+    if unused:
+        raise Fatal(f"it holds {some(unused)}, which the base lacks")
     return merged
 
 
-def merged_state(left: dict[str, Tensor], name: str, receptance: Tensor) -> Tensor:
-    """Takes a block's time_state (H,N,N) from what is left of a checkpoint; the matrix (H N,C) tells size and dtype."""
-    if name not in left:
+def merged_state(unused: dict[str, Tensor], name: str, receptance: Tensor) -> Tensor:
+    """Takes a block's time_state (H,N,N) from a checkpoint; the matrix (H N,C) tells size and dtype."""
+    if name not in unused:
         raise Fatal(f"it lacks {name}")
-    S = left.pop(name)
+    S = unused.pop(name)
     if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(receptance):
         raise Fatal(f"its {name} is {list(S.shape)}; the base's attention is {len(receptance)} wide")
     if not (S := S.to(receptance.dtype).contiguous()).isfinite().all():
@@ -4127,8 +4135,6 @@ def launch(cfg: Config, argv: list[str]) -> None:
 
 # ---------------------------------------------------------------------------- options that are wrong, or have no effect
 
-STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}  # ZeRO's
-
 
 def check(cfg: Config) -> None:
     """Everything that is wrong with the options by themselves, before any file is touched."""
@@ -4418,7 +4424,7 @@ def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
     return model.eval(), tokenizer
 
 
-def spoken(text: bytes) -> int:
+def certain_length(text: bytes) -> int:
     """Of an answer that is being written, the bytes that surely are its own: whole characters, but no white space at
     its end, and no line that is another's turn or may become one."""
     head, newline, line = text.rpartition(b"\n")
@@ -4444,7 +4450,7 @@ def answer(
             if end == len(text):                                      # all that was read is the answer's own
                 kept = before, end
             text += tokenizer.token_bytes(new) if new else b""
-            shown, end = end, spoken(text) if new else len(text.rstrip())
+            shown, end = end, certain_length(text) if new else len(text.rstrip())
             write(text[shown:end].decode(errors="replace"))
             if not new or TURN.search(text):
                 break
@@ -4569,7 +4575,8 @@ class Rehearsal:
         with Peak(elsewhere=tensors.values()) as self.peak:
             fill(model, tensors, "", "meta", dtype, left_in_file(model, cfg))
             freeze(model, cfg)
-            # The first block and the last, during which most bytes are held, are adapted; those between are copies.
+            # The first block and the last, during which most bytes are held, are adapted; those between are copies: the
+            # same bytes in a quarter of the time (7.2B).
             done = {}
             for name in to_freeze(model, cfg):
                 _, layer, rest = name.split(".", 2)
@@ -4792,7 +4799,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Fatal(f"RANK={rank} and WORLD_SIZE={world} in the environment: torchrun sets both, from 0 on")
         cfg = parse(argv)
         if cfg.chat:
-            talk(cfg, said(argv))
+            talk(cfg, options_given(argv))
             return 0
         if cfg.make_binidx or cfg.dry_run:                            # what one process does alone
             if is_first():

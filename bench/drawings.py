@@ -25,7 +25,7 @@ N = 16                                                                # of the h
 def taken_apart(W: Tensor, rank: int) -> dict[str, Tensor]:
     """What becomes of W (out,in): name in the picture -> matrix."""
     start = P.PiSSALinear.start(W, P.Config(rank=rank, svd_niter=0), torch.Generator())
-    return {"W": W, "W_res": P.PiSSALinear.left(W, start), "B": start["lora_B"], "A": start["lora_A"]}
+    return {"W": W, "W_res": P.PiSSALinear.residual(W, start), "B": start["lora_B"], "A": start["lora_A"]}
 
 
 def bump(at: float, width: float = 1.2) -> Tensor:

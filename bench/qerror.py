@@ -65,7 +65,7 @@ def qpissa(W: Tensor, rank: int, T: int) -> Tensor:
     """Q + B A of QPiSSA with T decompositions."""
     cfg = P.Config(rank=rank, svd_niter=0, quant=QUANT, qpissa_iters=T)
     taken, start = P.new_start(W, W.dtype, cfg, torch.Generator())
-    held = P.QUANT[QUANT].through(P.PiSSALinear.left(W, taken), W.dtype)
+    held = P.QUANT[QUANT].through(P.PiSSALinear.residual(W, taken), W.dtype)
     return held + P.PiSSALinear.delta(held, 1.0, **start)
 
 

@@ -199,7 +199,7 @@ def place(tmp_path_factory):
 
 
 def loaded(argv):
-    return P.load_chat(P.chat_config(P.parse(argv), P.said(argv)))
+    return P.load_chat(P.chat_config(P.parse(argv), P.options_given(argv)))
 
 
 @pytest.mark.parametrize("peft", METHODS)

@@ -234,7 +234,7 @@ def started(W, **options):
 
 
 def residual(W, A, B):
-    return P.PiSSALinear.left(W, {"lora_A": A, "lora_B": B})
+    return P.PiSSALinear.residual(W, {"lora_A": A, "lora_B": B})
 
 
 @pytest.mark.parametrize("quant", ["nf4", "nf4dq"])
@@ -354,7 +354,7 @@ def test_merging_meets_the_matrix_that_was_trained_on(peft, quant, place):
     run = finished(place, f"exact-{peft}-{quant}", peft=peft, quant=quant, precision="bf16", epoch_steps=2)
     trained, _ = P.read_described(run.checkpoint, "")
     found = torch.load(merged(run), weights_only=True)
-    for name, adapter in ((n, m) for n, m in run.model.named_modules() if isinstance(m, P.LoRALinear)):
+    for name, adapter in ((n, m) for n, m in run.model.named_modules() if isinstance(m, P.LowRank)):
         A, B = (trained[f"{name}.lora_{x}"] for x in "AB")
         wanted = adapter.frozen.weight.float() + adapter.scale * (B @ A)
         assert adapter.frozen.weight.dtype == torch.bfloat16 and torch.equal(found[f"{name}.weight"], wanted), name
