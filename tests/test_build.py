@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import wkv7_cuda
-from wkv7_cuda import build, cpu
+from wkv7_cuda import build, cpu, nvcc
 from wkv7_cuda.build import BuildError
 
 FLAGS = ["-shared", "-fPIC", "-O0"]
@@ -146,7 +146,15 @@ def test_unusable_cache(place, monkeypatch, capfd):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place / "file"))
     assert answer(place) == 42
     said = capfd.readouterr().err
-    assert "TORCH_EXTENSIONS_DIR" in said and said.count("\n") == 1
+    assert "TORCH_EXTENSIONS_DIR" in said and said.endswith("\ncompiling answer.cpp: once, for less than a minute\n")
+
+
+def test_a_folder_from_which_nothing_can_be_opened(place, monkeypatch, capfd):
+    """As where it is mounted noexec: what is built there goes unused, and a temporary folder is taken."""
+    opened = build._open
+    monkeypatch.setattr(build, "_open", lambda path: None if place in path.parents else opened(path))
+    assert answer(place) == 42
+    assert "noexec" in (said := capfd.readouterr().err) and "TORCH_EXTENSIONS_DIR" in said
 
 
 def test_no_compiler(place):
@@ -168,6 +176,21 @@ def test_compile_error_is_the_first_one_in_one_line(place):
         answer(place)
     assert "more" not in one_line(caught)
     assert not list(place.glob("cache/pissa_rwkv/*/build-*"))
+
+
+@pytest.mark.parametrize("said, wanted", [
+    ("host_config.h:1: error: #error -- unsupported GNU version! gcc versions later than 13 are not supported!",
+     "unsupported GNU version.*set NVCC_CCBIN to an older g[+][+], or .*--op chunk"),
+    ("ld: cannot find -lcudart_static: No such file\ncollect2: error: ld returned 1 exit status",
+     "failed: ld: cannot find -lcudart_static.*repair or update the compiler"),
+])  # fmt: skip
+def test_the_line_that_says_why_and_what_helps(place, said, wanted):
+    (place / "said").write_text(said)
+    (place / "compiler").write_text(f"#!/bin/sh\n[ \"$1\" = --version ] || {{ cat '{place}/said'; exit 1; }}\n")
+    with pytest.raises(BuildError, match=wanted) as caught:
+        answer(place)
+    one_line(caught)
+    assert "--op" not in caught.value.why and caught.value.why.endswith(("compiler", "g++"))
 
 
 def test_missing_source(place):
@@ -192,6 +215,41 @@ def test_no_ninja(monkeypatch):
     with pytest.raises(BuildError, match="pip install ninja") as caught:
         build.find_ninja()
     one_line(caught)
+
+
+def test_the_compiler_that_the_environment_names(place, monkeypatch):
+    asked = []
+    monkeypatch.setattr(build, "load", lambda *arguments: asked.append(arguments))
+    monkeypatch.delenv("CXX", raising=False)
+    cpu.open_library()
+    monkeypatch.setenv("CXX", "ccache 'my g++'")
+    cpu.open_library()
+    assert [(compiler, flags[:2]) for _, _, compiler, flags, _ in asked] == [
+        ("c++", ["-march=native", "-std=c++17"]), ("ccache", ["my g++", "-march=native"])]
+
+
+def test_nvcc_is_looked_for_where_torch_does(tmp_path, monkeypatch):
+    """In the toolkit that the environment names, on PATH, where it is installed; and with what each needs besides."""
+    for place in ("home", "path", "toolkit"):
+        (tmp_path / place / "bin").mkdir(parents=True)
+        (tmp_path / place / "bin" / "nvcc").touch(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "CUDAHOSTCXX", "NVCC_CCBIN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(nvcc, "TOOLKIT", tmp_path / "toolkit")
+    monkeypatch.setenv("PATH", "")
+    assert nvcc.find_nvcc() == tmp_path / "toolkit" / "bin" / "nvcc"
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
+    assert nvcc.find_nvcc() == tmp_path / "path" / "bin" / "nvcc"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "home"))
+    found = nvcc.find_nvcc()
+    assert found == tmp_path / "home" / "bin" / "nvcc" and nvcc.of_this_machine(found) == []
+    (tmp_path / "home" / "lib").mkdir()
+    (tmp_path / "home" / "lib" / "libcudart_static.a").touch()
+    monkeypatch.setenv("CXX", "g++-12")
+    assert nvcc.of_this_machine(found) == ["-ccbin", "g++-12", f"-L{tmp_path / 'home' / 'lib'}"]
+    monkeypatch.setenv("NVCC_CCBIN", "g++-13")
+    assert nvcc.of_this_machine(found)[:2] == ["-ccbin", "g++-13"]
 
 
 def test_processor_refused_by_the_compiler(place, monkeypatch):

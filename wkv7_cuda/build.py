@@ -1,6 +1,7 @@
 """One source file -> one shared library with C functions, compiled when first asked for and opened with ctypes.
 
-The sources include no torch header, which is why this takes seconds and is tied to no version of torch or Python.
+The sources include no torch header, which is why this takes seconds (a GPU's half a minute) and is tied to no version
+of torch or Python.
 
     library = load("wkv7_cpu", Path("wkv7_cpu.cpp"), "c++", ["-O3", "-shared", "-fPIC"])
 
@@ -33,12 +34,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # g++, clang `x.cpp:3:5: error: ...`; nvcc `x.cu(3): error: ...`, `nvcc fatal   : ...`; ld `undefined reference to ...`
-FIRST_ERROR = re.compile(r"\b(error|fatal)\s*:|undefined reference|undefined symbol", re.IGNORECASE)
-REMEDY = "or use an operator that needs no compiler: --op chunk"
+FIRST_ERROR = re.compile(r"\b(error|fatal)\s*:|cannot find -l|undefined reference|undefined symbol", re.IGNORECASE)
+REMEDY = "or use an operator that needs no compiler: --op chunk (RWKV-7 on a GPU: --op triton)"
 
 
 class BuildError(RuntimeError):
     """A library could not be built or opened. The text is one line: what failed, why, what to do."""
+
+    @property
+    def why(self) -> str:
+        """The same without REMEDY, for whoever has taken another operator already."""
+        return str(self).removesuffix(REMEDY).rstrip(", ")
 
 
 def load(
@@ -131,7 +137,7 @@ def _cached(folder: Path, name: str, command: Sequence[str]) -> ctypes.CDLL:
             _compile(library, command)
             loaded = _open(library)
     if loaded is None:
-        raise BuildError(f"{library} was built but cannot be opened: is its disk full or mounted noexec? {REMEDY}")
+        raise OSError(f"{library} was built but cannot be opened: is its disk full or mounted noexec?")
     return loaded
 
 
@@ -150,14 +156,15 @@ def _checksum(library: Path) -> bytes:
 
 def _compile(library: Path, command: Sequence[str]) -> None:
     """Run ninja in a fresh folder beside `library`, then move the result into place. The caller holds the lock."""
-    ninja = find_ninja()
+    ninja, source = find_ninja(), Path(command[-1]).name
+    print(f"compiling {source}: once, for less than a minute", file=sys.stderr, flush=True)
     for leftover in library.parent.glob("build-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as build:
         shell = shlex.join([*command, "-o", library.name]).replace("$", "$$")
-        source = re.sub(r"([$ :])", r"$\1", command[-1])
+        escaped = re.sub(r"([$ :])", r"$\1", command[-1])
         Path(build, "build.ninja").write_text(
-            f"rule compile\n  command = {shell}\n\nbuild {library.name}: compile {source}\n"
+            f"rule compile\n  command = {shell}\n\nbuild {library.name}: compile {escaped}\n"
         )
         run = subprocess.run(
             [ninja], cwd=build, env={**os.environ, "LC_ALL": "C"},
@@ -166,10 +173,9 @@ def _compile(library: Path, command: Sequence[str]) -> None:
         if run.returncode:
             lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
             first = next((line for line in lines if FIRST_ERROR.search(line)), lines[-1] if lines else "no output")
-            raise BuildError(
-                f"compiling {Path(command[-1]).name} with {Path(command[0]).name} failed: {first}; "
-                f"repair or update the compiler, {REMEDY}"
-            )
+            too_new = "unsupported GNU version" in first or "unsupported clang version" in first
+            mend = "set NVCC_CCBIN to an older g++" if too_new else "repair or update the compiler"
+            raise BuildError(f"compiling {source} with {Path(command[0]).name} failed: {first}; {mend}, {REMEDY}")
         built = Path(build, library.name)
         library.with_suffix(".so.sha256").write_bytes(_checksum(built))
         os.replace(built, library)

@@ -4,6 +4,8 @@ wkv6_cpu.py does the same for WKV-6, through `bind`.
 """
 
 import ctypes
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -64,13 +66,14 @@ def bind(recurrence: str, new_saved: Callable[[Tensor, Tensor], Tensor]) -> Kern
 
 
 def open_library(recurrence: str = "wkv7") -> ctypes.CDLL:
-    """Compiled for this very processor, or, where the compiler does not know -march=native, for any of its kind."""
+    """Compiled, by $CXX or else c++, for this very processor, or, where the compiler does not know -march=native, for
+    any of its kind."""
     name = f"{recurrence}_cpu"
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source, (compiler, *words) = Path(__file__).with_name(f"{name}.cpp"), shlex.split(os.environ.get("CXX") or "c++")
     try:
-        return build.load(name, source, "c++", ["-march=native", *FLAGS], [HEADER])
+        return build.load(name, source, compiler, [*words, "-march=native", *FLAGS], [HEADER])
     except build.BuildError:
-        return build.load(name, source, "c++", FLAGS, [HEADER])
+        return build.load(name, source, compiler, [*words, *FLAGS], [HEADER])
 
 
 def call(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import build
+from . import build, op
 from .nvcc import DTYPES, aligned, open_library
 
 SOURCE = Path(__file__).with_name("dequant.cu")
@@ -72,9 +72,9 @@ def library_for(device: torch.device, say: Callable[[str], None]) -> ctypes.CDLL
         dequantise(library, "int8", [codes, scale], (scale, scale), (64,), torch.float32)
         return library
     except (build.BuildError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if op.is_out_of_memory(error):
             raise
-        reason = str(error).removesuffix(build.REMEDY).rstrip(", ")
+        reason = error.why if isinstance(error, build.BuildError) else error
         say(f"no kernel reads quantised matrices: {reason}; PyTorch does, the same values more slowly")
         return None
 

@@ -1,12 +1,13 @@
 """What the CUDA modules share: a .cu file as a library for the GPU at hand, and a call of it on plain pointers.
 
-A library contains no torch header: its build takes seconds, and nvcc's CUDA version need not be torch's (the runtime
-is linked statically; the driver must only be new enough for both).
+A library contains no torch header: its build takes half a minute, and nvcc's CUDA version need not be torch's (the
+runtime is linked statically; the driver must only be new enough for both).
 """
 
 import contextlib
 import ctypes
 import functools
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from . import build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tensors; the place is the code in the C interfaces
+TOOLKIT = Path("/usr/local/cuda")  # where it is installed; often not on PATH
 HEADERS = [Path(__file__).with_name(name) for name in ("device.cuh", "blocks.cuh")]
 FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
 
@@ -34,13 +36,28 @@ def open_library(
     source: Path, bind: Callable[[ctypes.CDLL], ctypes.CDLL], capability: tuple[int, int], *flags: str
 ) -> ctypes.CDLL:
     """What nvcc makes of a .cu for GPUs of this compute capability, bound. flags: besides those of all."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"  # where the toolkit puts it; often not on PATH
-    if not Path(nvcc).exists():
-        raise build.BuildError(
-            f"{source.name} needs nvcc, neither on PATH nor {nvcc}: install the CUDA toolkit, {build.REMEDY}"
-        )
-    arch = "sm_{}{}".format(*capability)
-    return bind(build.load(f"{source.stem}_{arch}", source, nvcc, [*FLAGS, *flags, f"-arch={arch}"], HEADERS))
+    nvcc, arch = find_nvcc(), "sm_{}{}".format(*capability)
+    if nvcc is None:
+        problem = f"{source.name} needs nvcc, which is in none of $CUDA_HOME, PATH and {TOOLKIT}"
+        raise build.BuildError(f"{problem}: install the CUDA toolkit, {build.REMEDY}")
+    flags = [*FLAGS, *of_this_machine(nvcc), *flags, f"-arch={arch}"]
+    return bind(build.load(f"{source.stem}_{arch}", source, str(nvcc), flags, HEADERS))
+
+
+def find_nvcc() -> Path | None:
+    """Where torch looks for it too: in the toolkit that the environment names, on PATH, where it is installed."""
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [*(Path(root, "bin", "nvcc") for root in named if root), shutil.which("nvcc"), TOOLKIT / "bin" / "nvcc"]
+    return next((Path(nvcc) for nvcc in places if nvcc and Path(nvcc).exists()), None)
+
+
+def of_this_machine(nvcc: Path) -> list[str]:
+    """Flags: the C++ compiler that the environment names (nvcc itself reads NVCC_CCBIN), and where pip and conda put
+    the runtime, which nvcc does not know."""
+    compiler = next(filter(None, map(os.environ.get, ("NVCC_CCBIN", "CUDAHOSTCXX", "CXX"))), None)
+    elsewhere = nvcc.resolve().parent.parent / "lib"
+    there = (elsewhere / "libcudart_static.a").exists()
+    return [*(["-ccbin", compiler] if compiler else []), *([f"-L{elsewhere}"] if there else [])]
 
 
 def aligned(x: Tensor) -> Tensor:

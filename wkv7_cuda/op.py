@@ -117,6 +117,12 @@ def register(
     return wkv
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had no room: for a tensor, for CUDA's context, or for what a library of it works in."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("CUDA error: out of memory", "ALLOC_FAILED"))
+
+
 BARS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # beyond that an error is no rounding
 
 
@@ -132,11 +138,11 @@ def verify(
     for dtype in dtypes:
         try:
             error = differs((forward, backward), dtype, device)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as refused:  # of whichever compiler or driver
-            problem = f"the {name} operator does not run on this GPU ({str(refused).strip() or repr(refused)})"
-            problem = problem.splitlines()[0]
+            if is_out_of_memory(refused):
+                raise
+            said = (str(refused).strip() or repr(refused)).splitlines()[0]
+            problem = f"the {name} operator does not run on this GPU ({said})"
             raise build.BuildError(f"{problem}: is the driver as new as the compiler? {build.REMEDY}") from None
         if not error < BARS[dtype]:
             problem = f"the {name} operator computes wrongly on this GPU: in {dtype} it is off by {error:.1e}"

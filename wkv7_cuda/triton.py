@@ -33,6 +33,8 @@ def load() -> op.WKV7:
         if not torch.cuda.is_available():
             problem = "the triton operator needs a GPU and torch sees none"
             raise build.BuildError(f"{problem}: check the driver and that torch has CUDA or ROCm, {build.REMEDY}")
+        if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):  # more shared memory than there is
+            raise build.BuildError(f"the triton operator needs a GPU of sm_80 or newer: take another, {build.REMEDY}")
         try:  # Triton's launcher is C, compiled now, so that what fails fails here
             triton.runtime.driver.active.get_current_target()
         except Exception as error:
