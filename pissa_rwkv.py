@@ -74,6 +74,7 @@ import math
 import os
 import pickle
 import pickletools
+import platform
 import random
 import re
 import shutil
@@ -245,7 +246,7 @@ class Config:
     devices: int = opt(0, "processes, a device each, that plain python starts; torchrun says so by --nproc_per_node")
     strategy: str = opt("", "several share: zero1 (optimiser), zero2 (gradients too), ddp (nothing); default: zero1")
     dist_timeout: float = opt(600.0, "seconds after which a process that does not answer ends the run")
-    precision: str = opt("", "bf16, fp16, fp32 or tf32; default: bf16 on a GPU, fp32 on a CPU")
+    precision: str = opt("", "bf16, fp16, fp32, tf32; default: bf16 on a GPU, fp16 before Ampere, fp32 on a CPU")
     op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk, torch; default: the fastest here")
     grad_cp: str = opt("1", "kept for backward: 1 a block's input, products these too, 0 all; auto: most that fits")
     compile: bool = opt(False, "torch.compile: faster steps, the first of which takes a minute longer")
@@ -359,6 +360,8 @@ def parse(argv: list[str]) -> Config:
         given["op"] = "fla"
     given["grad_cp"] = {"true": "1", "false": "0"}.get(given["grad_cp"].lower(), given["grad_cp"])
     given["peft"] = {"disha": "bone"}.get(given["peft"], given["peft"])  # RWKV-PEFT renamed it
+    if given["train_type"] == "state" and "peft" not in named:
+        given["peft"] = "state"                                       # RWKV-PEFT's way to say it
     for f in fields(Config):
         if isinstance(f.default, tuple):
             given[f.name] = list_of(f.name, given[f.name])
@@ -431,6 +434,11 @@ def say(text: str) -> None:
     if is_first():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """One line from whichever process it concerns: what one GPU of several lacks slows all down."""
+    say(text) if is_first() else print(f"rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
@@ -596,7 +604,11 @@ def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
     Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded without being built.
     fla's cannot be, since its kernels would run all the same: the fastest other one stands in for it.
     """
-    ops = {o: load for (v, o), load in WKV.items() if v == version and (head_size == 64 or o not in FOR_HEADS_OF_64)}
+    ops = {o: load for (v, o), load in WKV.items() if v == version}
+    if head_size != 64:
+        if op in FOR_HEADS_OF_64:
+            raise Fatal(f"--op {op}: it is made for heads of 64 channels, this model's have {head_size}; take chunk")
+        ops = {o: load for o, load in ops.items() if o not in FOR_HEADS_OF_64}
     if not ready:
         op = "" if op == "fla" else op
         ops |= {o: partial(ops[o], ready=False) for o in TRACED_ANYWHERE if o in ops}
@@ -610,10 +622,11 @@ def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
         try:
             wkv = ops[op]()
             if ready:
-                say(f"WKV operator: {op}")
+                say(f"WKV operator: {op}" + (f" (faster ones are for heads of 64, these have {head_size})"
+                                             if head_size != 64 else ""))
             return wkv
         except wkv7_cuda.BuildError as e:
-            say(f"no WKV operator {op}: {e}; taking the next one, which is slower")
+            warn(f"no WKV operator {op}: {e.why}; taking the next one, which is slower")
     raise AssertionError("the definition always loads")
 
 
@@ -1394,7 +1407,7 @@ def levels_of_codes(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 # On a GPU a kernel (dequant.cu) takes the place of `read_*`, in one pass: the same parts, the same values.
-fused = partial(dequant.fused, levels=levels_of_codes, say=say)
+fused = partial(dequant.fused, levels=levels_of_codes, say=warn)
 QUANT = {"none": Quant(hold_dense, read_dense, lossy=False),
          "int8": Quant(hold_int8, fused("int8", read_int8)),
          "nf4": Quant(hold_nf4, fused("nf4", read_nf4)),
@@ -1920,6 +1933,8 @@ def add_adapters(
 class ByteTokenizer:
     """Token = byte; 0, which no text contains, ends a document."""
 
+    tokens_are = "bytes"
+
     def __init__(self, vocab_size: int = 256):
         self.vocab_size = vocab_size
 
@@ -1939,6 +1954,8 @@ class WorldTokenizer(ByteTokenizer):
     For each 3-byte beginning (or a shorter whole token) the lengths of the tokens that begin so are kept, longest
     first; a look-up tries these instead of walking a tree.
     """
+
+    tokens_are = "tokens of the World vocabulary"
 
     def __init__(self, path: str | Path, vocab_size: int = 65536):
         self.vocab_size, self.ids, self.bytes, self.lengths = vocab_size, {}, {0: b"\0"}, {}
@@ -2026,8 +2043,11 @@ class Corpus:
 
 def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Corpus:
     """Each text becomes a document: its tokens and the 0 that ends it."""
-    texts = progress(texts, "tokenising")
-    documents = [np.array([*tokenizer.encode(text), 0], np.uint32) for text in texts]
+    documents = []
+    for text in progress(texts, "tokenising"):
+        if "\0" in text:
+            raise Fatal(f"{path}: text {len(documents) + 1} has the character 0, which ends a document: {text[:50]!r}")
+        documents.append(np.array([*tokenizer.encode(text), 0], np.uint32))
     if not documents:
         raise Fatal(f"--data_file {path}: holds no text")
     return Corpus(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
@@ -2049,8 +2069,13 @@ def read_text(path: str, encoding: str = "utf-8") -> str:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Every line of a JSON-lines file: where it stands, and its value."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    """Every line of a JSON-lines file, or every item of a JSON list: where it stands, and its value."""
+    text = read_text(path)
+    with contextlib.suppress(ValueError, RecursionError):
+        if text.lstrip().startswith("[") and isinstance(items := json.loads(text), list):
+            yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
+            return
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
@@ -2131,7 +2156,10 @@ def read_jsonl(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
 def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     if not cfg.sft_fields:
         raise Fatal("--sft_fields is given no name: two or more, question and answer, or one that holds a conversation")
-    rows = [turns_of(row, cfg.sft_fields, where) for where, row in read_rows(path)]
+    every = [turns_of(row, cfg.sft_fields, where) for where, row in read_rows(path)]
+    rows = [turns for turns in every if any(who == "Assistant" and text.strip() for who, text in turns)]
+    if len(rows) < len(every):
+        say(f"{path}: of {len(every):,} rows {len(every) - len(rows):,} have no answer; they are left out")
     if changed := sum(any(re.search(BLANK_LINES, text.strip()) for _, text in turns) for turns in rows):
         say(f"{path}: of {len(rows):,} rows {changed:,} have blank lines in a question or an answer; these are taken"
             " out, for a blank line ends a turn")
@@ -2319,8 +2347,8 @@ def data_type_of(cfg: Config, path: str) -> str:
     """--data_type, or what the file's name says. (A .bin alone may be half of a binidx: it is not taken for uint16.)"""
     if cfg.data_type or not path:
         return cfg.data_type or "dummy"
-    by_suffix = {".jsonl": "jsonl", ".txt": "utf-8", ".md": "utf-8", ".bin": "binidx", ".idx": "binidx",
-                 ".npy": "numpy", ".tar": "wds_img"}
+    by_suffix = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "utf-8", ".md": "utf-8", ".bin": "binidx",
+                 ".idx": "binidx", ".npy": "numpy", ".tar": "wds_img"}
     if Path(path).suffix in by_suffix:
         return by_suffix[Path(path).suffix]
     if Path(path + ".idx").exists():
@@ -2430,11 +2458,14 @@ def learn_all(text: bytes, cfg: Config) -> list[tuple[int, int]]:
 
 
 def learn_assistant(text: bytes, cfg: Config) -> list[tuple[int, int]]:
-    """What an assistant writes: from after `Assistant:` to the next turn, or the document's end. A turn begins after a
-    blank line or a 0; in a document where no `Assistant:` follows a blank line, any line may begin one."""
+    """What an assistant writes, and what ends it: from after `Assistant:` through a 0, or else the role that the next
+    turn begins with. A turn begins after a blank line or a 0; in a document where no `Assistant:` follows a blank line,
+    any line may begin one."""
     blank = rb"\n[ \t\r]*\n"
     after = rb"(?:(?:\A|\0)\s*|" + blank + rb")" if re.search(blank + rb"Assistant:", text) else rb"(?:^|\0)"
-    return between(re.compile(after + rb"(System:|User:|Assistant:)", re.M), b"Assistant:", text)
+    spans = between(re.compile(after + rb"(System:|User:|Assistant:)", re.M), b"Assistant:", text, through=True)
+    zeros = (text.find(b"\0", start, end) for start, end in spans)
+    return [(start, zero + 1 or end) for (start, end), zero in zip(spans, zeros, strict=True)]
 
 
 def learn_between(text: bytes, cfg: Config) -> list[tuple[int, int]]:
@@ -2444,11 +2475,11 @@ def learn_between(text: bytes, cfg: Config) -> list[tuple[int, int]]:
     return between(re.compile(b"(" + either + b")"), on, text)
 
 
-def between(mark: re.Pattern, on: bytes, text: bytes) -> list[tuple[int, int]]:
-    """From after each mark that is `on` to where the next mark begins, or the text ends. (A mark: the pattern's group.)
-    """
+def between(mark: re.Pattern, on: bytes, text: bytes, through: bool = False) -> list[tuple[int, int]]:
+    """From after each mark that is `on` to where the next one begins, or `through` that, or the text ends. (A mark: the
+    pattern's group.)"""
     marks = [*mark.finditer(text)]
-    ends = [*(m.start(1) for m in marks), len(text)][1:]
+    ends = [*(m.end(1) if through else m.start(1) for m in marks), len(text)][1:]
     return [(m.end(1), end) for m, end in zip(marks, ends, strict=True) if m[1] == on]
 
 
@@ -2572,13 +2603,22 @@ class Loader:
         learnt = sum(int(self.learnt(*span)[1:].sum()) for span in spans)
         share = learnt / sum(stop - start - 1 for start, stop in spans)
         length = np.diff(self.corpus.starts)
-        single = int((length < 2).sum())
-        return (f"{len(length):,} documents, {length.sum():,} tokens, {self.pass_rows:,} rows a pass ({self.sampler}),"
-                f" {share:.1%} of the targets learnt"
-                + (f"; {single:,} documents of one token skipped" if single else "")
-                + (f"; {self.barren:,} rows in which nothing is learnt left out" if self.barren else "")
-                + (f"; {len(self.learnt_whole):,} documents, or more, have nothing for --loss_mask and are learnt whole"
-                   if self.learnt_whole else ""))
+        single, long = int((length < 2).sum()), int((length > self.cfg.ctx_len + 1).sum())
+        said = [f"{len(length):,} documents, {length.sum():,} tokens, {self.pass_rows:,} rows a pass ({self.sampler}),"
+                f" {share:.1%} of the targets learnt"]
+        if single:
+            said.append(f"{single:,} documents of one token skipped")
+        if long and self.sampler != "get":
+            said.append(f"{long:,} documents of up to {length.max():,} tokens cut after every {self.cfg.ctx_len:,}")
+        if self.barren:
+            said.append(f"{self.barren:,} rows in which nothing is learnt left out")
+        if self.learnt_whole:
+            first = min(self.learnt_whole)
+            text = self.tokenizer.decode(self.corpus.part(first, first + 1).tokens[:24].tolist())
+            more = " or more" if self.sampler == "get" else ""
+            said.append(f"{len(self.learnt_whole):,}{more} documents have nothing for --loss_mask and are learnt whole"
+                        f" (the first begins {text!r})")
+        return "; ".join(said)
 
 
 # ======================================================================================================================
@@ -3606,7 +3646,8 @@ def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | N
     if held_out:
         in_order = replace(cfg, data_file=cfg.val_file or cfg.data_file, dataload="pad", data_shuffle=False)
         held_out = Loader(held_out, tokenizer, in_order)
-    say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
+    text = f" ({tokenizer.tokens_are})" if needs_tokenizer(cfg) else ""
+    say(f"data{text}: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
     return loader, held_out
 
 
@@ -3760,16 +3801,17 @@ def train(run: Run) -> bool:
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
     run.model.train()
-    pace = 0.1 if sys.stderr.isatty() else 30.0                       # seconds from one look of the bar to the next
-    with (Logger(run) as log, Stop() as stop,
-          tqdm(total=run.steps, initial=run.step, unit="step", mininterval=pace, disable=run.ranks.rank > 0) as bar):
+    file, pace = (sys.stderr, 0.1) if sys.stderr.isatty() else (Lines(), 30.0)            # seconds between two looks
+    with (Logger(run) as log, Stop() as stop, tqdm(total=run.steps, initial=run.step, unit="step", file=file,
+                                                   mininterval=pace, disable=run.ranks.rank > 0) as bar):
         while run.step < run.steps and not any(run.ranks.totals(stop.asked)):
             began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
             row = train_step(run, lr)
             seconds = time.perf_counter() - began
             epoch = run.step // run.epoch_steps
             log.step(**row, step=run.step, epoch=epoch, kt_s=row["tokens"] / seconds / 1000, t_cost=1 / seconds)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{lr:.1e}", tok_s=f"{row['tokens'] / seconds:,.0f}")
+            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{lr:.1e}", tok_s=f"{row['tokens'] / seconds:,.0f}",
+                            refresh=False)
             bar.update()
             run.step += 1
             if math.isfinite(row["loss"]):
@@ -3981,6 +4023,17 @@ class Stop:
 # ------------------------------------------------------------------------------------------------------- what is logged
 
 
+class Lines:
+    """For a bar whose output is a file: it writes a line each time, not over the last one."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class Logger:
     """train_log.txt (a line per epoch), loss_data.jsonl (a line per step), both in RWKV-PEFT's form; maybe wandb."""
 
@@ -4057,6 +4110,14 @@ def of_torchrun(name: str, usual: int) -> int:
     return int(text)
 
 
+DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")                 # of Linux, and of Linux under Windows
+
+
+def has_bf16() -> bool:
+    """Whether the GPU multiplies in bf16; of none, which is only asked for its bytes, that is assumed."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
     """Joins the other processes; device and compute dtype. A job that torchrun restarted resumes."""
     world, here = of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_WORLD_SIZE", 1)
@@ -4067,16 +4128,22 @@ def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
     accelerator = pick({"gpu": "cuda", "cpu": "cpu"}, "--accelerator", cfg.accelerator or ("gpu" if gpu else "cpu"))
     if accelerator == "cuda" and not gpu and not cfg.dry_run:
         raise Fatal("--accelerator gpu: torch finds none here; take cpu, or install a CUDA build of torch")
-    # Segments that grow leave less memory reserved and unused. CUDA reads this when it begins, which is later.
-    if accelerator == "cuda" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    # Segments that grow leave less memory reserved and unused. CUDA reads this when it begins, which is later. (Under
+    # Windows, drivers before R615 fail at the first of them.)
+    under_windows = "microsoft" in platform.release().lower()
+    allocator = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    if accelerator == "cuda" and not allocator and not under_windows:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if not (gpu or cfg.accelerator or "CUDA_VISIBLE_DEVICES" in os.environ) and any(map(os.path.exists, DRIVERS)):
+        why = f"may be too old for CUDA {torch.version.cuda} (13 needs 580)" if torch.version.cuda else "is not asked"
+        say(f"on the CPU: torch {torch.__version__} finds no GPU, and the NVIDIA driver that is here {why}")
     if cfg.dry_run:
         ranks = Unheard(0, max(world, cfg.devices))
     else:
         ranks = join(cfg, accelerator) if world > 1 else ONE_RANK
         # (Agents of several nodes count restarts each for itself: one that only joined again has counted none.)
         cfg = replace(cfg, resume=any(ranks.totals(cfg.resume)))
-    precision = cfg.precision or ("bf16" if accelerator == "cuda" else "fp32")
+    precision = cfg.precision or ("fp32" if accelerator == "cpu" else "bf16" if has_bf16() else "fp16")
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.manual_seed(cfg.random_seed)
@@ -4461,7 +4528,9 @@ def answer(
 
 def talk(cfg: Config, given: set[str]) -> None:
     """--chat: every line of the standard input is a question. Nothing is written to any file."""
-    (model, tokenizer), watched = load_chat(chat_config(cfg, given)), sys.stdin.isatty()
+    with contextlib.redirect_stdout(sys.stderr):                      # (the standard output is for answers)
+        model, tokenizer = load_chat(chat_config(cfg, given))
+    watched = sys.stdin.isatty()
     past, draw, write = Past(), torch.Generator().manual_seed(cfg.random_seed), partial(print, end="", flush=True)
     if watched:
         say("/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer")
@@ -4477,6 +4546,8 @@ def talk(cfg: Config, given: set[str]) -> None:
             return write("\n" if watched else "")
         if question == "/reset":
             past = Past()
+        elif re.fullmatch(r"/\w*", question):
+            say(f"{question}: no such command; there are /reset and /exit")
         elif question:
             try:
                 write("Assistant:")
@@ -4780,7 +4851,7 @@ def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
     """What a user can mend; "" where it is not theirs to mend. less: what helps where memory is full."""
     if isinstance(e, (Fatal, wkv7_cuda.Misfit)):
         return "--op: " * isinstance(e, wkv7_cuda.Misfit) + " ".join(str(e).split())
-    if isinstance(e, torch.OutOfMemoryError):
+    if wkv7_cuda.is_out_of_memory(e):
         return f"out of GPU memory ({first_line(e)}); {less}"
     if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
         return f"out of memory ({first_line(e)}); {less}"

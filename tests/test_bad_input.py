@@ -147,11 +147,13 @@ def write_corpora():
         "surrogate": b'{"text": "good"}\n{"text": "\\ud800"}\n', "deep": b"[" * 100_000, "nothing": b"",
         "blank": b"\n \n", "one-token": b'{"text": ""}\n{"text": ""}\n', "short": b'{"text": "abc"}\n',
         "half-sft": b'{"question": "Q"}\n',
+        "zero": b'{"text": "a"}\n{"text": "b\\u0000c"}\n',
         "by-tool": b'{"m": [{"role": "user", "content": "Q"}, {"role": "tool", "content": "A"}]}\n',
         "in-parts": b'{"m": [{"role": "user", "content": [{"type": "text"}]}]}\n', "not-said": b'{"m": ["Hi"]}\n',
         "null": b'{"text": null}\n', "one": b'{"text": "hello"}\n',
     }.items():  # fmt: skip
         Path(f"{name}.jsonl").write_bytes(data)
+    Path("items.json").write_text('[{"text": "a"}, 5]')
     Path("latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
     Path("empty.txt").touch()
     Path("be16.txt").write_bytes("text".encode("utf-16-be").join([b"\xfe\xff", b""]))
@@ -547,6 +549,8 @@ DATA = [
     ("shorter than ctx_len", "--data_file short.jsonl --dataload get", "short.jsonl|4 tokens|--ctx_len 8"),
     ("sft without answers", "--data_file half-sft.jsonl --data_type sft", "half-sft.jsonl|line 1|'answer'"),
     ("sft with one field", "--data_file half-sft.jsonl --data_type sft --sft_fields question", "--sft_fields"),
+    ("a text with a 0", "--data_file zero.jsonl", "zero.jsonl|text 2|character 0"),
+    ("an item that is no row", "--data_file items.json", "items.json|item 2|it is a number"),
     ("sft with no field", "--data_file half-sft.jsonl --data_type sft --sft_fields", "--sft_fields"),
     ("a conversation for a text", "--data_file by-tool.jsonl", "by-tool.jsonl|line 1|'text'|m (a list)|--sft_fields"),
     ("a message of a tool", "--data_file by-tool.jsonl --data_type sft --sft_fields m", "line 1|message 2|tool|'gpt'"),

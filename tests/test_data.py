@@ -151,12 +151,12 @@ def test_summary_numbers():
     one_token = P.Corpus(np.array([*TOKENS, 0]), np.array([*STARTS, 12]))
     text = P.Loader(one_token, P.ByteTokenizer(), config(dataload="pad")).summary()
     assert text == ("4 documents, 12 tokens, 4 rows a pass (pad), 100.0% of the targets learnt;"
-                    " 1 documents of one token skipped")
+                    " 1 documents of one token skipped; 1 documents of up to 5 tokens cut after every 3")
     # The rows 5 6 7 8, 5 6 0 and 9 7 0 have 7 targets; learnt are 7, 0, and 7 0.
     assert loader(dataload="pad", loss_mask="se", mask_id=SE).summary() == (
         "3 documents, 11 tokens, 3 rows a pass (pad), 57.1% of the targets learnt;"
-        " 1 rows in which nothing is learnt left out; 1 documents, or more, have nothing for --loss_mask and are learnt"
-        " whole")
+        " 1 documents of up to 5 tokens cut after every 3; 1 rows in which nothing is learnt left out; 1 documents have"
+        " nothing for --loss_mask and are learnt whole (the first begins '\\t\\x07\\x00')")
 
 
 # ------------------------------------------------------------------------------------------ qa, found in bytes
@@ -172,25 +172,25 @@ def world():
     return P.WorldTokenizer(P.world_vocabulary())
 
 
-# Each conversation in pieces: what an assistant writes stands in the odd places.
+# Each conversation in pieces: what an assistant writes, and the role that ends it, stand in the odd places.
 CONVERSATIONS = {
     "one turn": ["User: Hi\n\nAssistant:", " Hello there."],
     "no space, quotes": ['User:"Hi"\n\nAssistant:', '"Hello."'],
-    "turns": ["User: 1+1?\n\nAssistant:", " 2\n\n", "User: 2+2?\n\nAssistant:", " 4"],
+    "turns": ["User: 1+1?\n\nAssistant:", " 2\n\nUser:", " 2+2?\n\nAssistant:", " 4"],
     "system": ["System: Be brief.\n\nUser: Why?\n\nAssistant:", " Because."],
-    "chinese": ["User: 你好。\n\nAssistant:", " 你好！很高兴。\n\n", "User:再见。\n\nAssistant:", "再见。"],
-    "blank lines in the answer": ["User: List.\n\nAssistant:", " a\n\nb\n\n\nc\n\n", "User: More.\n\nAssistant:", " d"],
-    "CRLF": ["User: Hi\r\n\r\nAssistant:", " a\r\n\r\nb\r\n\r\n", "User: Bye\r\n\r\nAssistant:", " c"],
-    "ends with the user": ["User: Hi\n\nAssistant:", " Yes\n\n", "User: Bye"],
+    "chinese": ["User: 你好。\n\nAssistant:", " 你好！很高兴。\n\nUser:", "再见。\n\nAssistant:", "再见。"],
+    "blank lines in the answer": ["User: List.\n\nAssistant:", " a\n\nb\n\n\nc\n\nUser:", " More.\n\nAssistant:", " d"],
+    "CRLF": ["User: Hi\r\n\r\nAssistant:", " a\r\n\r\nb\r\n\r\nUser:", " Bye\r\n\r\nAssistant:", " c"],
+    "ends with the user": ["User: Hi\n\nAssistant:", " Yes\n\nUser:", " Bye"],
     "roles named inside lines": ["User: say Assistant: x\n\nAssistant:", " the User: of a System: is\nmy User:\n"],
     "empty answer": ["User: Hi\n\nAssistant:", ""],
-    "starts with the assistant": ["Assistant:", " Hello\n\n", "User: Hi\n\nAssistant:", " Bye"],
-    "a line that begins like a turn": ["User: specs?\n\nAssistant:", " Here:\nSystem: Linux\nUser: root\n\n",
-                                       "User: go on:\nAssistant: x\n\nAssistant:", " y"],
-    "blank lines of blanks": ["User: Hi\n \t\nAssistant:", " Yes\n \n", "User: Bye"],
-    "single line breaks": ["User: Hi\nAssistant:", " Yes\n", "User: Bye\nAssistant:", " Bye"],
-    "single line breaks, the assistant first": ["Assistant:", " Hello\n", "User: Hi\nAssistant:", " Bye"],
-    "emoji": ["User:😀\n\nAssistant:", "😀👩‍👩‍👧\n\n", "User:🙃\n\nAssistant:", "🙃"],
+    "starts with the assistant": ["Assistant:", " Hello\n\nUser:", " Hi\n\nAssistant:", " Bye"],
+    "a line that begins like a turn": ["User: specs?\n\nAssistant:", " Here:\nSystem: Linux\nUser: root\n\nUser:",
+                                       " go on:\nAssistant: x\n\nAssistant:", " y"],
+    "blank lines of blanks": ["User: Hi\n \t\nAssistant:", " Yes\n \nUser:", " Bye"],
+    "single line breaks": ["User: Hi\nAssistant:", " Yes\nUser:", " Bye\nAssistant:", " Bye"],
+    "single line breaks, the assistant first": ["Assistant:", " Hello\nUser:", " Hi\nAssistant:", " Bye"],
+    "emoji": ["User:😀\n\nAssistant:", "😀👩‍👩‍👧\n\nUser:", "🙃\n\nAssistant:", "🙃"],
 }
 
 
@@ -230,7 +230,7 @@ def test_a_0_ends_a_turn_too():
     """Some put several conversations into one item of a binidx."""
     for between, after in ((b"\n\n", b""), (b"\n", b""), (b"\n\n", b"\n")):
         text = b"User: a" + between + b"Assistant: b\0" + after + b"User: c" + between + b"Assistant: d\0"
-        assert [text[a:b] for a, b in P.learn_assistant(text, P.Config())] == [b" b\0" + after, b" d\0"]
+        assert [text[a:b] for a, b in P.learn_assistant(text, P.Config())] == [b" b\0", b" d\0"]
 
 
 def test_a_document_is_masked_whole_wherever_a_row_cuts_it(world):
@@ -338,6 +338,21 @@ def test_sft(tmp_path):
     assert read(path, "sft", sft_fields=["in", "out"]) == wanted
 
 
+def test_a_list_of_rows_is_read_as_lines_are(tmp_path):
+    rows = [{"question": "Why?", "answer": "So."}, {"question": "Q", "answer": "A"}]
+    (tmp_path / "x.json").write_text(json.dumps(rows, indent=1))
+    assert read(tmp_path / "x.json", "sft") == [b"User: Why?\n\nAssistant: So.\0", b"User: Q\n\nAssistant: A\0"]
+    (tmp_path / "x.json").write_text(json.dumps([{"text": "ab"}, {"text": "c"}]))
+    assert P.data_type_of(P.Config(), "x.json") == "jsonl" and read(tmp_path / "x.json") == [b"ab\0", b"c\0"]
+
+
+def test_rows_without_an_answer_teach_to_say_nothing_and_are_left_out(tmp_path, capsys):
+    rows = [("Q", " \n"), ("", "A"), ("Q", "")]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    assert read(tmp_path / "x.jsonl", "sft") == [b"User: \n\nAssistant: A\0"]
+    assert "of 3 rows 2 have no answer; they are left out" in capsys.readouterr().out
+
+
 def test_sft_of_three_fields_has_a_question_of_two_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     rows = [("Add.", "2 3", "5"), ("Say hi.", " ", "Hi")]
@@ -356,7 +371,7 @@ def test_sft_of_one_field_is_a_conversation(tmp_path, who, what, user, assistant
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = read(tmp_path / "x.jsonl", "sft", sft_fields=["messages"])
     assert first == b"System: Be\nbrief.\n\nUser: Hi\n\nAssistant: Yo\n\nUser: 2+2?\n\nAssistant: 4\0"
-    assert [first[a:b] for a, b in P.learn_assistant(first, P.Config())] == [b" Yo\n\n", b" 4\0"]
+    assert [first[a:b] for a, b in P.learn_assistant(first, P.Config())] == [b" Yo\n\nUser:", b" 4\0"]
     assert second == b"User: Hi\n\nAssistant: Yo\0"                  # who says nothing has no turn
 
 

@@ -20,9 +20,9 @@ import functools
 import importlib
 
 from .build import BuildError
-from .op import WKV6, WKV7, Misfit
+from .op import WKV6, WKV7, Misfit, is_out_of_memory
 
-__all__ = ["OPS", "BuildError", "Misfit", "load"]
+__all__ = ["OPS", "BuildError", "Misfit", "is_out_of_memory", "load"]
 
 OPS = {  # recurrence -> op -> its module
     "wkv7": {op: op for op in ("cuda", "cuda_precise", "triton", "fla", "cpu", "chunk")},
