@@ -3597,12 +3597,14 @@ def build(cfg: Config) -> Run | None:
             check_tensors(RWKV(arch, RECURRENCE[arch.version][1]), tensors, cfg.load_model)
     if cfg.grad_cp == "auto":
         cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
+    about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     if cfg.dry_run:
-        dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks)
+        _, state, described = newest(cfg) if cfg.resume else (folder, {}, {})
+        read_adapters(cfg, *adapter_files(cfg, bool(state)), about)   # (which says what does not fit)
+        dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks, described.get("step"))
         return None
     model = load_model(cfg, arch, tensors, device, dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
-    about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     path, state, described = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
     found = described.get("step", -1)
     if ranks.totals(found) != [found * ranks.size]:
@@ -3692,10 +3694,7 @@ def adapt(
     Prints the loss of one batch with and without: a new start computes what the base computes, but for quantisation.
     """
     folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
-    init_path, load_path = cfg.adapter_init, cfg.adapter_load
-    if resumed or (cfg.epoch_begin and not load_path):
-        init_path = str(folder / "init_pissa.pth") if method.layer.taken else ""
-        load_path = "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
+    init_path, load_path = adapter_files(cfg, resumed)
     init, load = read_adapters(cfg, init_path, load_path, about)
     compares = not load and not resumed and bool(to_freeze(model, cfg))
     before = first_loss(model, loader) if compares else 0.0
@@ -3715,6 +3714,15 @@ def adapt(
                             " another one; name another --proj_dir")
             save(own, taken, about | about_adapters)
     return about_adapters, load
+
+
+def adapter_files(cfg: Config, resumed: bool) -> tuple[str, str]:
+    """The init_pissa.pth and the rwkv-<N>.pth that a run begins with, or "". (A resumed one has resume.pth for it.)"""
+    folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
+    if not resumed and (cfg.adapter_load or not cfg.epoch_begin):
+        return cfg.adapter_init, cfg.adapter_load
+    init_path = str(folder / "init_pissa.pth") if method.layer.taken else ""
+    return init_path, "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
 
 
 def read_adapters(
@@ -4715,14 +4723,15 @@ def what_fits(cfg: Config, arch: Arch, bsz: int, device: str, dtype: torch.dtype
 
 def dry_run(
     cfg: Config, arch: Arch, loader: Loader, epoch_steps: int, device: str, dtype: torch.dtype,
-    ranks: Ranks = ONE_RANK,
+    ranks: Ranks = ONE_RANK, resumed_at: int | None = None,
 ) -> None:
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded."""
     rehearsal = Rehearsal(cfg, arch, device, dtype, ranks)
     learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
     adapters = sum(n for name, n in learning.items() if ADAPTER[cfg.peft].is_own(name))
     rows, GB = loader.bsz * cfg.accumulate_grad_batches * ranks.size, 1e9
-    steps, m = epoch_steps * cfg.epoch_count, rehearsal.memory(loader.bsz)
+    first, last = cfg.epoch_begin * epoch_steps, (cfg.epoch_begin + cfg.epoch_count) * epoch_steps
+    steps, m = max(0, last - (first if resumed_at is None else resumed_at)), rehearsal.memory(loader.bsz)
     learnt, parts = sum(learning.values()), " ".join(parts_of(cfg)) or "the model"
     where = f"each of {ranks.size} devices" if ranks.size > 1 else f"the {device}"
     say(f"would train {learnt:,} of {rehearsal.base_parameters + adapters:,} parameters: {adapters:,} in adapters,"

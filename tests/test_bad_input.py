@@ -600,6 +600,8 @@ RESULTS = [
     ("epoch 3 after epoch 0", "--proj_dir run --epoch_begin 3", "run/rwkv-2.pth|no such file|rwkv-0.pth"),
     ("epoch 0 again", "--proj_dir run --epoch_begin 0", "--proj_dir run"),
     ("adapters of another base", f"--load_model another.pth {LOAD} --adapter_init run/init_pissa.pth", "run/|base"),
+    ("dry run with these", f"--dry_run --load_model another.pth {LOAD} --adapter_init run/init_pissa.pth", "run/|base"),
+    ("dry run with another --peft", f"--dry_run --peft lora {LOAD}", "run/rwkv-0.pth|peft pissa|lora"),
     ("adapters of another init", f"{LOAD} --adapter_init run-seed/init_pissa.pth", "run-seed/init_pissa.pth|init"),
     ("resume with another quant", "--proj_dir run --resume --quant nf4", "run/init_pissa.pth|quant none|nf4"),
     ("resume with another precision", "--proj_dir run --resume --precision bf16", "run/resume.pth|dtype|bfloat16"),

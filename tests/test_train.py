@@ -594,6 +594,12 @@ def test_dry_run_counts_right_and_writes_nothing(command, place, out, capsys, op
     assert "would make 15 steps of 2 rows: at most 240 tokens" in said and run.steps == 15
 
 
+def test_a_dry_run_of_a_resumed_run_says_what_is_left(command, out, capsys):
+    assert P.main(command("--epoch_steps 2")) == 0
+    assert P.main(command("--epoch_steps 2 --epoch_count 3 --resume --dry_run")) == 0
+    assert "would make 4 steps of 2 rows" in capsys.readouterr().out
+
+
 def test_auto_merge(command, out, place):
     assert P.main(command("--epoch_steps 1 --epoch_count 2 --auto_merge")) == 0
     assert files(out)[-2:] == ["rwkv-1-merged.pth", "rwkv-1.pth"]
