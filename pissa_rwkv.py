@@ -594,7 +594,7 @@ WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what 
     for version, (name, _) in RECURRENCE.items() for op in wkv7_cuda.OPS[name]
 } | {(version, "torch"): lambda ref=ref: ref for version, (_, ref) in RECURRENCE.items()}
 FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
-TRACED_ANYWHERE = ("cuda", "cuda_precise")                             # their bytes are counted unbuilt, without a GPU
+COUNTED = ("cuda", "cuda_precise", "chunk")                           # their bytes can be, unbuilt and without a GPU
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
 
 
@@ -602,7 +602,7 @@ def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
     """The operator `op` of a version; for op "" the fastest that this machine can build, said in one line.
 
     Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded without being built.
-    fla's cannot be, since its kernels would run all the same: the fastest other one stands in for it.
+    For triton's and fla's, whose kernels would run all the same, the fastest other one stands in.
     """
     ops = {o: load for (v, o), load in WKV.items() if v == version}
     if head_size != 64:
@@ -610,8 +610,8 @@ def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
             raise Fatal(f"--op {op}: it is made for heads of 64 channels, this model's have {head_size}; take chunk")
         ops = {o: load for o, load in ops.items() if o not in FOR_HEADS_OF_64}
     if not ready:
-        op = "" if op == "fla" else op
-        ops |= {o: partial(ops[o], ready=False) for o in TRACED_ANYWHERE if o in ops}
+        op = "" if op in ("triton", "fla") and device == "cuda" else op
+        ops |= {o: partial(ops[o], ready=False) for o in COUNTED if o in ops}
     if op:
         load = pick(ops, f"--version {version} --op", op)
         try:
@@ -4739,7 +4739,8 @@ def dry_run(
         f"would make {steps:,} steps of {rows} rows: at most {steps * rows * cfg.ctx_len:,} tokens\n"
         f"would hold {m.total / GB:.2f} GB on {where}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f}"
         f" adapters and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f}"
-        f" other ({OTHER[device].what}); {(m.loading + m.other) / GB:.2f} while it is loaded")
+        f" other ({OTHER[device].what}); {(m.loading + m.other) / GB:.2f} while it is loaded"
+        + (", with --op cuda (chunk takes more: give --op)" if device == "cuda" and not cfg.op else ""))
     if room := room_of(cfg, device):
         say(f"of {room / GB:.1f} GB: the largest --micro_bsz that fits is {rehearsal.largest_bsz(room)}")
 

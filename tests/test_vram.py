@@ -56,7 +56,9 @@ def loaded(cfg, tensors, arch, dtype):
 
 
 @pytest.mark.parametrize(("options", "dtype"), [
-    (dict(op="cpu"), torch.float32), (dict(grad_cp="0"), torch.float32), (dict(grad_cp="products"), torch.bfloat16),
+    (dict(op="cpu"), torch.float32), (dict(op="chunk", ctx_len=100), torch.float32),
+    (dict(op="chunk", quant="nf4"), torch.bfloat16),
+    (dict(grad_cp="0"), torch.float32), (dict(grad_cp="products"), torch.bfloat16),
     (dict(op="cpu", grad_cp="products", quant="nf4"), torch.float32),
     (dict(quant="nf4", ctx_len=100), torch.float32),
     (dict(quant="int8", micro_bsz=5), torch.bfloat16), (dict(quant="nf4dq", grad_cp="0"), torch.bfloat16),

@@ -33,7 +33,8 @@ OPS = {  # recurrence -> op -> its module
 def load(op: str, recurrence: str = "wkv7", **options: bool) -> WKV7 | WKV6:
     """The operator of that name, compiled if need be. ValueError: no such op; BuildError: it cannot be built here.
 
-    load("cuda", ready=False) compiles nothing and needs no GPU: for meta and fake tensors, that is for counting bytes.
+    load("cuda", ready=False) compiles nothing and needs no GPU: for meta and fake tensors, that is for counting bytes;
+    `cuda_precise` and `chunk` take it too.
     """
     if recurrence not in OPS:
         raise ValueError(f"there is no recurrence {recurrence!r}; there are {list(OPS)}")
