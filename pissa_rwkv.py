@@ -3574,9 +3574,9 @@ class Run:
 
 def build(cfg: Config) -> Run | None:
     """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
-    cfg = with_init(cfg)
+    cfg = from_whole_model(with_init(cfg))
     check(cfg)
-    cfg, ranks, device, dtype = setup(from_whole_model(cfg))
+    cfg, ranks, device, dtype = setup(cfg)
     tensors = ranks.first(lambda: read_pth(cfg.load_model, "--load_model", ranks.rank == 0)) if cfg.load_model else {}
     arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
     check_arch(cfg, arch)
@@ -3634,7 +3634,11 @@ def with_init(cfg: Config) -> Config:
 def from_whole_model(cfg: Config) -> Config:
     """Where the files of a method are whole models, going on from one is to take it as the base."""
     file = cfg.adapter_load or (str(Path(cfg.proj_dir) / f"rwkv-{cfg.epoch_begin - 1}.pth") if cfg.epoch_begin else "")
-    return replace(cfg, load_model=file, adapter_load="") if file and ADAPTER[cfg.peft].whole else cfg
+    if not file or not ADAPTER[cfg.peft].whole:
+        return cfg
+    if cfg.load_model and cfg.adapter_load:
+        say(f"--load_model {cfg.load_model} has no effect: --adapter_load {file} is a whole model")
+    return replace(cfg, load_model=file, adapter_load="")
 
 
 def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | None]:
@@ -3700,6 +3704,10 @@ def adapt(
     before = first_loss(model, loader) if compares else 0.0
     take_parts(model, method, load, load_path)
     taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load, ranks)
+    lost = [name for name, p in model.named_parameters() if name in load and not p.requires_grad]
+    if lost:                                                          # (a file holds what is trained, and no more)
+        raise Fatal(f"{load_path}: holds {some(lost)}, which --train_parts {' '.join(cfg.train_parts)} does not train"
+                    " and so would not save; name them too, or merge first and adapt the merged model")
     if compares:
         say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, loader):.6f}")
     about_adapters = method.layer.describe(cfg)
@@ -3843,7 +3851,7 @@ def train(run: Run) -> bool:
 def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
     """Logs the mean loss of an epoch, and returns it; the next begins."""
     if run.step == run.steps and not run.optimiser.t:
-        raise Fatal("no step had a finite loss and gradient; nothing was learnt, and nothing is saved")
+        raise Fatal("no step had a finite loss and gradient; nothing was learnt")
     loss = run.epoch_loss / run.epoch_good if run.epoch_good else math.nan
     run.epoch_loss, run.epoch_good = 0.0, 0
     log.epoch(epoch, loss, lr)
@@ -3969,13 +3977,23 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     there = [p for age in range(cfg.keep + 1) if (p := aged(path, age)).exists()]
     for p in there:
         try:
-            return p, *read_described(p, "--resume")
+            state, described = read_described(p, "--resume")
+            if not is_of_earlier_epochs(described, cfg):
+                return p, state, described
         except Fatal as e:
             if p == there[-1]:
                 raise
             say(f"{e}; taking the one before it")
-    say(f"--resume: {path} is not there; the run begins anew")
+    begins = f"with rwkv-{cfg.epoch_begin - 1}.pth" if cfg.epoch_begin else "anew"
+    say(f"--resume: this run has not written {path} yet; it begins {begins}")
     return path, {}, {}
+
+
+def is_of_earlier_epochs(described: dict[str, Any], cfg: Config) -> bool:
+    """Whether a resume.pth is of the run before the one that --epoch_begin began."""
+    step, epoch_steps, config = (described.get(item) for item in ("step", "epoch_steps", "config"))
+    known = None not in (step, epoch_steps, config)
+    return known and config.get("epoch_begin", 0) != cfg.epoch_begin and step <= cfg.epoch_begin * epoch_steps
 
 
 def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:
@@ -4239,7 +4257,9 @@ def check_together(cfg: Config) -> None:
     if not cfg.data_file and cfg.data_type != "dummy" and not cfg.chat:
         raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
     if not cfg.load_model and not everything:
-        raise Fatal(f"--load_model is missing: --peft {cfg.peft} adapts a base model; --peft none pretrains a new one")
+        what = f"trains --train_parts {' '.join(cfg.train_parts)} of" if ADAPTER[cfg.peft].whole else "adapts"
+        raise Fatal(f"--load_model is missing: --peft {cfg.peft} {what} a base model; --peft none alone pretrains a new"
+                    " one")
     if layer.taken and bool(cfg.adapter_load) > bool(cfg.adapter_init):
         raise Fatal(f"--adapter_load {cfg.adapter_load} (pissa_load) needs --adapter_init (pissa_init) too: the"
                     " init_pissa.pth of the same run")
@@ -4281,6 +4301,8 @@ def hint(cfg: Config) -> None:
     for option, others in BELONGS_TO.items():
         if getattr(cfg, option) != getattr(Config, option) and all(getattr(cfg, o) != v for o, v in others.items()):
             say(f"--{option} has no effect without {' or '.join(f'--{o} {v}' for o, v in others.items())}")
+    if cfg.auto_merge and ADAPTER[cfg.peft].whole:
+        say(f"--auto_merge has no effect with --peft {cfg.peft}, whose files are whole models")
 
 
 BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
@@ -4463,7 +4485,8 @@ def chat_config(cfg: Config, given: set[str]) -> Config:
         raise Fatal(f"--{odd[0]} is not for --chat, which only talks; leave one of them out")
     if cfg.devices > 1 or of_torchrun("WORLD_SIZE", 1) > 1:
         raise Fatal("--chat is for one process: start it with python, without --devices")
-    cfg = replace(from_whole_model(cfg), train_parts=())              # so that every matrix is frozen and may be codes
+    # No part is trained, so that every matrix is frozen and may be codes; no gradient, so nothing is kept for one.
+    cfg = replace(from_whole_model(cfg), train_parts=(), grad_cp="0")
     if not cfg.load_model:
         raise Fatal("--load_model is missing: the model that --chat talks to")
     if not cfg.adapter_load:
@@ -4474,7 +4497,9 @@ def chat_config(cfg: Config, given: set[str]) -> Config:
     told = {option: about[item] for option, item in TOLD.items() if item in about}
     layer = pick(ADAPTER, f"{cfg.adapter_load}: peft", told.get("peft", cfg.peft)).layer
     if layer.unsaid_scale is None and {"rank", "scale"} <= about.keys():
-        told["lora_alpha"] = float(f"{about['scale'] * about['rank']:.12g}")  # (32 / 7 * 7 is not 32)
+        alpha = about["scale"] * about["rank"]
+        short = float(f"{alpha:.12g}")                                # (32 / 7 * 7 is not 32)
+        told["lora_alpha"] = short if short / about["rank"] == about["scale"] else alpha
     for option, value in told.items():
         flag = getattr(cfg, option)
         if flag != value and (option in given or flag != getattr(Config, option)):

@@ -202,6 +202,15 @@ def loaded(argv):
     return P.load_chat(P.chat_config(P.parse(argv), P.options_given(argv)))
 
 
+def test_a_scale_that_no_short_alpha_gives(place, tmp_path):
+    tensors, about = P.read_described(place / "lora" / "rwkv-0.pth", "")
+    about["scale"] = 32 / 3 / about["rank"]
+    P.save(tmp_path / "rwkv-0.pth", tensors, about)
+    model, _ = loaded(["--chat", "--load_model", f"{place}/m.pth", "--adapter_load", f"{tmp_path}/rwkv-0.pth", "--op",
+                       "torch", "--grad_cp", "auto"])
+    assert model.blocks[0].att.key.scale == about["scale"]
+
+
 @pytest.mark.parametrize("peft", METHODS)
 def test_base_and_adapters_are_the_merged_model(peft, place):
     """Nothing but the two files is named: the adapter file tells the rest, and init_pissa.pth lies beside it."""

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -302,7 +303,27 @@ def test_save_steps_saves_at_the_end_of_an_epoch_too(command, monkeypatch, capsy
 def test_resume_in_an_empty_folder_starts(command, out, capsys):
     assert P.main(command("--epoch_steps 2 --resume")) == 0
     said = capsys.readouterr().out
-    assert len(steps(out)) == 2 and "resumed" not in said and f"--resume: {out / 'resume.pth'} is not there" in said
+    assert len(steps(out)) == 2 and "resumed" not in said and f"has not written {out / 'resume.pth'} yet" in said
+
+
+def test_later_epochs_that_were_killed_before_they_saved_do_not_resume_the_earlier_ones(command, out, tmp_path, capsys):
+    assert P.main(command("--epoch_steps 2")) == 0
+    shutil.copytree(out, again := tmp_path / "again")
+    assert P.main(command("--epoch_steps 2 --epoch_begin 1")) == 0
+    assert P.main([*command("--epoch_steps 2 --epoch_begin 1 --resume"), "--proj_dir", str(again)]) == 0
+    assert "yet; it begins with rwkv-0.pth" in capsys.readouterr().out
+    same = [P.read_pth(folder / "rwkv-1.pth", "") for folder in (out, again)]
+    assert P.fingerprint(same[0]) == P.fingerprint(same[1])
+    assert P.main([*command("--epoch_steps 2 --epoch_begin 1 --epoch_count 2 --resume"), "--proj_dir", str(again)]) == 0
+    assert "resumed at step 4 of 6" in capsys.readouterr().out         # its own files it takes
+
+
+def test_parts_that_would_not_be_saved_again_are_not_taken(command, out, tmp_path, capsys):
+    assert P.main(command("--epoch_steps 1 --train_parts head ln")) == 0
+    argv = [*command("--epoch_steps 1"), "--adapter_load", str(out / "rwkv-0.pth"), "--proj_dir", str(tmp_path / "two")]
+    assert P.main(argv) == 2
+    assert "rwkv-0.pth: holds head.weight, which --train_parts auto does not train" in capsys.readouterr().err
+    assert not [*(tmp_path / "two").glob("*.pth")] and P.main([*argv, "--train_parts", "auto", "head"]) == 0
 
 
 def test_only_what_a_killed_run_left_is_removed(command, out):
