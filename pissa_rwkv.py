@@ -74,6 +74,7 @@ import math
 import os
 import pickle
 import pickletools
+import platform
 import random
 import re
 import shutil
@@ -491,6 +492,14 @@ class Ranks:
         result = action() if self.rank == 0 else None
         self.totals(0)
         return result if self.rank == 0 else action()
+
+    def each(self, question: str, own: str) -> list[str]:
+        """What every rank answers to a question, in their order: short texts, over the store. A question is asked once.
+        """
+        if self.size == 1:
+            return [own]
+        self.call(self.store.set, f"{question} {self.rank}", own)
+        return [self.call(self.store.get, f"{question} {rank}").decode() for rank in range(self.size)]
 
     def sum_slices(self, x: Tensor) -> Tensor:
         """Reduce-scatter: of x (R S) summed over the ranks, this rank's slice (S)."""
@@ -3544,8 +3553,7 @@ def build(cfg: Config) -> Run | None:
     if arch.head_qk and cfg.train_type == "infctx":
         raise Fatal("--train_type infctx: this model has head_qk, which looks back at a whole row; leave the flag out")
     folder = Path(cfg.proj_dir)
-    if ranks.rank == 0 and not cfg.dry_run:
-        open_folder(cfg)
+    cfg = cfg if cfg.dry_run else open_folder(cfg, ranks)
     tokenizer = load_tokenizer(cfg, arch.vocab_size) if needs_tokenizer(cfg) else ByteTokenizer(arch.vocab_size)
     check_tokens(tokenizer.encode(cfg.sample_prompt), arch, f"--sample_prompt {cfg.sample_prompt}")
     loader, held_out = load_data(cfg, tokenizer)
@@ -3860,12 +3868,37 @@ def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # ----------------------------------------------------------------------------------------- going on where a run stopped
 
+OPENED_BY = ".opened_by"                                              # in proj_dir: who opened it last, an agent a line
+
 # What `write_whole` leaves where a run is killed in it.
-LEFTOVER = re.compile(r"\.(probe|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.(part|link)")
+LEFTOVER = re.compile(r"\.(probe|\.opened_by|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.(part|link)")
 
 
-def open_folder(cfg: Config) -> Path:
-    """proj_dir, made if need be. A run that is in it is never written over."""
+def open_folder(cfg: Config, ranks: Ranks) -> Config:
+    """Rank 0 opens proj_dir. All resume if one was told to, or if torchrun starts anew what had opened the folder; what
+    was refused because the folder holds another run is refused again."""
+    folder = Path(cfg.proj_dir)
+    # torchrun's agent stays when it starts its ranks anew. One of several nodes may have been replaced meanwhile, and
+    # each agent counts its restarts for itself: one that only joined again has counted none.
+    own = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')} {platform.node()} {os.getppid()}"
+    agents = ranks.each("agent", own)
+    anew = any(ranks.totals(of_torchrun("TORCHELASTIC_RESTART_COUNT", 0)))
+    wanted = cfg.resume or (ranks.rank == 0 and anew and not opened_by(folder).isdisjoint(agents))
+    cfg = replace(cfg, resume=any(ranks.totals(wanted)))
+    if ranks.rank == 0:
+        make_ready(cfg)
+        write_whole(folder / OPENED_BY, lambda file: file.write("".join(f"{x}\n" for x in agents).encode()))
+    return cfg
+
+
+def opened_by(folder: Path) -> set[str]:
+    """The agents under which the last run stood that opened the folder."""
+    file = folder / OPENED_BY
+    return {*file.read_text("utf-8", errors="replace").splitlines()} if file.is_file() else set()
+
+
+def make_ready(cfg: Config) -> None:
+    """Makes proj_dir, if need be, and removes what a killed run left. A run that is in it is never written over."""
     folder = Path(cfg.proj_dir)
     probe = folder / f".probe.{os.getpid()}.part"
     try:
@@ -3886,7 +3919,6 @@ def open_folder(cfg: Config) -> Path:
         raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
     for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
         (folder / name).unlink(missing_ok=True)
-    return folder
 
 
 COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale")         # of a Run, in every resume.pth
@@ -4058,9 +4090,8 @@ def of_torchrun(name: str, usual: int) -> int:
 
 
 def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
-    """Joins the other processes; device and compute dtype. A job that torchrun restarted resumes."""
+    """Joins the other processes; device and compute dtype."""
     world, here = of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_WORLD_SIZE", 1)
-    cfg = replace(cfg, resume=cfg.resume or of_torchrun("TORCHELASTIC_RESTART_COUNT", 0) > 0)
     if cfg.devices not in (0, here) and not cfg.dry_run:
         raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; it takes --nproc_per_node={cfg.devices}")
     gpu = torch.cuda.is_available()
@@ -4074,8 +4105,6 @@ def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
         ranks = Unheard(0, max(world, cfg.devices))
     else:
         ranks = join(cfg, accelerator) if world > 1 else ONE_RANK
-        # (Agents of several nodes count restarts each for itself: one that only joined again has counted none.)
-        cfg = replace(cfg, resume=any(ranks.totals(cfg.resume)))
     precision = cfg.precision or ("bf16" if accelerator == "cuda" else "fp32")
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

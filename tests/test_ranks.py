@@ -262,6 +262,21 @@ def test_all_resume_where_one_was_restarted(place, tmp_path):
     assert "resumed at step 2 of 4" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("job, resumes", [("the same", True), ("another", False)])
+def test_a_restart_resumes_only_what_its_own_job_has_opened(job, resumes, place, tmp_path, monkeypatch, capsys):
+    """torchrun --max-restarts starts a refused command anew: the run that is in the folder stays as it is."""
+    argv = command(place, tmp_path / "out", 1, "--epoch_count 2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "the same")
+    assert P.main([*argv, "--epoch_count", "1"]) == 0
+    held = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    assert P.main(argv) == 2 and "holds a run already" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert P.main(argv) == (0 if resumes else 2)
+    assert ("resumed at step 2 of 4" in capsys.readouterr().out) == resumes
+    assert ({p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == held) == (not resumes)
+
+
 def test_what_changed_between_runs_is_said(place, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text((place / "data.jsonl").read_text())
     data = f"--data_file {tmp_path}/data.jsonl"

@@ -307,12 +307,13 @@ def test_resume_in_an_empty_folder_starts(command, out, capsys):
 
 def test_only_what_a_killed_run_left_is_removed(command, out):
     out.mkdir()
-    mine = [".resume.pth.77.part", ".rwkv-0-merged.pth.5.part", ".resume.1.pth.5.link", ".probe.8.part"]
+    mine = [".resume.pth.77.part", ".rwkv-0-merged.pth.5.part", ".resume.1.pth.5.link", ".probe.8.part",
+            "..opened_by.9.part"]
     others = [".film.mp4.part", ".film.mp4.5.part", "resume.pth.5.part", ".resume.pth.part"]
     for name in mine + others:
         (out / name).touch()
     assert P.main(command("--epoch_steps 1")) == 0
-    assert [(out / name).exists() for name in mine + others] == 4 * [False] + 4 * [True]
+    assert [(out / name).exists() for name in mine + others] == 5 * [False] + 4 * [True]
 
 
 def test_adapters_are_taken_with_the_init_file_beside_them(command, out, tmp_path, capsys):
