@@ -499,7 +499,18 @@ class Ranks:
         if self.size == 1:
             return [own]
         self.call(self.store.set, f"{question} {self.rank}", own)
-        return [self.call(self.store.get, f"{question} {rank}").decode() for rank in range(self.size)]
+        self.totals(0)                                                # (which notices at once that a rank is lost)
+        answers = [self.call(self.store.get, f"{question} {rank}").decode() for rank in range(self.size)]
+        self.totals(0)                                                # rank 0, which may have the store, waits for all
+        return answers
+
+    def agree(self, question: str, own: dict[str, Any], advice: str) -> None:
+        """If a rank has something else than rank 0, all end with one line: which rank, what, and what to do."""
+        first, *others = map(json.loads, self.each(question, json.dumps(own)))
+        for rank, its in enumerate(others, 1):
+            odd = [f"{item} is {its.get(item)}, not {value}" for item, value in first.items() if its.get(item) != value]
+            if odd:
+                raise Fatal(f"rank {rank} differs from rank 0: {some(odd)}; {advice}")
 
     def sum_slices(self, x: Tensor) -> Tensor:
         """Reduce-scatter: of x (R S) summed over the ranks, this rank's slice (S)."""
@@ -3559,6 +3570,8 @@ def build(cfg: Config) -> Run | None:
     loader, held_out = load_data(cfg, tokenizer)
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
+    if not cfg.dry_run:
+        check_alike(cfg, ranks, base=base, data=loader, held_out=held_out, epoch_steps=epoch_steps)
     arch, tensors = with_time_state(arch, tensors, cfg)
     if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
         with torch.device("meta"):
@@ -3572,9 +3585,8 @@ def build(cfg: Config) -> Run | None:
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     path, state, described = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
-    found = described.get("step", -1)
-    if ranks.totals(found) != [found * ranks.size]:
-        raise Fatal(f"--resume: not all ranks find the same in --proj_dir {folder}; it must lie on a disk that all see")
+    ranks.agree("resume", {"the step in resume.pth": described.get("step")},
+                f"--proj_dir {folder} must lie on a disk that all see")
     about_adapters, exact = adapt(model, cfg, loader, about, bool(state), ranks)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
@@ -3616,6 +3628,18 @@ def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | N
         held_out = Loader(held_out, tokenizer, in_order)
     say(f"data: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
     return loader, held_out
+
+
+# Options that may differ from rank to rank: what a machine can do, and paths, whose contents are compared.
+OF_A_MACHINE = """load_model data_file val_file vocab_file proj_dir adapter_load adapter_init pissa_config lora_config
+    bone_config wandb accelerator devices dist_timeout op grad_cp compile emb_on_cpu vram_gb""".split()
+
+
+def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
+    """All ranks must train the same on the same: nothing would tell later that a node has an old copy of a file."""
+    options = {name: value for name, value in asdict(cfg).items() if name not in OF_A_MACHINE}
+    contents = {k: x.corpus.fingerprint if isinstance(x, Loader) else x for k, x in own.items()}
+    ranks.agree("alike", options | contents | {"program": __version__}, "give every rank the same files and options")
 
 
 def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> RWKV:

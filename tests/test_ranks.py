@@ -249,7 +249,25 @@ def test_ranks_that_do_not_see_the_same_folder(place, tmp_path):
     commands = [command(place, tmp_path / name, 2, "--epoch_count 2 --resume") for name in ("out", "elsewhere")]
     ranks = [reliability.start(argv, log, RANK=str(rank), **where) for rank, argv in enumerate(commands)]
     assert [process.join(60) or process.exitcode for process in ranks] == [2, 2]
-    assert "--resume: not all ranks find the same in --proj_dir" in log.read_text()
+    assert re.search("rank 1 differs from rank 0: the step .* is None, not 2; --proj_dir", log.read_text())
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_ranks_that_would_not_train_the_same(others, place, tmp_path):
+    """Another name of the same file is well; another file or option ends all, with a line that names it."""
+    random_model(tmp_path / "base.pth", seed=int(others))
+    lines = (place / "data.jsonl").read_text().splitlines()
+    (tmp_path / "data.jsonl").write_text("".join(line + "\n" for line in lines[others:]))
+    where, log = reliability.meeting_place(2), tmp_path / "log"
+    argv = [command(folder, tmp_path / "out", 2) for folder in (place, tmp_path)]
+    argv[1] += ["--lr_init", "0.5"] if others else []
+    ranks = [reliability.start(argv[rank], log, RANK=str(rank), **where) for rank in range(2)]
+    assert [process.join(60) or process.exitcode for process in ranks] == [2 * others] * 2
+    said = set(re.findall("^pissa_rwkv: error: (.*)$", log.read_text(), re.M))
+    assert len(said) == others
+    if others:
+        found = r"base is \w+, not \w+, data is \w+, not \w+, lr_init is 0.5, not 0.001; give"
+        assert re.match(f"rank 1 differs from rank 0: {found}", said.pop())
 
 
 def test_all_resume_where_one_was_restarted(place, tmp_path):
