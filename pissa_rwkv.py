@@ -4017,7 +4017,8 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
 
 
 class Stop:
-    """The first SIGTERM or Ctrl-C asks the run to end after its step; a second one ends the program."""
+    """SIGTERM or Ctrl-C asks the run to end after its step; Ctrl-C ends the program if that was asked before. (SIGTERM
+    never does: where all processes of a job get it, torchrun's agent sends it to its ranks once more.)"""
 
     def __enter__(self) -> Stop:
         self.asked = False
@@ -4025,7 +4026,7 @@ class Stop:
         return self
 
     def handle(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             os._exit(128 + number)
         self.asked = True
 

@@ -348,6 +348,18 @@ def test_resume_says_what_changed(command, capsys):
     assert "epoch_count 1 -> 2" in capsys.readouterr().out
 
 
+def test_only_ctrl_c_ends_a_run_that_is_asked_to_stop(monkeypatch):
+    """A cluster that sends SIGTERM to every process, and torchrun's agent after it, must not cost what is saved."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with P.Stop() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.asked and not ended
+        signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
+
+
 # ---------------------------------------------------------------------------- going on, part 2: other processes
 
 
