@@ -82,6 +82,7 @@ import signal
 import struct
 import sys
 import tarfile
+import threading
 import time
 import warnings
 import weakref
@@ -439,6 +440,15 @@ def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
     return tqdm(items, what, total, leave=False, disable=None if is_first() else True)
 
 
+def in_time(seconds: float, action: Callable[[], str], otherwise: str) -> str:
+    """What action() returns, or `otherwise` if it takes longer: then nobody waits for it any more."""
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else otherwise
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes that train together, and which of them this is. One alone has nobody to talk to: its collectives
@@ -461,7 +471,13 @@ class Ranks:
                         " torchrun --max-restarts=3 does by itself") from None
 
     def who_is_lost(self, patience: float = 5.0) -> str:
-        """A collective has failed: the ranks that are there say so, for `patience` seconds; the others are lost."""
+        """A collective has failed. Says which rank is lost, or that the store is, which on a host that has stopped does
+        not answer at all."""
+        late = f"rank {self.rank}: the host of rank 0 stopped, or does not answer"
+        return in_time(patience + 2, partial(self.ask_all, patience), late)
+
+    def ask_all(self, patience: float) -> str:
+        """The ranks that are there say so, for `patience` seconds; the others are lost."""
         ranks, deadline = set(range(self.size)), time.monotonic() + patience
         try:
             self.store.set(f"{self.rank} is there", "")

@@ -181,6 +181,29 @@ def test_a_rank_that_hangs_is_named(place, tmp_path):
     assert re.search("rank 1 stopped, or does not answer .*--resume goes on from what was saved last", error)
 
 
+def serve(port):
+    """A process that has the store, as rank 0 does."""
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store.set("served", "")
+    time.sleep(100)
+
+
+def test_a_host_that_is_frozen_is_named():
+    """It has the store, which is asked who is lost; its connections stay open, and it answers nothing."""
+    port, names = reliability.free_port(), []
+    host = reliability.server().Process(target=serve, args=(port,))
+    host.start()
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+    store.get("served")
+    os.kill(host.pid, signal.SIGSTOP)
+    ask = P.Ranks(1, 2, store).who_is_lost
+    asking = reliability.threading.Thread(target=lambda: names.append(ask(0.1)), daemon=True)
+    asking.start()
+    asking.join(10)
+    host.kill()
+    assert names == ["rank 1: the host of rank 0 stopped, or does not answer"]
+
+
 def test_a_rank_killed_at_a_random_moment(tmp_path):
     """As `bench/reliability.py --rank_kills`, which kills more often: two under torchrun's agent, one alone."""
     count = reliability.torture_ranks(reliability.small_run(tmp_path), tmp_path, kills=3, seed=2, sizes=(2,))
