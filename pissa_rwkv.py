@@ -440,6 +440,11 @@ def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
     return tqdm(items, what, total, leave=False, disable=None if is_first() else True)
 
 
+def of_gloo(error: RuntimeError) -> str:
+    """Its first sentence, without places in gloo's source."""
+    return re.sub(r"\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
+
+
 def in_time(seconds: float, action: Callable[[], str], otherwise: str) -> str:
     """What action() returns, or `otherwise` if it takes longer: then nobody waits for it any more."""
     found: list[str] = []
@@ -466,8 +471,7 @@ class Ranks:
         try:
             return collective(*inputs)
         except RuntimeError as e:
-            why = re.sub(r"^\[\S+\] ", "", first_line(e)).partition(". ")[0]  # (gloo begins with a place in its source)
-            raise Fatal(f"{self.who_is_lost()} ({why}); --resume goes on from what was saved last, as"
+            raise Fatal(f"{self.who_is_lost()} ({of_gloo(e)}); --resume goes on from what was saved last, as"
                         " torchrun --max-restarts=3 does by itself") from None
 
     def who_is_lost(self, patience: float = 5.0) -> str:
@@ -4172,8 +4176,13 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     # a thread of gloo that outlives Python's end aborts.
     importlib.import_module("torch.distributed.nn")
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
-    ranks.call(partial(dist.init_process_group, backend, store=ranks.store, rank=rank, world_size=size,
-                       timeout=patience))
+    try:
+        dist.init_process_group(backend, store=ranks.store, rank=rank, world_size=size, timeout=patience)
+    except RuntimeError as e:
+        networks = "GLOO_SOCKET_IFNAME" + " and NCCL_SOCKET_IFNAME" * (accelerator == "cuda")
+        raise Fatal(f"the processes did not find each other's address: {of_gloo(e)}; if none has ended, set {networks}"
+                    " on every machine to its network card, like eth0 (Debian's /etc/hosts gives a machine's name the"
+                    " address 127.0.1.1, where no other finds it)") from None
     return ranks
 
 

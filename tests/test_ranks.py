@@ -254,6 +254,15 @@ def test_wrong_input_gives_one_line_under_torchrun(options, error, place, tmp_pa
     assert len(errors) == 1 and error in errors[0] and "Traceback" not in log.read_text()
 
 
+def test_machines_that_meet_and_cannot_connect(place, tmp_path):
+    """What helps is the name of a network card, and not --resume."""
+    where, log = reliability.meeting_place(2) | {"GLOO_SOCKET_IFNAME": "nosuch0"}, tmp_path / "log"
+    ranks = [reliability.start(command(place, tmp_path / "out", 2), log, RANK=str(rank), **where) for rank in range(2)]
+    assert [process.join(60) or process.exitcode for process in ranks] == [2, 2]
+    assert "error: the processes did not find each other's address: " in log.read_text()
+    assert "set GLOO_SOCKET_IFNAME on every machine" in log.read_text() and "--resume" not in log.read_text()
+
+
 def test_the_one_before_a_damaged_file_is_taken(alone, place, tmp_path):
     on(place, tmp_path / "out", 2, "--epoch_count 2")
     file = tmp_path / "out" / "resume.pth"
