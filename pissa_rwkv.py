@@ -3275,14 +3275,21 @@ def describe(value: Any) -> str:
 DESCRIPTION = "archive/pissa_rwkv.json"
 
 
-def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
-    tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
+def is_finite(x: Tensor) -> bool:
+    """Whether all its numbers are; in pieces, so that no more than one is in memory."""
+    return all(piece.isfinite().all() for piece in x.reshape(-1).split(2**20))
+
+
+def read_described(path: str | Path, what: str, looks: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now. looks: whether all
+    of it is whole; unless another process has."""
+    held = read_pth(path, what, looks)
+    tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in held.items()}
     with zipfile.ZipFile(path) as archive:
         about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
     if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
         about = old.to(torch.uint8).numpy().tobytes()
-    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
+    bad = [name for name, t in tensors.items() if looks and not is_finite(t)]
     if bad:
         raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
     described = read_description(about, f"{what} {path}")
@@ -3604,7 +3611,7 @@ def build(cfg: Config) -> Run | None:
     model = load_model(cfg, arch, tensors, device, dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
-    path, state, described = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
+    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (folder, {}, {})
     ranks.agree("resume", {"the step in resume.pth": described.get("step")},
                 f"--proj_dir {folder} must lie on a disk that all see")
     about_adapters, exact = adapt(model, cfg, loader, about, bool(state), ranks)
@@ -4002,6 +4009,13 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
             say(f"{e}; taking the one before it")
     say(f"--resume: {path} is not there; the run begins anew")
     return path, {}, {}
+
+
+def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """What is the newest on rank 0, which has looked at every number of it; the others read as much as they need."""
+    found = newest(cfg) if ranks.rank == 0 else (Path(), {}, {})
+    path = Path(cfg.proj_dir) / ranks.each("newest", found[0].name)[0]
+    return (path, *read_described(path, "--resume", looks=False)) if ranks.rank > 0 and path.exists() else found
 
 
 def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:

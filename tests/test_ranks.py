@@ -275,6 +275,21 @@ def test_the_one_before_a_damaged_file_is_taken(alone, place, tmp_path):
     assert curve(tmp_path / "out") == pytest.approx(curve(alone["plain"]), rel=2e-6)
 
 
+class Second(P.Ranks):
+    """The second of two ranks, where rank 0 goes on from resume.1.pth."""
+
+    def each(self, question, own):
+        return ["resume.1.pth", own]
+
+
+def test_other_ranks_read_the_file_that_rank_0_has_looked_at(tmp_path):
+    """And no more of it than they need."""
+    P.save(tmp_path / "resume.pth", {"x": torch.zeros(1)})
+    P.save(tmp_path / "resume.1.pth", {"x": torch.tensor([torch.nan])})
+    path, state, _ = P.newest_of_all(P.Config(proj_dir=str(tmp_path)), Second(1, 2))
+    assert path == tmp_path / "resume.1.pth" and state["x"].isnan()
+
+
 def test_ranks_that_do_not_see_the_same_folder(place, tmp_path):
     on(place, tmp_path / "out", 2, "--epoch_count 1")
     where, log = reliability.meeting_place(2), tmp_path / "log"
@@ -452,3 +467,12 @@ def test_a_rank_takes_no_more_private_memory_than_its_tensors_and_the_work_on_a_
             process.start()
         for grown, held in [found.get(timeout=100) for _ in ranks]:
             assert held > 7e7 and grown < held + 4 * matrix           # (3.0 to 3.2, by the machine)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_looking_at_every_number_of_a_file_takes_the_memory_of_a_piece(tmp_path):
+    """A file of 64 MB: all of it at once took 116 more."""
+    P.save(tmp_path / "resume.pth", {"x": torch.zeros(2**24)})
+    sampler = Sampler()
+    assert P.read_described(tmp_path / "resume.pth", "")[0]["x"].shape == (2**24,)
+    assert sampler.growth() < 2**25
