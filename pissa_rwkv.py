@@ -58,6 +58,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bisect
 import codecs
 import contextlib
 import copy
@@ -2813,13 +2814,15 @@ class Buckets:
                 part = slice(start, min(start + self.SIZE, (rank + 1) * size))
                 missing = max(0, min(part.stop, self.numbers) - start)                    # (padding gets no gradient)
                 self.waiting.append(Bucket(rank, part, missing, self.own))
+        self.starts = [bucket.part.start for bucket in self.waiting]  # (those of the buckets that are sent stay)
 
     def take(self, where: slice, g: Tensor) -> None:
-        for bucket in self.waiting:
+        # Of all buckets, which stand in order, those that `where` touches. (A large model has some hundred.)
+        first = bisect.bisect_right(self.starts, where.start) - 1
+        for bucket in self.waiting[first: bisect.bisect_left(self.starts, where.stop)]:
             both = overlap(where, bucket.part)
-            if n := both.stop - both.start:
-                bucket.sum[shifted(both, bucket.part.start)] += g[shifted(both, where.start)]
-                bucket.missing -= n
+            bucket.sum[shifted(both, bucket.part.start)] += g[shifted(both, where.start)]
+            bucket.missing -= both.stop - both.start
         while self.eager and self.waiting and not self.waiting[-1].missing:
             self.send()
 
