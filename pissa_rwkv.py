@@ -3063,9 +3063,10 @@ class ZeroAdamW:
             self.grad[where] += p.grad.reshape(-1)
         p.grad = None
 
-    def parts(self) -> Iterator[slice]:
+    def parts(self, size: int = 0) -> Iterator[slice]:
         """Of this rank's slice, to be worked on one after the other."""
-        return (slice(at, min(at + self.part, self.slice)) for at in range(0, self.slice, self.part))
+        n = size or self.part
+        return (slice(at, min(at + n, self.slice)) for at in range(0, self.slice, n))
 
     def sum_micro_batch(self) -> None:
         """After the backward of every micro-batch: stage 2 sends what it has not sent meanwhile."""
@@ -3128,8 +3129,9 @@ class ZeroAdamW:
         """For rank 0, those of all ranks, without padding; put together in the host's memory. (All ranks call it.)"""
         if numbers.plain and not self.stage:
             return numbers.held[: self.numbers]
-        whole = None
-        for part in self.parts():
+        # From all ranks together no more at a time than a part; of each a multiple of what shares a scale.
+        whole, per = None, numbers.per
+        for part in self.parts(max(1, self.part // self.ranks.size // per) * per):
             own = numbers.read(part)
             x = self.ranks.collect(own[None]) if self.stage else own[None].cpu()          # (slices,n)
             if self.ranks.rank == 0:

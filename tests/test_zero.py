@@ -185,3 +185,22 @@ def test_a_gradient_looks_only_at_the_buckets_that_it_is_in(monkeypatch):
         looked.clear()
     assert sum(bucket.missing for bucket in buckets.waiting) == 8 * 25 - (10 + 1 + 12 + 1)
     assert sum(bucket.sum.sum() for bucket in buckets.waiting) == 10 + 1 + 12 + 1
+
+
+class Counting(Ranks):
+    """Of many ranks the first, which gathers zeros and counts how many at a time."""
+
+    most = 0
+
+    def call(self, collective, *inputs):
+        Counting.most = max(Counting.most, inputs[0].numel())
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_what_is_gathered_to_be_saved_does_not_grow_with_the_ranks(moments, monkeypatch):
+    """A part of the slice of each of 64 ranks at once would be as much as 64 parts."""
+    monkeypatch.setitem(ZeroAdamW.PART, "cpu", 2**15)
+    p = nn.Parameter(torch.zeros(64 * 2000))
+    optimiser = ZeroAdamW([("a.lora_A", p)], Config(moments=moments), ranks=Counting(0, 64))
+    Counting.most = 0
+    assert optimiser.state()["m"].shape == (64 * 2000,) and 2**14 <= Counting.most <= 2**15
