@@ -482,11 +482,14 @@ class Ranks:
         return in_time(patience + 2, partial(self.ask_all, patience), late)
 
     def ask_all(self, patience: float) -> str:
-        """The ranks that are there say so, for `patience` seconds; the others are lost."""
+        """The ranks that are there say so, for `patience` seconds; the others are lost. Where a rank has said that it
+        fails, it is that one: others may still wait for a rank that has found out."""
         ranks, deadline = set(range(self.size)), time.monotonic() + patience
         try:
             self.store.set(f"{self.rank} is there", "")
             while time.monotonic() < deadline:
+                if failed := [rank for rank in ranks if self.store.check([f"{rank} failed"])]:
+                    return f"rank {', '.join(map(str, failed))} stopped, with an error of its own"
                 lost = [rank for rank in ranks if not self.store.check([f"{rank} is there"])]
                 if not lost:
                     return f"rank {self.rank}: the connection to the other ranks failed"
@@ -494,6 +497,17 @@ class Ranks:
         except RuntimeError:                                          # the store is lost too
             return f"rank {self.rank}: the connection to the host of rank 0 is lost"
         return f"rank {', '.join(map(str, lost))} stopped, or does not answer"
+
+    def tell_failure(self) -> None:
+        """Before this rank ends: says in the store that it fails, unless it ends because another one has."""
+        def tell() -> str:
+            with contextlib.suppress(RuntimeError):                   # (the store may be lost)
+                if not self.store.check([f"{self.rank} is there"]):
+                    self.store.set(f"{self.rank} failed", "")
+            return ""
+
+        if self.size > 1:
+            in_time(2, tell, "")
 
     def sum(self, x: Tensor) -> Tensor:
         """All-reduce, in place: x summed over the ranks."""
@@ -571,6 +585,7 @@ class Unheard(Ranks):
 
 
 ONE_RANK = Ranks()
+JOINED = [ONE_RANK]                                                   # last, those that this process has joined
 
 
 # ======================================================================================================================
@@ -4202,6 +4217,7 @@ def join(cfg: Config, accelerator: str) -> Ranks:
         raise Fatal(f"the processes did not find each other's address: {of_gloo(e)}; if none has ended, set {networks}"
                     " on every machine to its network card, like eth0 (Debian's /etc/hosts gives a machine's name the"
                     " address 127.0.1.1, where no other finds it)") from None
+    JOINED.append(ranks)
     return ranks
 
 
@@ -4916,6 +4932,7 @@ def main(argv: list[str] | None = None) -> int:
         print("pissa_rwkv: stopped before training began", file=sys.stderr)
         return 130
     except Exception as e:
+        JOINED[-1].tell_failure()
         if not (error := in_one_line(e)):
             raise
     if not is_first():                                                # where all found the same, one line is enough:

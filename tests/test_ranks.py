@@ -204,6 +204,25 @@ def test_a_host_that_is_frozen_is_named():
     assert names == ["rank 1: the host of rank 0 stopped, or does not answer"]
 
 
+def test_only_the_rank_that_failed_is_named():
+    """Not those that wait for a rank that has found out, nor that one, which ends because of it."""
+    store = torch.distributed.TCPStore("127.0.0.1", reliability.free_port(), is_master=True, wait_for_workers=False)
+    ranks, began = [P.Ranks(rank, 4, store) for rank in range(4)], time.monotonic()
+    ranks[2].tell_failure()
+    for rank in (0, 1, 3):
+        assert ranks[rank].who_is_lost() == "rank 2 stopped, with an error of its own"
+        ranks[rank].tell_failure()
+    assert time.monotonic() - began < 4
+
+
+def test_a_rank_says_that_it_fails(place, tmp_path):
+    where, log = reliability.meeting_place(2), tmp_path / "log"
+    argv = [command(place, tmp_path / "out", 2, options) for options in ("", "--vocab_file . --tokenizer world")]
+    ranks = [reliability.start(argv[rank], log, RANK=str(rank), **where) for rank in range(2)]
+    assert [process.join(60) or process.exitcode for process in ranks] == [2, 2]
+    assert "error: rank 1 stopped, with an error of its own (" in log.read_text()
+
+
 def test_a_rank_killed_at_a_random_moment(tmp_path):
     """As `bench/reliability.py --rank_kills`, which kills more often: two under torchrun's agent, one alone."""
     count = reliability.torture_ranks(reliability.small_run(tmp_path), tmp_path, kills=3, seed=2, sizes=(2,))
