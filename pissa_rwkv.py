@@ -247,7 +247,7 @@ class Config:
     accelerator: str = opt("", "gpu or cpu; default: gpu where there is one")
     devices: int = opt(0, "processes, a device each, that plain python starts; torchrun says so by --nproc_per_node")
     strategy: str = opt("", "several share: zero1 (optimiser), zero2 (gradients too), ddp (nothing); default: zero1")
-    dist_timeout: float = opt(600.0, "seconds after which a process that does not answer ends the run")
+    dist_timeout: float = opt(600.0, "seconds without an answer of a process that end the run; more than a save takes")
     precision: str = opt("", "bf16, fp16, fp32 or tf32; default: bf16 on a GPU, fp32 on a CPU")
     op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk, torch; default: the fastest here")
     grad_cp: str = opt("1", "kept for backward: 1 a block's input, products these too, 0 all; auto: most that fits")
@@ -472,7 +472,8 @@ class Ranks:
         try:
             return collective(*inputs)
         except RuntimeError as e:
-            raise Fatal(f"{self.who_is_lost()} ({of_gloo(e)}); --resume goes on from what was saved last, as"
+            slow = "--dist_timeout has to be longer than rank 0 takes to save; " if "imed out" in str(e) else ""
+            raise Fatal(f"{self.who_is_lost()} ({of_gloo(e)}); {slow}--resume goes on from what was saved last, as"
                         " torchrun --max-restarts=3 does by itself") from None
 
     def who_is_lost(self, patience: float = 5.0) -> str:
