@@ -58,6 +58,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bisect
 import codecs
 import contextlib
 import copy
@@ -82,6 +83,7 @@ import signal
 import struct
 import sys
 import tarfile
+import threading
 import time
 import warnings
 import weakref
@@ -245,7 +247,7 @@ class Config:
     accelerator: str = opt("", "gpu or cpu; default: gpu where there is one")
     devices: int = opt(0, "processes, a device each, that plain python starts; torchrun says so by --nproc_per_node")
     strategy: str = opt("", "several share: zero1 (optimiser), zero2 (gradients too), ddp (nothing); default: zero1")
-    dist_timeout: float = opt(600.0, "seconds after which a process that does not answer ends the run")
+    dist_timeout: float = opt(600.0, "seconds without an answer of a process that end the run; more than a save takes")
     precision: str = opt("", "bf16, fp16, fp32, tf32; default: bf16 on a GPU, fp16 before Ampere, fp32 on a CPU")
     op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk, torch; default: the fastest here")
     grad_cp: str = opt("1", "kept for backward: 1 a block's input, products these too, 0 all; auto: most that fits")
@@ -446,6 +448,20 @@ def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
     return tqdm(items, what, total, leave=False, disable=None if is_first() else True)
 
 
+def of_gloo(error: RuntimeError) -> str:
+    """Its first sentence, without places in gloo's source."""
+    return re.sub(r"\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
+
+
+def in_time(seconds: float, action: Callable[[], str], otherwise: str) -> str:
+    """What action() returns, or `otherwise` if it takes longer: then nobody waits for it any more."""
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else otherwise
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes that train together, and which of them this is. One alone has nobody to talk to: its collectives
@@ -463,16 +479,25 @@ class Ranks:
         try:
             return collective(*inputs)
         except RuntimeError as e:
-            why = re.sub(r"^\[\S+\] ", "", first_line(e)).partition(". ")[0]  # (gloo begins with a place in its source)
-            raise Fatal(f"{self.who_is_lost()} ({why}); --resume goes on from what was saved last, as"
+            slow = "--dist_timeout has to be longer than rank 0 takes to save; " if "imed out" in str(e) else ""
+            raise Fatal(f"{self.who_is_lost()} ({of_gloo(e)}); {slow}--resume goes on from what was saved last, as"
                         " torchrun --max-restarts=3 does by itself") from None
 
     def who_is_lost(self, patience: float = 5.0) -> str:
-        """A collective has failed: the ranks that are there say so, for `patience` seconds; the others are lost."""
+        """A collective has failed. Says which rank is lost, or that the store is, which on a host that has stopped does
+        not answer at all."""
+        late = f"rank {self.rank}: the host of rank 0 stopped, or does not answer"
+        return in_time(patience + 2, partial(self.ask_all, patience), late)
+
+    def ask_all(self, patience: float) -> str:
+        """The ranks that are there say so, for `patience` seconds; the others are lost. Where a rank has said that it
+        fails, it is that one: others may still wait for a rank that has found out."""
         ranks, deadline = set(range(self.size)), time.monotonic() + patience
         try:
             self.store.set(f"{self.rank} is there", "")
             while time.monotonic() < deadline:
+                if failed := [rank for rank in ranks if self.store.check([f"{rank} failed"])]:
+                    return f"rank {', '.join(map(str, failed))} stopped, with an error of its own"
                 lost = [rank for rank in ranks if not self.store.check([f"{rank} is there"])]
                 if not lost:
                     return f"rank {self.rank}: the connection to the other ranks failed"
@@ -480,6 +505,17 @@ class Ranks:
         except RuntimeError:                                          # the store is lost too
             return f"rank {self.rank}: the connection to the host of rank 0 is lost"
         return f"rank {', '.join(map(str, lost))} stopped, or does not answer"
+
+    def tell_failure(self) -> None:
+        """Before this rank ends: says in the store that it fails, unless it ends because another one has."""
+        def tell() -> str:
+            with contextlib.suppress(RuntimeError):                   # (the store may be lost)
+                if not self.store.check([f"{self.rank} is there"]):
+                    self.store.set(f"{self.rank} failed", "")
+            return ""
+
+        if self.size > 1:
+            in_time(2, tell, "")
 
     def sum(self, x: Tensor) -> Tensor:
         """All-reduce, in place: x summed over the ranks."""
@@ -499,6 +535,25 @@ class Ranks:
         result = action() if self.rank == 0 else None
         self.totals(0)
         return result if self.rank == 0 else action()
+
+    def each(self, question: str, own: str) -> list[str]:
+        """What every rank answers to a question, in their order: short texts, over the store. A question is asked once.
+        """
+        if self.size == 1:
+            return [own]
+        self.call(self.store.set, f"{question} {self.rank}", own)
+        self.totals(0)                                                # (which notices at once that a rank is lost)
+        answers = [self.call(self.store.get, f"{question} {rank}").decode() for rank in range(self.size)]
+        self.totals(0)                                                # rank 0, which may have the store, waits for all
+        return answers
+
+    def agree(self, question: str, own: dict[str, Any], advice: str) -> None:
+        """If a rank has something else than rank 0, all end with one line: which rank, what, and what to do."""
+        first, *others = map(json.loads, self.each(question, json.dumps(own)))
+        for rank, its in enumerate(others, 1):
+            odd = [f"{item} is {its.get(item)}, not {value}" for item, value in first.items() if its.get(item) != value]
+            if odd:
+                raise Fatal(f"rank {rank} differs from rank 0: {some(odd)}; {advice}")
 
     def sum_slices(self, x: Tensor) -> Tensor:
         """Reduce-scatter: of x (R S) summed over the ranks, this rank's slice (S)."""
@@ -538,6 +593,7 @@ class Unheard(Ranks):
 
 
 ONE_RANK = Ranks()
+JOINED = [ONE_RANK]                                                   # last, those that this process has joined
 
 
 # ======================================================================================================================
@@ -2813,13 +2869,15 @@ class Buckets:
                 part = slice(start, min(start + self.SIZE, (rank + 1) * size))
                 missing = max(0, min(part.stop, self.numbers) - start)                    # (padding gets no gradient)
                 self.waiting.append(Bucket(rank, part, missing, self.own))
+        self.starts = [bucket.part.start for bucket in self.waiting]  # (those of the buckets that are sent stay)
 
     def take(self, where: slice, g: Tensor) -> None:
-        for bucket in self.waiting:
+        # Of all buckets, which stand in order, those that `where` touches. (A large model has some hundred.)
+        first = bisect.bisect_right(self.starts, where.start) - 1
+        for bucket in self.waiting[first: bisect.bisect_left(self.starts, where.stop)]:
             both = overlap(where, bucket.part)
-            if n := both.stop - both.start:
-                bucket.sum[shifted(both, bucket.part.start)] += g[shifted(both, where.start)]
-                bucket.missing -= n
+            bucket.sum[shifted(both, bucket.part.start)] += g[shifted(both, where.start)]
+            bucket.missing -= both.stop - both.start
         while self.eager and self.waiting and not self.waiting[-1].missing:
             self.send()
 
@@ -3060,9 +3118,10 @@ class ZeroAdamW:
             self.grad[where] += p.grad.reshape(-1)
         p.grad = None
 
-    def parts(self) -> Iterator[slice]:
+    def parts(self, size: int = 0) -> Iterator[slice]:
         """Of this rank's slice, to be worked on one after the other."""
-        return (slice(at, min(at + self.part, self.slice)) for at in range(0, self.slice, self.part))
+        n = size or self.part
+        return (slice(at, min(at + n, self.slice)) for at in range(0, self.slice, n))
 
     def sum_micro_batch(self) -> None:
         """After the backward of every micro-batch: stage 2 sends what it has not sent meanwhile."""
@@ -3125,8 +3184,9 @@ class ZeroAdamW:
         """For rank 0, those of all ranks, without padding; put together in the host's memory. (All ranks call it.)"""
         if numbers.plain and not self.stage:
             return numbers.held[: self.numbers]
-        whole = None
-        for part in self.parts():
+        # From all ranks together no more at a time than a part; of each a multiple of what shares a scale.
+        whole, per = None, numbers.per
+        for part in self.parts(max(1, self.part // self.ranks.size // per) * per):
             own = numbers.read(part)
             x = self.ranks.collect(own[None]) if self.stage else own[None].cpu()          # (slices,n)
             if self.ranks.rank == 0:
@@ -3275,14 +3335,21 @@ def describe(value: Any) -> str:
 DESCRIPTION = "archive/pissa_rwkv.json"
 
 
-def read_described(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now."""
-    tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in read_pth(path, what).items()}
+def is_finite(x: Tensor) -> bool:
+    """Whether all its numbers are; in pieces, so that no more than one is in memory."""
+    return all(piece.isfinite().all() for piece in x.reshape(-1).split(2**20))
+
+
+def read_described(path: str | Path, what: str, looks: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now. looks: whether all
+    of it is whole; unless another process has."""
+    held = read_pth(path, what, looks)
+    tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in held.items()}
     with zipfile.ZipFile(path) as archive:
         about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
     if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
         about = old.to(torch.uint8).numpy().tobytes()
-    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
+    bad = [name for name, t in tensors.items() if looks and not is_finite(t)]
     if bad:
         raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
     described = read_description(about, f"{what} {path}")
@@ -3584,13 +3651,14 @@ def build(cfg: Config) -> Run | None:
     if arch.head_qk and cfg.train_type == "infctx":
         raise Fatal("--train_type infctx: this model has head_qk, which looks back at a whole row; leave the flag out")
     folder = Path(cfg.proj_dir)
-    if ranks.rank == 0 and not cfg.dry_run:
-        open_folder(cfg)
+    cfg = cfg if cfg.dry_run else open_folder(cfg, ranks)
     tokenizer = load_tokenizer(cfg, arch.vocab_size) if needs_tokenizer(cfg) else ByteTokenizer(arch.vocab_size)
     check_tokens(tokenizer.encode(cfg.sample_prompt), arch, f"--sample_prompt {cfg.sample_prompt}")
     loader, held_out = load_data(cfg, tokenizer)
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
+    if not cfg.dry_run:
+        check_alike(cfg, ranks, base=base, data=loader, held_out=held_out, epoch_steps=epoch_steps)
     arch, tensors = with_time_state(arch, tensors, cfg)
     if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
         with torch.device("meta"):
@@ -3605,10 +3673,9 @@ def build(cfg: Config) -> Run | None:
         return None
     model = load_model(cfg, arch, tensors, device, dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
-    path, state, described = ranks.first(lambda: newest(cfg)) if cfg.resume else (folder, {}, {})
-    found = described.get("step", -1)
-    if ranks.totals(found) != [found * ranks.size]:
-        raise Fatal(f"--resume: not all ranks find the same in --proj_dir {folder}; it must lie on a disk that all see")
+    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (folder, {}, {})
+    ranks.agree("resume", {"the step in resume.pth": described.get("step")},
+                f"--proj_dir {folder} must lie on a disk that all see")
     about_adapters, exact = adapt(model, cfg, loader, about, bool(state), ranks)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
@@ -3655,6 +3722,18 @@ def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | N
     text = f" ({tokenizer.tokens_are})" if needs_tokenizer(cfg) else ""
     say(f"data{text}: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
     return loader, held_out
+
+
+# Options that may differ from rank to rank: what a machine can do, and paths, whose contents are compared.
+OF_A_MACHINE = """load_model data_file val_file vocab_file proj_dir adapter_load adapter_init pissa_config lora_config
+    bone_config wandb accelerator devices dist_timeout op grad_cp compile emb_on_cpu vram_gb""".split()
+
+
+def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
+    """All ranks must train the same on the same: nothing would tell later that a node has an old copy of a file."""
+    options = {name: value for name, value in asdict(cfg).items() if name not in OF_A_MACHINE}
+    contents = {k: x.corpus.fingerprint if isinstance(x, Loader) else x for k, x in own.items()}
+    ranks.agree("alike", options | contents | {"program": __version__}, "give every rank the same files and options")
 
 
 def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> RWKV:
@@ -3918,12 +3997,37 @@ def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # ----------------------------------------------------------------------------------------- going on where a run stopped
 
+OPENED_BY = ".opened_by"                                              # in proj_dir: who opened it last, an agent a line
+
 # What `write_whole` leaves where a run is killed in it.
-LEFTOVER = re.compile(r"\.(probe|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.(part|link)")
+LEFTOVER = re.compile(r"\.(probe|\.opened_by|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.(part|link)")
 
 
-def open_folder(cfg: Config) -> Path:
-    """proj_dir, made if need be. A run that is in it is never written over."""
+def open_folder(cfg: Config, ranks: Ranks) -> Config:
+    """Rank 0 opens proj_dir. All resume if one was told to, or if torchrun starts anew what had opened the folder; what
+    was refused because the folder holds another run is refused again."""
+    folder = Path(cfg.proj_dir)
+    # torchrun's agent stays when it starts its ranks anew. One of several nodes may have been replaced meanwhile, and
+    # each agent counts its restarts for itself: one that only joined again has counted none.
+    own = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')} {platform.node()} {os.getppid()}"
+    agents = ranks.each("agent", own)
+    anew = any(ranks.totals(of_torchrun("TORCHELASTIC_RESTART_COUNT", 0)))
+    wanted = cfg.resume or (ranks.rank == 0 and anew and not opened_by(folder).isdisjoint(agents))
+    cfg = replace(cfg, resume=any(ranks.totals(wanted)))
+    if ranks.rank == 0:
+        make_ready(cfg)
+        write_whole(folder / OPENED_BY, lambda file: file.write("".join(f"{x}\n" for x in agents).encode()))
+    return cfg
+
+
+def opened_by(folder: Path) -> set[str]:
+    """The agents under which the last run stood that opened the folder."""
+    file = folder / OPENED_BY
+    return {*file.read_text("utf-8", errors="replace").splitlines()} if file.is_file() else set()
+
+
+def make_ready(cfg: Config) -> None:
+    """Makes proj_dir, if need be, and removes what a killed run left. A run that is in it is never written over."""
     folder = Path(cfg.proj_dir)
     probe = folder / f".probe.{os.getpid()}.part"
     try:
@@ -3944,7 +4048,6 @@ def open_folder(cfg: Config) -> Path:
         raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
     for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
         (folder / name).unlink(missing_ok=True)
-    return folder
 
 
 COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale")         # of a Run, in every resume.pth
@@ -3996,6 +4099,15 @@ def is_of_earlier_epochs(described: dict[str, Any], cfg: Config) -> bool:
     return known and config.get("epoch_begin", 0) != cfg.epoch_begin and step <= cfg.epoch_begin * epoch_steps
 
 
+def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """What is the newest on rank 0, which has looked at every number of it; the others read as much as they need."""
+    path, state, described = newest(cfg) if ranks.rank == 0 else (Path(cfg.proj_dir), {}, {})
+    name = ranks.each("newest", path.name if state else "")[0]
+    if ranks.rank > 0 and name and (path / name).exists():
+        return path / name, *read_described(path / name, "--resume", looks=False)
+    return path, state, described
+
+
 def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:
     """Sets a run to where resume.pth was written."""
     shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
@@ -4029,7 +4141,8 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
 
 
 class Stop:
-    """The first SIGTERM or Ctrl-C asks the run to end after its step; a second one ends the program."""
+    """SIGTERM or Ctrl-C asks the run to end after its step; Ctrl-C ends the program if that was asked before. (SIGTERM
+    never does: where all processes of a job get it, torchrun's agent sends it to its ranks once more.)"""
 
     def __enter__(self) -> Stop:
         self.asked = False
@@ -4037,7 +4150,7 @@ class Stop:
         return self
 
     def handle(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             os._exit(128 + number)
         self.asked = True
 
@@ -4145,9 +4258,8 @@ def has_bf16() -> bool:
 
 
 def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
-    """Joins the other processes; device and compute dtype. A job that torchrun restarted resumes."""
+    """Joins the other processes; device and compute dtype."""
     world, here = of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_WORLD_SIZE", 1)
-    cfg = replace(cfg, resume=cfg.resume or of_torchrun("TORCHELASTIC_RESTART_COUNT", 0) > 0)
     if cfg.devices not in (0, here) and not cfg.dry_run:
         raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; it takes --nproc_per_node={cfg.devices}")
     gpu = torch.cuda.is_available()
@@ -4167,8 +4279,6 @@ def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
         ranks = Unheard(0, max(world, cfg.devices))
     else:
         ranks = join(cfg, accelerator) if world > 1 else ONE_RANK
-        # (Agents of several nodes count restarts each for itself: one that only joined again has counted none.)
-        cfg = replace(cfg, resume=any(ranks.totals(cfg.resume)))
     precision = cfg.precision or ("fp32" if accelerator == "cpu" else "bf16" if has_bf16() else "fp16")
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -4195,8 +4305,14 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     # a thread of gloo that outlives Python's end aborts.
     importlib.import_module("torch.distributed.nn")
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
-    ranks.call(partial(dist.init_process_group, backend, store=ranks.store, rank=rank, world_size=size,
-                       timeout=patience))
+    try:
+        dist.init_process_group(backend, store=ranks.store, rank=rank, world_size=size, timeout=patience)
+    except RuntimeError as e:
+        networks = "GLOO_SOCKET_IFNAME" + " and NCCL_SOCKET_IFNAME" * (accelerator == "cuda")
+        raise Fatal(f"the processes did not find each other's address: {of_gloo(e)}; if none has ended, set {networks}"
+                    " on every machine to its network card, like eth0 (Debian's /etc/hosts gives a machine's name the"
+                    " address 127.0.1.1, where no other finds it)") from None
+    JOINED.append(ranks)
     return ranks
 
 
@@ -4924,6 +5040,7 @@ def main(argv: list[str] | None = None) -> int:
         print("pissa_rwkv: stopped before training began", file=sys.stderr)
         return 130
     except Exception as e:
+        JOINED[-1].tell_failure()
         if not (error := in_one_line(e)):
             raise
     if not is_first():                                                # where all found the same, one line is enough:

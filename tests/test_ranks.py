@@ -178,7 +178,50 @@ def test_a_rank_that_hangs_is_named(place, tmp_path):
     processes[1].kill()
     processes[1].join()
     error = re.findall("^pissa_rwkv: error: .*$", (tmp_path / "out.log").read_text(), re.M)[0]
-    assert re.search("rank 1 stopped, or does not answer .*--resume goes on from what was saved last", error)
+    assert re.search("rank 1 stopped, or does not answer .*; --dist_timeout has to be longer than rank 0 takes to save;"
+                     " --resume goes on from what was saved last", error)
+
+
+def serve(port):
+    """A process that has the store, as rank 0 does."""
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store.set("served", "")
+    time.sleep(100)
+
+
+def test_a_host_that_is_frozen_is_named():
+    """It has the store, which is asked who is lost; its connections stay open, and it answers nothing."""
+    port, names = reliability.free_port(), []
+    host = reliability.server().Process(target=serve, args=(port,))
+    host.start()
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+    store.get("served")
+    os.kill(host.pid, signal.SIGSTOP)
+    ask = P.Ranks(1, 2, store).who_is_lost
+    asking = reliability.threading.Thread(target=lambda: names.append(ask(0.1)), daemon=True)
+    asking.start()
+    asking.join(10)
+    host.kill()
+    assert names == ["rank 1: the host of rank 0 stopped, or does not answer"]
+
+
+def test_only_the_rank_that_failed_is_named():
+    """Not those that wait for a rank that has found out, nor that one, which ends because of it."""
+    store = torch.distributed.TCPStore("127.0.0.1", reliability.free_port(), is_master=True, wait_for_workers=False)
+    ranks, began = [P.Ranks(rank, 4, store) for rank in range(4)], time.monotonic()
+    ranks[2].tell_failure()
+    for rank in (0, 1, 3):
+        assert ranks[rank].who_is_lost() == "rank 2 stopped, with an error of its own"
+        ranks[rank].tell_failure()
+    assert time.monotonic() - began < 4
+
+
+def test_a_rank_says_that_it_fails(place, tmp_path):
+    where, log = reliability.meeting_place(2), tmp_path / "log"
+    argv = [command(place, tmp_path / "out", 2, options) for options in ("", "--vocab_file . --tokenizer world")]
+    ranks = [reliability.start(argv[rank], log, RANK=str(rank), **where) for rank in range(2)]
+    assert [process.join(60) or process.exitcode for process in ranks] == [2, 2]
+    assert "error: rank 1 stopped, with an error of its own (" in log.read_text()
 
 
 def test_a_rank_killed_at_a_random_moment(tmp_path):
@@ -231,6 +274,15 @@ def test_wrong_input_gives_one_line_under_torchrun(options, error, place, tmp_pa
     assert len(errors) == 1 and error in errors[0] and "Traceback" not in log.read_text()
 
 
+def test_machines_that_meet_and_cannot_connect(place, tmp_path):
+    """What helps is the name of a network card, and not --resume."""
+    where, log = reliability.meeting_place(2) | {"GLOO_SOCKET_IFNAME": "nosuch0"}, tmp_path / "log"
+    ranks = [reliability.start(command(place, tmp_path / "out", 2), log, RANK=str(rank), **where) for rank in range(2)]
+    assert [process.join(60) or process.exitcode for process in ranks] == [2, 2]
+    assert "error: the processes did not find each other's address: " in log.read_text()
+    assert "set GLOO_SOCKET_IFNAME on every machine" in log.read_text() and "--resume" not in log.read_text()
+
+
 def test_the_one_before_a_damaged_file_is_taken(alone, place, tmp_path):
     on(place, tmp_path / "out", 2, "--epoch_count 2")
     file = tmp_path / "out" / "resume.pth"
@@ -243,13 +295,46 @@ def test_the_one_before_a_damaged_file_is_taken(alone, place, tmp_path):
     assert curve(tmp_path / "out") == pytest.approx(curve(alone["plain"]), rel=2e-6)
 
 
+class Second(P.Ranks):
+    """The second of two ranks, where rank 0 goes on from resume.1.pth."""
+
+    def each(self, question, own):
+        return ["resume.1.pth", own]
+
+
+def test_other_ranks_read_the_file_that_rank_0_has_looked_at(tmp_path):
+    """And no more of it than they need."""
+    P.save(tmp_path / "resume.pth", {"x": torch.zeros(1)})
+    P.save(tmp_path / "resume.1.pth", {"x": torch.tensor([torch.nan])})
+    path, state, _ = P.newest_of_all(P.Config(proj_dir=str(tmp_path)), Second(1, 2))
+    assert path == tmp_path / "resume.1.pth" and state["x"].isnan()
+
+
 def test_ranks_that_do_not_see_the_same_folder(place, tmp_path):
     on(place, tmp_path / "out", 2, "--epoch_count 1")
     where, log = reliability.meeting_place(2), tmp_path / "log"
     commands = [command(place, tmp_path / name, 2, "--epoch_count 2 --resume") for name in ("out", "elsewhere")]
     ranks = [reliability.start(argv, log, RANK=str(rank), **where) for rank, argv in enumerate(commands)]
     assert [process.join(60) or process.exitcode for process in ranks] == [2, 2]
-    assert "--resume: not all ranks find the same in --proj_dir" in log.read_text()
+    assert re.search("rank 1 differs from rank 0: the step .* is None, not 2; --proj_dir", log.read_text())
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_ranks_that_would_not_train_the_same(others, place, tmp_path):
+    """Another name of the same file is well; another file or option ends all, with a line that names it."""
+    random_model(tmp_path / "base.pth", seed=int(others))
+    lines = (place / "data.jsonl").read_text().splitlines()
+    (tmp_path / "data.jsonl").write_text("".join(line + "\n" for line in lines[others:]))
+    where, log = reliability.meeting_place(2), tmp_path / "log"
+    argv = [command(folder, tmp_path / "out", 2) for folder in (place, tmp_path)]
+    argv[1] += ["--lr_init", "0.5"] if others else []
+    ranks = [reliability.start(argv[rank], log, RANK=str(rank), **where) for rank in range(2)]
+    assert [process.join(60) or process.exitcode for process in ranks] == [2 * others] * 2
+    said = set(re.findall("^pissa_rwkv: error: (.*)$", log.read_text(), re.M))
+    assert len(said) == others
+    if others:
+        found = r"base is \w+, not \w+, data is \w+, not \w+, lr_init is 0.5, not 0.001; give"
+        assert re.match(f"rank 1 differs from rank 0: {found}", said.pop())
 
 
 def test_all_resume_where_one_was_restarted(place, tmp_path):
@@ -260,6 +345,21 @@ def test_all_resume_where_one_was_restarted(place, tmp_path):
              for rank in range(2)]
     assert [process.join(60) or process.exitcode for process in ranks] == [0, 0]
     assert "resumed at step 2 of 4" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("job, resumes", [("the same", True), ("another", False)])
+def test_a_restart_resumes_only_what_its_own_job_has_opened(job, resumes, place, tmp_path, monkeypatch, capsys):
+    """torchrun --max-restarts starts a refused command anew: the run that is in the folder stays as it is."""
+    argv = command(place, tmp_path / "out", 1, "--epoch_count 2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "the same")
+    assert P.main([*argv, "--epoch_count", "1"]) == 0
+    held = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    assert P.main(argv) == 2 and "holds a run already" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert P.main(argv) == (0 if resumes else 2)
+    assert ("resumed at step 2 of 4" in capsys.readouterr().out) == resumes
+    assert ({p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == held) == (not resumes)
 
 
 def test_what_changed_between_runs_is_said(place, tmp_path, capsys):
@@ -387,3 +487,12 @@ def test_a_rank_takes_no_more_private_memory_than_its_tensors_and_the_work_on_a_
             process.start()
         for grown, held in [found.get(timeout=100) for _ in ranks]:
             assert held > 7e7 and grown < held + 4 * matrix           # (3.0 to 3.2, by the machine)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_looking_at_every_number_of_a_file_takes_the_memory_of_a_piece(tmp_path):
+    """A file of 64 MB: all of it at once took 116 more."""
+    P.save(tmp_path / "resume.pth", {"x": torch.zeros(2**24)})
+    sampler = Sampler()
+    assert P.read_described(tmp_path / "resume.pth", "")[0]["x"].shape == (2**24,)
+    assert sampler.growth() < 2**25

@@ -328,12 +328,13 @@ def test_parts_that_would_not_be_saved_again_are_not_taken(command, out, tmp_pat
 
 def test_only_what_a_killed_run_left_is_removed(command, out):
     out.mkdir()
-    mine = [".resume.pth.77.part", ".rwkv-0-merged.pth.5.part", ".resume.1.pth.5.link", ".probe.8.part"]
+    mine = [".resume.pth.77.part", ".rwkv-0-merged.pth.5.part", ".resume.1.pth.5.link", ".probe.8.part",
+            "..opened_by.9.part"]
     others = [".film.mp4.part", ".film.mp4.5.part", "resume.pth.5.part", ".resume.pth.part"]
     for name in mine + others:
         (out / name).touch()
     assert P.main(command("--epoch_steps 1")) == 0
-    assert [(out / name).exists() for name in mine + others] == 4 * [False] + 4 * [True]
+    assert [(out / name).exists() for name in mine + others] == 5 * [False] + 4 * [True]
 
 
 def test_adapters_are_taken_with_the_init_file_beside_them(command, out, tmp_path, capsys):
@@ -366,6 +367,18 @@ def test_resume_says_what_changed(command, capsys):
     assert P.main(command("--epoch_steps 1")) == 0
     assert P.main(command("--epoch_steps 1 --epoch_count 2 --resume")) == 0
     assert "epoch_count 1 -> 2" in capsys.readouterr().out
+
+
+def test_only_ctrl_c_ends_a_run_that_is_asked_to_stop(monkeypatch):
+    """A cluster that sends SIGTERM to every process, and torchrun's agent after it, must not cost what is saved."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with P.Stop() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.asked and not ended
+        signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
 
 
 # ---------------------------------------------------------------------------- going on, part 2: other processes

@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from pissa_rwkv import MOMENTS, ONE_RANK, Buckets, Config, Ranks, ZeroAdamW
+import pissa_rwkv
+from pissa_rwkv import MOMENTS, ONE_RANK, Buckets, Config, Ranks, ZeroAdamW, overlap
 
 # 1,441 numbers: no number of ranks from 2 to 4 divides them, and tensors lie across the ends of slices
 SHAPES = {"a.lora_A": (8, 85), "ln.weight": (23,), "b.weight": (19, 37), "time_decay": (2, 5), "x_r": (1, 1, 25)}
@@ -169,3 +170,37 @@ def test_with_moments_of_8_bits_ranks_go_where_one_goes(stage, runs):
     ranks, sums are rounded in another order: now and then a code is the one beside.)"""
     for rows in runs:
         assert rows["8bit", stage] <= (0 if len(runs) <= 2 else 1e-3)
+
+
+def test_a_gradient_looks_only_at_the_buckets_that_it_is_in(monkeypatch):
+    """A large model on many ranks has hundreds of buckets, and as many parameters."""
+    looked = []
+    monkeypatch.setattr(pissa_rwkv, "overlap", lambda a, b: looked.append(b) or overlap(a, b))
+    monkeypatch.setattr(Buckets, "SIZE", 10)
+    buckets = Buckets(torch.zeros(25), Ranks(0, 8), 8 * 25, eager=False)                  # of 10, 10, 5 numbers each
+    wanted = [[slice(0, 10)], [slice(10, 20)], [slice(20, 25), slice(25, 35), slice(35, 45)], [slice(195, 200)]]
+    for where, parts in zip((slice(0, 10), slice(12, 13), slice(24, 36), slice(199, 200)), wanted, strict=True):
+        buckets.take(where, torch.ones(where.stop - where.start))
+        assert looked == parts
+        looked.clear()
+    assert sum(bucket.missing for bucket in buckets.waiting) == 8 * 25 - (10 + 1 + 12 + 1)
+    assert sum(bucket.sum.sum() for bucket in buckets.waiting) == 10 + 1 + 12 + 1
+
+
+class Counting(Ranks):
+    """Of many ranks the first, which gathers zeros and counts how many at a time."""
+
+    most = 0
+
+    def call(self, collective, *inputs):
+        Counting.most = max(Counting.most, inputs[0].numel())
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_what_is_gathered_to_be_saved_does_not_grow_with_the_ranks(moments, monkeypatch):
+    """A part of the slice of each of 64 ranks at once would be as much as 64 parts."""
+    monkeypatch.setitem(ZeroAdamW.PART, "cpu", 2**15)
+    p = nn.Parameter(torch.zeros(64 * 2000))
+    optimiser = ZeroAdamW([("a.lora_A", p)], Config(moments=moments), ranks=Counting(0, 64))
+    Counting.most = 0
+    assert optimiser.state()["m"].shape == (64 * 2000,) and 2**14 <= Counting.most <= 2**15
