@@ -22,7 +22,7 @@ The file follows a run; a section uses only what stands above it:
      9 files            read and written safely; merging                    read_pth, save, merge
     10 training         the loop, resuming, talking, --dry_run, demo        build, train, generate, main
 
-Names. Parameters are called as in the files of the RWKV world; locals bear the letters of the papers.
+Names. Parameters have the names they have in model files; locals have the papers' letters.
 
     code                    word                                shape           in the papers
     B T C V L               batch, time, width, vocabulary, layers
@@ -158,8 +158,8 @@ def refuse_device(path: str | Path, what: str) -> None:
 
 
 def opt(default: Any, help: str, also: str = "", within: str = "[0,1e9]") -> Any:
-    """One option: default, which says its type too (0 a whole number, 0.0 any), help, one more name it goes by, and the
-    interval in which a number has to be."""
+    """One option: its default, which also gives its type (0 a whole number, 0.0 any), its help, a second name, and the
+    interval that a number must lie in."""
     return field(default=default, metadata={"help": help, "also": also, "within": within})
 
 
@@ -177,8 +177,8 @@ def in_words(interval: str) -> str:
 
 @dataclass
 class Config:
-    """What one run does. Where a help names a default, it stands for the empty string or 0 that is written here: it is
-    taken from the base file, the data or the machine."""
+    """What one run does. Where a help text names a default, that replaces the empty string or 0 written here: it comes
+    from the base file, the data or the machine."""
 
     # the base model
     load_model: str = opt("", "base model, a .pth of RWKV-7, 6 or 5; without one, --peft none pretrains a new model")
@@ -332,7 +332,7 @@ def options_given(argv: list[str]) -> set[str]:
 
 
 def is_text(x: Any) -> bool:
-    """Whether it is a string of whole characters. (Python lets other bytes of a command line pass, as lone surrogates.)
+    """Whether it is a string of whole characters. (Python passes other bytes of a command line on as lone surrogates.)
     """
     try:
         return isinstance(x, str) and x.encode() is not None
@@ -393,7 +393,8 @@ def parse(argv: list[str]) -> Config:
 
 
 def list_of(option: str, words: Sequence[str]) -> Sequence[str]:
-    """Words, also as scripts have them: '["time", "ln"]', or what a shell leaves of that without the outer quotes."""
+    """The words of an option. Scripts also write them as '["time", "ln"]'; without the outer quotes a shell takes some
+    of these away."""
     text = " ".join(words)
     if text[:1] != "[":
         return words
@@ -464,11 +465,11 @@ def in_time(seconds: float, action: Callable[[], str], otherwise: str) -> str:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together, and which of them this is. One alone has nobody to talk to: its collectives
-    do nothing. All have to call the same ones in the same order.
+    """The processes that train together, and which of them this is. Collectives do nothing where there is only one. All
+    ranks must call the same collectives in the same order.
 
-    Which rank is lost is told where a collective fails, as gloo's do. (NCCL's begin and return: if a rank is lost in
-    one of these, its watchdog ends the others after --dist_timeout, in words of its own.)"""
+    A collective of gloo fails when a rank is lost; then an error names that rank. (NCCL's collectives return at once:
+    if a rank is lost during one, NCCL's watchdog ends the others after --dist_timeout, in its own words.)"""
 
     rank: int = 0
     size: int = 1
@@ -524,8 +525,8 @@ class Ranks:
         return x
 
     def totals(self, *numbers: float) -> list[float]:
-        """Each number summed over the ranks, in fp64. On the host, even where there are GPUs: gloo notices at once that
-        a rank is lost, and a step begins with such a sum and has another between backward and what NCCL does."""
+        """Each number summed over the ranks, in fp64, on the host even where there are GPUs: there gloo notices at once
+        that a rank is lost. (A step begins with such a sum, and makes another after backward, before NCCL is used.)"""
         if self.size == 1:
             return [*numbers]
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
@@ -746,7 +747,7 @@ def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None
 
 
 class Linear(nn.Linear):
-    """y = x W^T. Until adapters are put on it, W may lie in the file it came from: then it is fetched to be used."""
+    """y = x W^T. W may still lie in the file it came from until it gets adapters; then each use fetches it."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -759,7 +760,7 @@ class TimeMix(nn.Module):
     """What all versions share: token shift, the WKV memory, a norm per head, the gate, the output projection.
 
     A version adds `project`, which turns tokens into the operator's inputs and the gate, and where it has one
-    `bonus`, which adds to what was read from the memory. What its files hold, four attributes tell.
+    `bonus`, which adds to what was read from the memory. Four attributes say what its files hold.
     """
 
     signature: tuple[str, ...]                                        # parameters that no other version has all of
@@ -1044,7 +1045,7 @@ class Block(nn.Module):
         self.ffn = CHANNEL_MIX[arch.version](arch, layer)
 
     def first_state(self, zeros: BlockState) -> BlockState:
-        """At the beginning of a text: nothing, but for a memory that was learnt."""
+        """The state at the beginning of a text: zeros, or the memory that was learnt."""
         S = self.att.time_state if hasattr(self, "att") else None
         return zeros if S is None else replace(zeros, wkv=S.to(zeros.wkv).expand_as(zeros.wkv))
 
@@ -1114,8 +1115,8 @@ GRAD_CP: dict[str, RunBlock] = {"0": keep_all, "products": keep_products, "1": k
 
 
 class RWKV(nn.Module):
-    """Tokens to hidden states; `head` turns these into logits. Where gradients are wanted, blocks are called through
-    `run_block`."""
+    """Tokens to hidden states; `head` turns these into logits. When gradients are wanted, `run_block` calls the blocks.
+    """
 
     def __init__(self, arch: Arch, wkv: Callable, grad_cp: str = "0"):
         super().__init__()
@@ -1244,7 +1245,7 @@ def check_arch(cfg: Config, arch: Arch) -> None:
 
 
 def check_tensors(model: RWKV, tensors: dict[str, Tensor], path: str) -> None:
-    """A file has to have every key of the model, no other, and every shape."""
+    """A file must have every key of the model and no other, and every shape must fit."""
     wanted = dict(model.named_parameters())
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys() - set(UNUSED)
     if missing or unknown:
@@ -1261,7 +1262,7 @@ def fill(
 ) -> RWKV:
     """Puts a file's tensors into a model built on the meta device.
 
-    The modules named in `in_file` are given theirs as it lies in the file, memory-mapped: that takes no memory.
+    The modules named in `in_file` get theirs memory-mapped, as it lies in the file: that takes no memory.
     """
     check_tensors(model, tensors, path)
     for name, p in progress(list(model.named_parameters()), "loading"):
@@ -1528,8 +1529,8 @@ def top_singular(W: Tensor, rank: int, niter: int, draw: torch.Generator) -> tup
 
 
 class Adapter(nn.Module):
-    """In a matrix's place: W (out,in), frozen, and beside it a few numbers that are trained. In this class there are
-    none: it is how a method holds matrices that it leaves alone.
+    """Replaces a matrix W (out,in): holds it frozen, and beside it a few numbers that are trained. This class has no
+    such numbers: with it a method holds matrices that it leaves alone.
 
     A kind of adapter says what its numbers are and where they start (`shapes`, `start`), what of W is frozen then
     (`residual`), and what they add: to y, the short way (`forward`), and to W, when it is merged (`delta`). For files
@@ -1790,17 +1791,17 @@ def with_time_state(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tupl
 
 
 def to_freeze(model: RWKV, cfg: Config) -> dict[str, Linear]:
-    """Of the adapted matrices those that are frozen: all, or where everything is trained none."""
+    """The adapted matrices that are frozen: all of them, or none where everything is trained."""
     return {} if EVERYTHING in parts_of(cfg) else adapted(model)
 
 
 def left_in_file(model: RWKV, cfg: Config) -> set[str]:
-    """The modules whose weights are not loaded at first, but fetched from the file when they are needed."""
+    """The modules whose weights stay in the file at first and are fetched when they are needed."""
     return {*to_freeze(model, cfg)} | ({"emb"} if cfg.emb_on_cpu else set())
 
 
 def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str) -> Tensor:
-    """One tensor of an adapter file, or a line about what is wrong with it."""
+    """One tensor of an adapter file, of this shape; else an error says what is wrong with it."""
     if name not in tensors:
         raise Fatal(f"{path}: lacks {name}; is it of this model and this --peft?")
     if tensors[name].shape != shape:
@@ -1816,7 +1817,7 @@ def from_file(
 
 
 class Start(NamedTuple):
-    """Of a matrix (out,in): what is taken out of it, and where training starts, both by the names of the parameters."""
+    """For a matrix (out,in): what is taken out of it, and where training starts, both by the parameters' names."""
 
     taken: dict[str, Tensor]
     trained: dict[str, Tensor]
@@ -1876,7 +1877,7 @@ def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: st
 
 
 def freeze(model: RWKV, cfg: Config) -> None:
-    """Of what the model has without adapters, only the parts are trained, and what is the method's own."""
+    """Of the model without adapters only --train_parts is trained, and what is the method's own."""
     method, parts = ADAPTER[cfg.peft], parts_of(cfg)
     for name, p in model.named_parameters():
         p.requires_grad_(method.is_own(name) or any(part in name for part in parts))
@@ -1899,8 +1900,8 @@ def in_memory(model: RWKV, name: str) -> Tensor:
 def starts(
     model: RWKV, names: list[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
 ) -> Iterator[tuple[str, Start]]:
-    """The start of one matrix after another. New ones are shared out: each rank decomposes one in `ranks.size`, and the
-    others are given its numbers. What a matrix draws depends on its name and the seed alone."""
+    """The start of one matrix after another. New ones are shared out: each rank decomposes one matrix in `ranks.size`
+    and sends its numbers to the others. A matrix's random numbers depend on its name and the seed alone."""
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     for name in names:
         check_rank(name, model.get_submodule(name).weight.shape, cfg)
@@ -1934,10 +1935,11 @@ def seeded(name: str, cfg: Config) -> torch.Generator:
 
 @torch.no_grad()
 def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[str, Tensor]) -> Tensor:
-    """One matrix goes to the device, is held as cfg.quant says beside its adapter, and let go. Returns `start_errors`.
+    """Brings one matrix to the device, puts what is left of it, held as cfg.quant says, and its adapter in its place,
+    and lets it go. Returns `start_errors`.
 
-    Numbers are rounded to the compute dtype *before* they are taken out of W: so the parts still sum to W. Only what is
-    left is quantised.
+    The start is rounded to the compute dtype *before* it is taken out of W, so that the parts still sum to W. Only what
+    is left is quantised.
     """
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     W = in_memory(model, name)
@@ -2168,12 +2170,13 @@ BLANK_LINES = r"(?<!\s)\s*\n\s*\n"                                   # with the 
 
 
 def turn(text: str) -> str:
-    """What one says, without blank lines: a conversation has one between turns, where many a program stops."""
+    """What one says, without blank lines: in a conversation a blank line separates turns, and many programs stop there.
+    """
     return re.sub(BLANK_LINES, "\n", text.replace("\r\n", "\n").strip())
 
 
 def conversation(turns: Iterable[tuple[str, str]]) -> str:
-    """Who says what, in the form in which World models were shown conversations."""
+    """Who says what, in the form that conversations have in the World models' training data."""
     return "\n\n".join(f"{who}: {turn(text)}" for who, text in turns)
 
 
@@ -2751,8 +2754,8 @@ def chunk_loss(
 
 
 def truncated(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
-    """A loss for each chunk, to be differentiated before the next is asked for: then it is let go. The states that a
-    chunk begins with are constants to it. Where nothing is learnt, only the states go on."""
+    """A loss for each chunk; the caller differentiates it before it asks for the next, and it is let go. A chunk takes
+    the states it begins with as constants. Of a chunk in which nothing is learnt only the states go on."""
     states = None
     for chunk in chunks:
         with torch.set_grad_enabled(torch.is_grad_enabled() and len(chunk.learnt) > 0):
@@ -2763,8 +2766,8 @@ def truncated(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Ten
 
 
 def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
-    """One loss, whose gradient goes back through all states. What stays of a chunk are the states it began with: the
-    rest is computed again in backward, one chunk at a time, for one more forward pass."""
+    """One loss, whose gradient goes back through all states. Of each chunk only the states it began with are kept;
+    backward computes the rest again, one chunk at a time, at the cost of one more forward pass."""
     total, states = 0.0, None
 
     def again(weight: Tensor, *rest: Any) -> tuple[Tensor, list[BlockState]]:
@@ -2786,18 +2789,18 @@ TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
 
 
 def batch_losses(model: RWKV, batch: Batch, n: int | Tensor, cfg: Config) -> Iterator[Tensor]:
-    """The share that a micro-batch has in the loss of an optimiser step with n learnt tokens, as one or more summands:
-    backward is called on each before the next is asked for. The sum does not depend on the chunks.
+    """A micro-batch's share in the loss of an optimiser step with n learnt tokens, as one or more summands: the caller
+    calls backward on each before it asks for the next. The sum does not depend on the chunks.
 
-    Of a batch that is one chunk, --chunk_grad has nothing to say.
+    --chunk_grad makes no difference to a batch of one chunk.
     """
     chunks = [*batch.chunks(TRAIN_TYPE[cfg.train_type](cfg))]
     return CHUNK_GRAD[cfg.chunk_grad if len(chunks) > 1 else "truncated"](model, chunks, n)
 
 
 def add_gradient(model: RWKV, batch: Batch, n: int | Tensor, loss_scale: float | Tensor, cfg: Config) -> Tensor:
-    """Backward of a micro-batch; the optimiser's hooks take the gradients, times loss_scale. Returns its share in the
-    loss, fp64."""
+    """Forward and backward of a micro-batch; the optimiser's hooks take the gradients, times loss_scale. Returns its
+    share in the loss, fp64."""
     loss = torch.zeros((), dtype=torch.float64, device=model.head.weight.device)
     for share in batch_losses(model, batch, n, cfg):
         if share.requires_grad:
@@ -2807,7 +2810,7 @@ def add_gradient(model: RWKV, batch: Batch, n: int | Tensor, loss_scale: float |
 
 
 def backward_passes(cfg: Config) -> int:
-    """How many an optimiser step makes, at most; their gradients are added."""
+    """The most backward passes that an optimiser step makes; their gradients are added."""
     chunks = -(-cfg.ctx_len // TRAIN_TYPE[cfg.train_type](cfg)) if cfg.chunk_grad == "truncated" else 1
     return cfg.accumulate_grad_batches * chunks
 
@@ -3432,8 +3435,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
 
 
 def make_older(path: Path, older: Path) -> None:
-    """Calls a file `older`, by a second name, so that there always is one called `path`; by a new name, where the disk
-    knows no second ones."""
+    """Gives a file the name `older` besides its own, so that there is always a file called `path`; where the disk knows
+    no second names, renames it."""
     if older.exists() and older.samefile(path):                       # (killed after this, before `path` was renewed)
         return
     link = older.with_name(f".{older.name}.{os.getpid()}.link")
@@ -3699,7 +3702,7 @@ def with_init(cfg: Config) -> Config:
 
 
 def from_whole_model(cfg: Config) -> Config:
-    """Where the files of a method are whole models, going on from one is to take it as the base."""
+    """A method whose files are whole models goes on from one by taking it as the base."""
     file = cfg.adapter_load or (str(Path(cfg.proj_dir) / f"rwkv-{cfg.epoch_begin - 1}.pth") if cfg.epoch_begin else "")
     if not file or not ADAPTER[cfg.peft].whole:
         return cfg
@@ -3746,8 +3749,9 @@ def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str,
 
 
 def compiled(run_block: RunBlock, device: str) -> RunBlock:
-    """`run_block` by torch.compile, if that works here. What lies between two products becomes one kernel, and what
-    backward computes again is fused into it. The first step compiles, and the first whose rows have another length.
+    """`run_block` by torch.compile, if that works here. The operations between two products become one kernel, and what
+    backward computes again is fused into it. The first step compiles, and so does the first with rows of another
+    length.
     """
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
@@ -3771,10 +3775,10 @@ def first_loss(model: RWKV, loader: Loader) -> float:
 def adapt(
     model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool, ranks: Ranks
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Freezes what is not trained and puts adapters on it, new ones or those of an earlier run; writes init_pissa.pth.
-    Returns what describes them, and what the earlier run's file holds.
+    """Freezes what is not trained, puts new adapters or an earlier run's on it, and writes init_pissa.pth. Returns what
+    describes the adapters, and what the earlier run's file holds.
 
-    Prints the loss of one batch with and without: a new start computes what the base computes, but for quantisation.
+    Prints the loss of one batch with and without them: a new start computes what the base does, but for quantisation.
     """
     folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
     init_path, load_path = adapter_files(cfg, resumed)
@@ -3876,7 +3880,7 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
 
 
 def skip(run: Run, loss: float) -> None:
-    """Says which rows gave no finite gradient. In fp16 that is mostly the loss scale's doing: it is halved first."""
+    """Says which rows gave no finite gradient. In fp16 the cause is mostly the loss scale, so that is halved first."""
     if run.loss_scale > 1 and math.isfinite(loss):
         run.loss_scale, run.scaled_at = run.loss_scale / 2, run.step
         say(f"step {run.step}: a gradient overflowed in fp16; skipped, and the loss scale is now {run.loss_scale:g}")
@@ -3891,7 +3895,7 @@ def skip(run: Run, loss: float) -> None:
 
 def train(run: Run) -> bool:
     """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Returns
-    whether it came to its end, and was not asked to stop."""
+    False if it was asked to stop before its end."""
     cfg = run.cfg
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
@@ -3969,9 +3973,9 @@ def saved_after(run: Run, epoch: int) -> bool:
 
 
 def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
-    """Writes an epoch's files: rwkv-<epoch>.pth, fp32 adapters and trained parts or the whole model, and what is
-    merged. They follow from resume.pth, which was written before: a kill between loses nothing. What is there already
-    is replaced, since a run that went back to resume.1.pth makes an epoch again; without `anew` it stays."""
+    """Writes an epoch's files: rwkv-<epoch>.pth (adapters and trained parts in fp32, or the whole model) and what is
+    merged. resume.pth was written before and gives them all again, so a kill between the two loses nothing. A file that
+    is there is replaced, since a run that went back to resume.1.pth makes an epoch again; without `anew` it stays."""
     cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
     masters = run.optimiser.masters() if saved_after(run, epoch) else {}
@@ -4054,10 +4058,11 @@ COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale")         # of a Run
 
 
 def save_resume(run: Run) -> None:
-    """All that a run needs to go on as if it had never stopped. The file before it is kept as resume.1.pth, and so on.
+    """Saves all that a run needs to go on as if it had never stopped. Keeps the file before it as resume.1.pth, and so
+    on.
 
-    To the bit so with the same device, threads, number of ranks, and without --compile: optimiser and random state are
-    in this file, the data follow from `step`, what is frozen from the base and init_pissa.pth.
+    It goes on to the bit with the same device, threads and number of ranks, and without --compile: the optimiser's and
+    the random state are in this file, the data follow from `step`, what is frozen from the base and init_pissa.pth.
     """
     state = run.optimiser.state() | {"rng": run.ranks.collect(torch.get_rng_state()[None])}
     if run.device == "cuda":
@@ -4488,7 +4493,7 @@ class Graphs:
         return loss
 
     def record(self, shape: Any, work: Callable[[], Tensor], model: RWKV) -> None:
-        """Records, which runs nothing. What cannot be recorded is said, once, and runs as ever."""
+        """Records the work, which does not run it. If that fails, says so once; from then on work runs as ever."""
         try:
             self.graphs[shape] = self.captured(work)
         except RuntimeError as e:
@@ -4507,7 +4512,7 @@ class Graphs:
         return graph.replay, loss
 
     def aside(self, work: Callable[[], Tensor]) -> Tensor:
-        """On the stream that is recorded: there autograd accumulates gradients where it first did."""
+        """Runs the work on the stream that is recorded, so that autograd accumulates gradients at the same places."""
         now = torch.cuda.current_stream()
         self.stream.wait_stream(now)
         with torch.cuda.stream(self.stream):
@@ -4555,8 +4560,8 @@ def check_tokens(tokens: list[int], arch: Arch, what: str = "that text") -> None
 def tokens_of(
     model: RWKV, tokens: list[int], past: Past, draw: torch.Generator, top_p: float, temperature: float
 ) -> Iterator[tuple[int, Past]]:
-    """What the model writes after `tokens`, which go on from `past`: token after token without end, each with the past
-    that it was drawn from. Only what is new is read. top_p 0 is greedy."""
+    """Yields what the model writes after `past` and `tokens`, token after token without end, each with the past that it
+    was drawn from. Reads only what is new. top_p 0 is greedy."""
     check_tokens(tokens, model.arch)
     device = model.head.weight.device
     while True:
@@ -4641,8 +4646,8 @@ def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
 
 
 def certain_length(text: bytes) -> int:
-    """Of an answer that is being written, the bytes that surely are its own: whole characters, but no white space at
-    its end, and no line that is another's turn or may become one."""
+    """How many bytes of an answer that is being written are surely its own: whole characters, without white space at
+    the end, and without a line that is or may become another's turn."""
     head, newline, line = text.rpartition(b"\n")
     may_be_turn = newline and any(role.startswith(line) for role in (b"System:", b"User:", b"Assistant:"))
     own = (text[: m.start()] if (m := TURN.search(text)) else head if may_be_turn else text).rstrip()
@@ -4657,7 +4662,7 @@ def answer(
 ) -> Past:
     """Writes the answer as it comes, until the document ends, another turn begins, or Ctrl-C is pressed.
 
-    What the model wrote beyond is not kept: the past returned is that of a document of training data up to here.
+    Drops what the model wrote beyond that: the past it returns is that of a training document up to here.
     """
     turn, text, end, kept = tokenizer.encode(past.unread + chat(question, "").rstrip()), b"", 0, None
     with contextlib.suppress(KeyboardInterrupt):
@@ -4969,7 +4974,7 @@ def demo(cfg: Config) -> None:
 
 
 def demo_merged(run: Run, merged: str) -> None:
-    """The merged file beside the run that it comes from; and some answers of its."""
+    """Compares the merged file with the run it comes from, and prints some of its answers."""
     tensors = read_pth(merged, "--load_model")
     with torch.device("meta"):
         model = RWKV(run.arch, run.model.blocks[0].att.wkv)
@@ -4988,7 +4993,7 @@ def demo_merged(run: Run, merged: str) -> None:
 
 
 def open_streams() -> None:
-    """Those that whoever called has closed lead nowhere."""
+    """Standard streams that the caller has closed lead to nowhere."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -4999,7 +5004,7 @@ LESS_MEMORY = ("a smaller --micro_bsz or --ctx_len, --grad_cp 1, or adapters wit
 
 
 def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
-    """What a user can mend; "" where it is not theirs to mend. less: what helps where memory is full."""
+    """The line for an error that the user can mend; "" for any other. less: what helps when memory is full."""
     if isinstance(e, (Fatal, wkv7_cuda.Misfit)):
         return "--op: " * isinstance(e, wkv7_cuda.Misfit) + " ".join(str(e).split())
     if wkv7_cuda.is_out_of_memory(e):
