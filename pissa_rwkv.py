@@ -440,7 +440,7 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """One line from whichever process it concerns: what one GPU of several lacks slows all down."""
+    """One line from any process, the first or not: where one GPU lacks something, all the others wait for it."""
     say(text) if is_first() else print(f"rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
 
 
@@ -1141,7 +1141,7 @@ class RWKV(nn.Module):
         return self.ln_out(x), after
 
     def first_states(self, B: int, like: Tensor) -> list[BlockState]:
-        """Of B texts that begin."""
+        """The states of B texts at their beginning."""
         zeros = BlockState.zeros(self.arch, B, like)
         return [block.first_state(zeros) for block in self.blocks]
 
@@ -1237,7 +1237,7 @@ def new_arch(cfg: Config) -> Arch:
 
 
 def check_arch(cfg: Config, arch: Arch) -> None:
-    """A flag that contradicts the file is an error that shows both."""
+    """Refuses a flag that contradicts the file, and shows both."""
     for name in ("version", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size", "vocab_size", "pre_ffn", "head_qk"):
         flag, found = getattr(cfg, name), getattr(arch, name)
         if flag and flag != found:
@@ -1454,8 +1454,9 @@ class Quant(NamedTuple):
         return self.read(self.hold(W, dtype), W.shape, dtype)
 
     def merged_as(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """What makes of W what an adapter is merged into. Quantised: the very matrix that training multiplied with, or
-        the adapter would mend errors that are not there. Else fp32: what the compute dtype rounded off comes back."""
+        """Returns what turns W into the matrix that an adapter is merged into. A quantised W: the very matrix that
+        training multiplied with, or the adapter would mend errors that are not there. Else W in fp32: what the compute
+        dtype rounded off comes back."""
         return partial(self.through, dtype=dtype if self.lossy else torch.float32)
 
 
@@ -1564,7 +1565,7 @@ class Adapter(nn.Module):
 
     @staticmethod
     def shapes(shape: torch.Size, cfg: Config) -> dict[str, tuple[int, ...]]:
-        """Of what is trained beside a matrix (out,in)."""
+        """The shapes of what is trained beside a matrix (out,in)."""
         return {}
 
     @staticmethod
@@ -1861,8 +1862,8 @@ def saved_start(W: Tensor, name: str, cfg: Config, init: dict[str, Tensor]) -> S
 
 
 def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: str) -> Tensor:
-    """(3) float64, the squared Frobenius norms of W less what is computed with at first, of W less W itself held
-    like what is frozen, and of W."""
+    """(3) float64, squared Frobenius norms: of what the start is off W by, of what W itself would be off by if it were
+    held like the frozen part, and of W."""
     frozen = adapter.frozen
 
     def lost(held: Tensor) -> Tensor:
@@ -2578,7 +2579,7 @@ class Batch:
         return Batch(*(x.to(device, non_blocking=True) for x in (self.inputs, self.learnt, self.targets)), self.rows)
 
     def filled(self, ctx_len: int) -> Batch:
-        """The same to a model, in one of few shapes: rows end in zeros and `learnt` in positions that are ignored, both
+        """The same batch to a model, in one of few shapes: rows end in zeros and `learnt` in positions that are ignored, both
         up to the next eighth of what there can be."""
         (B, T), M = self.inputs.shape, len(self.learnt)
         longer = eighths(T, ctx_len)
@@ -2928,7 +2929,7 @@ class Numbers:
         self.held = torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32))  # (S)
 
     def read(self, part: slice) -> Tensor:
-        """Those of a part (n), in fp32, to be changed in place and then given to `write`."""
+        """The numbers of a part (n), in fp32, to be changed in place and then given to `write`."""
         return self.held[part]
 
     def write(self, part: slice, x: Tensor) -> None:
@@ -3122,7 +3123,7 @@ class ZeroAdamW:
         p.grad = None
 
     def parts(self, size: int = 0) -> Iterator[slice]:
-        """Of this rank's slice, to be worked on one after the other."""
+        """The parts of this rank's slice, to be worked on one after the other."""
         n = size or self.part
         return (slice(at, min(at + n, self.slice)) for at in range(0, self.slice, n))
 
@@ -3172,7 +3173,7 @@ class ZeroAdamW:
             self.ranks.gather_slices(self.working, self.working[self.own])
 
     def nbytes(self) -> int:
-        """Of all its buffers on this rank, the trained parameters among them."""
+        """Bytes of all its buffers on this rank, the trained parameters among them."""
         return sum(map(allocated, {t.untyped_storage() for t in self.buffers()}))
 
     def buffers(self) -> list[Tensor]:
@@ -3184,7 +3185,7 @@ class ZeroAdamW:
         return f"{len(self.named)} tensors of {self.numbers} numbers ({names.hexdigest()[:8]})"
 
     def whole(self, numbers: Numbers) -> Tensor | None:
-        """For rank 0, those of all ranks, without padding; put together in the host's memory. (All ranks call it.)"""
+        """For rank 0: these numbers of all ranks, without padding, in the host's memory. (All ranks call it.)"""
         if numbers.plain and not self.stage:
             return numbers.held[: self.numbers]
         # From all ranks together no more at a time than a part; of each a multiple of what shares a scale.
@@ -4008,8 +4009,8 @@ LEFTOVER = re.compile(r"\.(probe|\.opened_by|(rwkv|resume|init_pissa|loss_data)\
 
 
 def open_folder(cfg: Config, ranks: Ranks) -> Config:
-    """Rank 0 opens proj_dir. All resume if one was told to, or if torchrun starts anew what had opened the folder; what
-    was refused because the folder holds another run is refused again."""
+    """Rank 0 opens proj_dir. All ranks resume if one was told to, or if torchrun has restarted the job that opened the
+    folder. A job that was refused, because the folder holds another run, is refused again when it is restarted."""
     folder = Path(cfg.proj_dir)
     # torchrun's agent stays when it starts its ranks anew. One of several nodes may have been replaced meanwhile, and
     # each agent counts its restarts for itself: one that only joined again has counted none.
@@ -4025,7 +4026,7 @@ def open_folder(cfg: Config, ranks: Ranks) -> Config:
 
 
 def opened_by(folder: Path) -> set[str]:
-    """The agents under which the last run stood that opened the folder."""
+    """The agents, torchrun's, of the run that opened the folder last."""
     file = folder / OPENED_BY
     return {*file.read_text("utf-8", errors="replace").splitlines()} if file.is_file() else set()
 
@@ -4351,7 +4352,7 @@ def launch(cfg: Config, argv: list[str]) -> None:
 
 
 def check(cfg: Config) -> None:
-    """Everything that is wrong with the options by themselves, before any file is touched."""
+    """Refuses options that are wrong by themselves, before any file is touched."""
     check_choices(cfg)
     for f in fields(cfg):
         value, within = getattr(cfg, f.name), f.metadata["within"]
@@ -4373,7 +4374,7 @@ def check_choices(cfg: Config) -> None:
 
 
 def check_together(cfg: Config) -> None:
-    """Options that are missing, and such as contradict each other."""
+    """Refuses options that contradict each other, or lack another."""
     layer, lossy, everything = ADAPTER[cfg.peft].layer, QUANT[cfg.quant].lossy, EVERYTHING in parts_of(cfg)
     if not cfg.data_file and cfg.data_type != "dummy" and not cfg.chat:
         raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
@@ -4435,7 +4436,7 @@ BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs 
 
 
 def hint_rate(cfg: Config, width: int) -> None:
-    """Of the learning rate: narrow models, as those of a demonstration, bear more."""
+    """Says where a learning rate is unusual for the method. (Narrow models, as a demonstration's, bear more.)"""
     method = ADAPTER[cfg.peft]
     if cfg.lr_init < method.low_lr:
         say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
@@ -4819,7 +4820,7 @@ class Rehearsal:
         self.loading, self.held = self.peak.most, self.peak.live
 
     def memory(self, bsz: int) -> Memory:
-        """With micro-batches of `bsz` rows: of one optimiser step."""
+        """What one optimiser step takes with micro-batches of `bsz` rows."""
         self.run.loader.bsz, self.peak.most = bsz, self.peak.live
         with self.peak:
             train_step(self.run, 0.0)
