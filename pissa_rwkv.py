@@ -2579,7 +2579,7 @@ class Batch:
         return Batch(*(x.to(device, non_blocking=True) for x in (self.inputs, self.learnt, self.targets)), self.rows)
 
     def filled(self, ctx_len: int) -> Batch:
-        """The same batch to a model, in one of few shapes: rows end in zeros and `learnt` in positions that are ignored,
+        """The same batch to a model, in one of few shapes: rows end in zeros, `learnt` in positions that are ignored,
         both up to the next eighth of what there can be."""
         (B, T), M = self.inputs.shape, len(self.learnt)
         longer = eighths(T, ctx_len)
