@@ -3662,7 +3662,7 @@ def build(cfg: Config) -> Run | None:
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
     base = fingerprint(tensors) if tensors else "new"
     if not cfg.dry_run:
-        check_alike(cfg, ranks, base=base, data=loader, held_out=held_out, epoch_steps=epoch_steps)
+        check_alike(cfg, ranks, base=base, data=loader, held_out=held_out, epoch_steps=epoch_steps, dtype=str(dtype))
     arch, tensors = with_time_state(arch, tensors, cfg)
     if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
         with torch.device("meta"):

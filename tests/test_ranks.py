@@ -327,13 +327,14 @@ def test_ranks_that_would_not_train_the_same(others, place, tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(line + "\n" for line in lines[others:]))
     where, log = reliability.meeting_place(2), tmp_path / "log"
     argv = [command(folder, tmp_path / "out", 2) for folder in (place, tmp_path)]
-    argv[1] += ["--lr_init", "0.5"] if others else []
+    argv[1] += ["--lr_init", "0.5", "--precision", "bf16"] if others else []
     ranks = [reliability.start(argv[rank], log, RANK=str(rank), **where) for rank in range(2)]
     assert [process.join(60) or process.exitcode for process in ranks] == [2 * others] * 2
     said = set(re.findall("^pissa_rwkv: error: (.*)$", log.read_text(), re.M))
     assert len(said) == others
     if others:
-        found = r"base is \w+, not \w+, data is \w+, not \w+, lr_init is 0.5, not 0.001; give"
+        found = (r"base is \w+, not \w+, data is \w+, not \w+, dtype is torch.bfloat16, not torch.float32, "
+                 "lr_init is 0.5, not 0.001 and 1 more; give")
         assert re.match(f"rank 1 differs from rank 0: {found}", said.pop())
 
 
