@@ -82,6 +82,7 @@ def test_lists_and_other_names():
     for text in ("""'["time", "ln"]'""", """["time", "ln"]""", """["time","ln"]""", "'[time, ln]'", "time ln"):
         assert parse(f"--train_parts {text}").train_parts == ["time", "ln"]
     assert parse("--train_parts []").train_parts == []
+    assert parse("--train_type state").peft == "state" and parse("--train_type infctx").peft == "pissa"
     assert parse("""--sft_fields '["in put", "out\\u0070ut"]'""").sft_fields == ["in put", "output"]
     assert parse("--lr_init=1e-3 --rank=5") == P.Config(lr_init=1e-3, rank=5)
 
