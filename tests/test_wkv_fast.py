@@ -4,6 +4,7 @@ Oracles: the recurrence in float64 (wkv7_ref) for the error; for how large it ma
 tensors to bf16 and knows nothing of threads, fragments or shared memory.
 """
 
+import ctypes
 import functools
 import itertools
 import re
@@ -17,7 +18,7 @@ from test_wkv_cuda import NVCC, needs_cpp, needs_nvcc, one_torch_thread  # noqa:
 
 import wkv7_cuda
 from pissa_rwkv import load_wkv, wkv7_ref
-from wkv7_cuda import build, chunk, cuda, fast, nvcc, op
+from wkv7_cuda import build, chunk, cuda, cuda_precise, fast, nvcc, op
 
 N, BARS = 64, {"y": 5e-3, "state_T": 5e-3}  # the others, gradients: 1e-2
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 100, 256]
@@ -160,6 +161,13 @@ def test_two_halves_are_the_whole(on_cpu):
 
 
 @needs_cpp
+def test_more_blocks_than_a_launch_may_have_are_refused(library):
+    """Rather than what is left of their number in 32 bits be launched."""
+    code = library.wkv7_fast_forward(2**31, 1, 1, 1, (ctypes.c_void_p * 6)(), *[None] * 6)
+    assert code == 9  # cudaErrorInvalidConfiguration
+
+
+@needs_cpp
 def test_each_barrier_is_needed(tmp_path, monkeypatch):
     """Without one of its barriers it is wrong or depends on the schedule: so such a mistake would be noticed."""
     inputs, grads = problem(100, heads=1)
@@ -205,16 +213,19 @@ def test_as_an_operator(library):
 
 
 @needs_cpp
-def test_what_was_compiled_is_looked_at(library):
-    """cuda.load compares with chunk.py before anything is trained: right kernels pass, wrong ones are refused."""
-    forward, backward = fast.kernels(lambda device: library)
-    precise = chunk.forward, chunk.backward
+def test_what_was_compiled_is_looked_at(library, monkeypatch):
+    """cuda.load compares with chunk.py before anything is trained: right kernels pass, those of each dtype's mode;
+    wrong ones are refused."""
+    asked = []
 
-    def by_dtype(x):  # as in cuda.py
-        return (forward, backward) if x.dtype == torch.bfloat16 else precise
+    def noted(kernel):
+        return lambda r, *rest: asked.append(r.dtype) or kernel(r, *rest)
 
-    op.verify("cuda", lambda r, *rest: by_dtype(r)[0](r, *rest), lambda r, *rest: by_dtype(r)[1](r, *rest),
-                chunk.differs, "cpu")  # fmt: skip
+    monkeypatch.setattr(fast, "library", lambda device: asked.append("fast") or library)
+    monkeypatch.setattr(cuda_precise, "kernels", lambda _: (noted(chunk.forward), noted(chunk.backward)))
+    forward, backward = cuda.kernels()
+    op.verify("cuda", forward, backward, chunk.differs, "cpu")
+    assert asked == [*[torch.float32] * 2, *["fast"] * 2, *[torch.float16] * 2]
 
     def swapped(*arguments):
         dr, dw, dk, dv, da, db, dstate = backward(*arguments)
@@ -223,9 +234,8 @@ def test_what_was_compiled_is_looked_at(library):
     with pytest.raises(build.BuildError, match=r"wrongly on this GPU: in torch.float32 it is off by .*--op chunk"):
         op.verify("cuda", chunk.forward, lambda *x: [2 * d for d in chunk.backward(*x)], chunk.differs, "cpu")
     with pytest.raises(build.BuildError, match=r"in torch.bfloat16 it is off by"):
-        op.verify("cuda", lambda r, *rest: by_dtype(r)[0](r, *rest),
-                    lambda r, *rest: (swapped if r.dtype == torch.bfloat16 else chunk.backward)(r, *rest),
-                    chunk.differs, "cpu")  # fmt: skip
+        op.verify("cuda", forward, lambda r, *rest: (swapped if r.dtype == torch.bfloat16 else backward)(r, *rest),
+                  chunk.differs, "cpu")  # fmt: skip
 
 
 def test_a_gpu_that_takes_no_launch_is_left_to_the_next_operator(monkeypatch, capsys):
@@ -267,7 +277,7 @@ def test_each_dtype_has_its_mode():
     assert not cuda.is_fast(torch.empty(1, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("capability, quick", [((7, 5), False), ((9, 0), True)])
+@pytest.mark.parametrize("capability, quick", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_where_a_gpu_is_its_mode_is_that_of_tensors_without_values(pretend_gpu, capability, quick):
     pretend_gpu(capability)
     assert cuda.is_fast(torch.empty(1, dtype=torch.bfloat16, device="meta")) == quick
