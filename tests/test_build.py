@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -85,6 +86,30 @@ def test_key_covers_source_flags_and_headers(place):
     assert runs(place) == 3
 
 
+def test_key_covers_the_processor_and_the_compilers_version(place, monkeypatch):
+    assert answer(place) == 42
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_cpu", lambda: b"another")
+        assert answer(place) == 42 and runs(place) == 2
+    compiler = place / "compiler"
+    compiler.write_text(compiler.read_text().replace("exec c++", "[ $1 = --version ] && echo newer\nexec c++"))
+    assert answer(place) == 42 and runs(place) == 3
+
+
+def test_a_processor_is_its_instruction_sets(monkeypatch):
+    found = set()
+    for text in ("flags\t\t: fpu sse2\n", "flags\t\t: fpu sse2 avx512f\n", "Features\t: fp asimd\n"):
+        monkeypatch.setattr(Path, "read_bytes", lambda _, text=text: f"model name\t: x\n{text}".encode())
+        found.add(build._cpu())
+    assert len(found) == 3
+
+
+def test_names_that_ninja_would_expand(place):
+    (odd := place / "a $HOME: b").mkdir()
+    (odd / "answer.cpp").write_text('extern "C" int answer() { return 7; }\n')
+    assert build.load("answer", odd / "answer.cpp", str(place / "compiler"), FLAGS).answer() == 7
+
+
 def test_several_processes_build_once(place):
     (place / "slow").touch()
     processes = [start(place) for _ in range(3)]
@@ -141,6 +166,15 @@ def test_library_that_does_not_load_is_built_again(place):
     assert runs(place) == 2
 
 
+def test_a_cache_that_has_the_library_need_not_be_writable(place, capfd):
+    assert answer(place) == 42
+    lock = library(place).with_name("lock")
+    lock.unlink(), lock.mkdir()  # (which cannot be opened to write, not even by root)
+    capfd.readouterr()
+    assert answer(place) == 42 and runs(place) == 1
+    assert capfd.readouterr().err == ""
+
+
 def test_unusable_cache(place, monkeypatch, capfd):
     (place / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place / "file"))
@@ -155,6 +189,18 @@ def test_a_folder_from_which_nothing_can_be_opened(place, monkeypatch, capfd):
     monkeypatch.setattr(build, "_open", lambda path: None if place in path.parents else opened(path))
     assert answer(place) == 42
     assert "noexec" in (said := capfd.readouterr().err) and "TORCH_EXTENSIONS_DIR" in said
+
+
+def test_no_folder_at_all(place, monkeypatch):
+    def full(**_):
+        raise OSError("no space left")
+
+    (place / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place / "file"))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    with pytest.raises(BuildError, match="its cache is unusable .*; nor can a temporary one .no space left") as caught:
+        answer(place)
+    one_line(caught)
 
 
 def test_no_compiler(place):
@@ -193,6 +239,14 @@ def test_the_line_that_says_why_and_what_helps(place, said, wanted):
     assert "--op" not in caught.value.why and caught.value.why.endswith(("compiler", "g++"))
 
 
+def test_compilers_are_asked_to_speak_english(place, monkeypatch):
+    """Else the line that says why would not be found."""
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    (place / "compiler").write_text('#!/bin/sh\n[ $1 = --version ] || { echo "error: in $LC_ALL"; exit 1; }\n')
+    with pytest.raises(BuildError, match="failed: error: in C;"):
+        answer(place)
+
+
 def test_missing_source(place):
     (place / "answer.cpp").unlink()
     with pytest.raises(BuildError, match="answer.cpp") as caught:
@@ -224,8 +278,8 @@ def test_the_compiler_that_the_environment_names(place, monkeypatch):
     cpu.open_library()
     monkeypatch.setenv("CXX", "ccache 'my g++'")
     cpu.open_library()
-    assert [(compiler, flags[:2]) for _, _, compiler, flags, _ in asked] == [
-        ("c++", ["-march=native", "-std=c++17"]), ("ccache", ["my g++", "-march=native"])]
+    assert [(compiler, flags[:2], headers) for _, _, compiler, flags, headers in asked] == [
+        ("c++", ["-march=native", "-std=c++17"], [cpu.HEADER]), ("ccache", ["my g++", "-march=native"], [cpu.HEADER])]
 
 
 def test_nvcc_is_looked_for_where_torch_does(tmp_path, monkeypatch):
