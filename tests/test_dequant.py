@@ -39,7 +39,8 @@ def no_number_in_what_is_not_written():
 
 def parts_of(quant, n, seed=0, size=1.0):
     W = size * torch.randn(1, n, generator=torch.Generator().manual_seed(seed))
-    return P.QUANT[quant].hold(W, torch.float32)
+    parts = P.QUANT[quant].hold(W, torch.float32)
+    return {name: x.clone() for name, x in parts.items()}  # memory that ends where the part does: sanitizers see it
 
 
 def by_kernel(library, quant, parts, shape, dtype):
@@ -109,6 +110,14 @@ def test_parts_that_start_inside_a_16_byte_unit(on_cpu, quant):
     parts = {name: torch.cat([x.view(-1)[:1], x.view(-1)])[1:] for name, x in parts_of(quant, 5000).items()}
     assert parts["codes"].data_ptr() % 16
     check(on_cpu, quant, parts, 5000, torch.float16)
+
+
+@needs_cpp
+@each_code
+def test_parts_with_strides(on_cpu, quant):
+    parts = {name: torch.stack([x, x], -1)[..., 0] for name, x in parts_of(quant, 5000).items()}
+    assert not parts["codes"].is_contiguous()
+    check(on_cpu, quant, parts, 5000, torch.bfloat16)
 
 
 @needs_cpp
@@ -194,6 +203,32 @@ def test_where_the_gpu_takes_no_launch_pytorch_reads(monkeypatch):
     dequant.library_for.cache_clear()
 
 
+def test_a_full_gpu_is_said_and_no_other_reader_taken(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dequant, "open_library", full)
+    dequant.library_for.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        dequant.library_for(torch.device("cpu"), pytest.fail)
+
+
+@each_code
+def test_torch_compile_sees_the_op_wherever_the_parts_are(quant):
+    """Rather than the long program of the plain reader."""
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    parts, shape = parts_of(quant, 24 * 40), torch.Size([24, 40])
+    read = torch.compile(lambda parts: P.QUANT[quant].read(parts, shape, torch.bfloat16), backend=backend)
+    assert torch.equal(read(parts), PLAIN[quant](parts, shape, torch.bfloat16))
+    assert [name for name in called if "read_" in name] == [f"pissa_rwkv.read_{quant}_cuda.default"]
+
+
 @each_code
 def test_off_the_gpu_the_plain_reader_is_called_and_nothing_is_built(quant, monkeypatch):
     monkeypatch.setattr(build, "load", None)
@@ -223,6 +258,10 @@ def test_what_does_not_fit_is_refused_in_one_line(on_cpu):
     with pytest.raises(ValueError, match=r"^int8: scale is .* 100 weights need 2 x torch.float16"):
         by_kernel(on_cpu, "int8", {"codes": torch.zeros(100, dtype=torch.int8), "scale": torch.ones(2)}, (100,),
                   torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^nf4: absmax is 3 x .* 100 weights need 2 x torch.float32"):
+        by_kernel(on_cpu, "nf4", parts | {"absmax": torch.ones(3)}, (100,), torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^nf4: absmax is 2 x torch.float32 on meta; .* need .* on cpu"):
+        by_kernel(None, "nf4", parts | {"absmax": parts["absmax"].to("meta")}, (100,), torch.bfloat16)
     with pytest.raises(ValueError, match=r"^nf4: no torch.float64 is made here, but one of torch.float32, "):
         by_kernel(on_cpu, "nf4", parts, (100,), torch.float64)
 
