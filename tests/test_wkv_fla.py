@@ -14,7 +14,7 @@ from test_wkv import RECURRENCES, error, gpu, make, run
 
 import wkv7_cuda
 from pissa_rwkv import load_wkv
-from wkv7_cuda import fla, wkv6_fla
+from wkv7_cuda import fla, op, wkv6_fla
 
 
 def chunk_rwkv7(r, w, k, v, a, b, *, scale, initial_state, output_final_state, safe_gate, lower_bound, chunk_size):
@@ -89,6 +89,16 @@ def test_arguments_are_checked(recurrence, monkeypatch):
                            (torch.bfloat16, "r is on cpu, not cuda: move it, or use --op chunk")):
         with pytest.raises(wkv7_cuda.Misfit, match=f"{recurrence} fla: {problem}"):
             f(*make(1, 3, 1, dtype=dtype, recurrence=recurrence)[0])
+
+
+def test_it_computes_outside_any_autocast(monkeypatch):
+    monkeypatch.setattr(op, "check", lambda *arguments: None)
+    wkv = fla.operator("wkv7", lambda: torch.is_autocast_enabled("cuda"))
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert torch.is_autocast_enabled("cuda") and not wkv()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def test_its_kernels_never_see_tensors_without_values(monkeypatch):

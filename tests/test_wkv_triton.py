@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from triton_interpreter import INTERPRETED
 
 import wkv7_cuda
 from pissa_rwkv import wkv7_ref
+from wkv7_cuda import chunk, op
 from wkv7_cuda import triton as binding
 
 each_device = pytest.mark.parametrize(
@@ -179,6 +181,25 @@ def test_compiles(arch, dtype, tmp_path, monkeypatch):
                                    capture_output=True, text=True, check=True).stdout  # fmt: skip
             assert dtype != torch.bfloat16 or re.search(r" STACK:0 .* LOCAL:0 ", usage), (name, usage)
         assert dtype != torch.bfloat16 or re.search("mma|mfma", kernel.asm["ptx" if nvidia else "amdgcn"]), name
+
+
+def test_every_launch_says_whether_products_and_sums_are_fused():
+    """Triton's own default differs from version to version."""
+    inputs, dy, dstate = make(1, 40, 1, dtype=torch.bfloat16)
+    forward, backward = binding.kernels(recorder := Recorder())
+    backward(*inputs, forward(*inputs, True)[2], dy, dstate)
+    assert [options["enable_fp_fusion"] for _, _, options in recorder.launches] == [True] * 6
+
+
+def test_what_was_compiled_is_looked_at(pretend_gpu, monkeypatch):
+    pretend_gpu()
+    asked = []
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: None))
+    monkeypatch.setattr("triton.runtime.driver", driver)
+    monkeypatch.setattr(op, "verify", lambda name, *rest, dtypes: asked.append((name, rest[-1], dtypes)))
+    monkeypatch.setattr(op, "register", lambda *_, device, **__: device)  # (once per process: others may have)
+    assert binding.load() == "cuda"
+    assert asked == [("triton", chunk.differs, (torch.bfloat16,))]
 
 
 def test_without_a_gpu(monkeypatch):
