@@ -18,8 +18,9 @@ constexpr int N = 64, SEGMENT = 16, ROWS = 4;
 // About the logarithm of the smallest normal number.
 template <class F> constexpr F LOWEST = sizeof(F) == 4 ? -87 : -708;
 
-// exp(x) for x <= 0; below the smallest normal number it stays there. 2^n e^r with |r| <= ln(2)/2, by Taylor's series to
-// the last bit of F. Branch-free, so that loops over it vectorise, unlike those over std::exp.
+// exp(x) for x <= 0; below the smallest normal number it stays there. 2^n e^r with |r| <= ln(2)/2, the latter by Taylor's
+// series to the last bit of F. So near is the result, too, in float; in double r has the error of a rounded ln(2), n
+// times: as much as if x itself were rounded. Branch-free, so that loops over it vectorise, unlike those over std::exp.
 template <class F> inline F exp_negative(F x) {
     constexpr bool single = sizeof(F) == 4;
     using Int = std::conditional_t<single, std::int32_t, std::int64_t>;
