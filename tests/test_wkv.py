@@ -10,8 +10,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from test_cuda_on_cpu import HERE, SANITIZERS, compile_for_cpu, run_sanitized
+from test_wkv_cuda import needs_cpp
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_interpreter import INTERPRETED
 
@@ -172,6 +175,27 @@ def test_reference_is_the_equation(recurrence, T):
         assert error(x, exact) < 1e-14, name
 
 
+@pytest.mark.parametrize("dtype, bar", [(torch.float32, 4), (torch.float64, 16)])  # cpu.h says why
+@pytest.mark.parametrize("recurrence, kernels", [("wkv7", cpu.kernels), ("wkv6", wkv6_cpu.kernels)])
+def test_decays_to_the_last_bits(recurrence, kernels, dtype, bar):
+    """If nothing is written, the state is its decay after a token, and w's gradient is N times that one's slope. The
+    error counts in spacings of the dtype; of WKV-6, whose decay is steep, in what a spacing of w changes."""
+    w = torch.linspace(-20, {"wkv7": 20, "wkv6": 4}[recurrence], 40 * N, dtype=dtype).view(1, 1, 40, N)
+    x, one = w.numpy().astype(np.longdouble), torch.ones(1, 40, N, N, dtype=dtype)
+    zero, (forward, backward) = torch.zeros_like(w), kernels()
+    inputs = [zero, w, zero, zero, *([zero, zero] if recurrence == "wkv7" else [zero[0, 0]]), one]
+    _, state, saved = forward(*inputs, True)
+    slope = backward(*inputs, saved, zero, one)[1] / N
+    if recurrence == "wkv7":
+        rate, strength = np.exp(np.longdouble(-0.5)) / (1 + np.exp(-x)), 1
+        exact = -rate / (1 + np.exp(x)) * np.exp(-rate)
+    else:
+        rate = np.exp(x)
+        exact, strength = -rate * np.exp(-rate), 1 + rate
+    for found, wanted in ((state[:, None, :, 5], np.exp(-rate)), (slope, exact)):
+        assert (abs(found.numpy() / wanted - 1) / strength).max() < bar * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("T", LENGTHS)
 @cpu_op
 def test_exact_in_float64(op, T):
@@ -249,6 +273,29 @@ def test_outputs_are_fully_written(recurrence, kernels):
     assert not any(x.isnan().any() for x in outputs)
 
 
+@needs_cpp
+def test_sanitizers(tmp_path):
+    """The C++, too, reads and writes what it is given and nothing behind it."""
+    folder = HERE.parent / "wkv7_cuda"
+    libraries = [compile_for_cpu(folder / f"{name}_cpu.cpp", tmp_path, *SANITIZERS) for name in RECURRENCES]
+    script = """
+        import ctypes, sys
+        sys.path[:0] = sys.argv[3:]
+        import torch
+        from wkv7_cuda import cpu, wkv6_cpu
+        for module, path, tokens, heads in ((cpu, sys.argv[1], 6, 0), (wkv6_cpu, sys.argv[2], 4, 1)):
+            cpu.open_library = lambda recurrence: ctypes.CDLL(path)
+            forward, backward = module.kernels()
+            for T in (1, 16, 17):
+                x, dy = [torch.randn(1, T, 1, 64) for _ in range(tokens)], torch.randn(1, T, 1, 64)
+                inputs = [*x, *[torch.randn(1, 64)] * heads, torch.randn(1, 1, 64, 64)]
+                backward(*inputs, forward(*inputs, True)[2], dy, torch.randn(1, 1, 64, 64))
+        print("clean")
+    """
+    run = run_sanitized(script, *libraries, HERE.parent)
+    assert run.stdout == "clean\n", run.stderr
+
+
 @pytest.mark.parametrize("op", OPS[:-1])  # the interpreter has no threads
 def test_same_bits_twice_and_with_any_threads(op):
     case = op.make(2, 50, 3)
@@ -299,6 +346,25 @@ def test_one_gradient_missing(op):
     some = [x.detach() for x in inputs]
     some[-1].requires_grad_()
     assert torch.equal(torch.autograd.grad(f(*some)[1], some[-1], dstate)[0], full[-1])
+
+
+@cpu_op
+def test_no_zeros_as_large_as_what_is_saved(op):
+    """Autograd would make them as the gradient of what is saved, which nobody asks for."""
+    inputs, dy, dstate = op.make(1, 100, 1)
+    outputs, zeros = op.load()(*inputs), []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if "zeros" in str(function):
+                zeros.append(result.numel())
+            return result
+
+    saved = outputs[0].grad_fn.saved_tensors[-1]
+    with Watch():
+        torch.autograd.grad(outputs, inputs, (dy, dstate))
+    assert saved.numel() not in zeros
 
 
 @each_op
@@ -366,6 +432,13 @@ def test_wrong_arguments_are_named_in_one_line(op, index, change, message):
     with pytest.raises(ValueError, match=f"^{op.recurrence} {op.name}: {message}") as caught:
         op.load()(*inputs)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+def test_no_tokens_are_refused(recurrence):
+    (*inputs, state), _, _ = make(1, 9, 2, recurrence=recurrence)
+    with pytest.raises(wkv7_cuda.Misfit, match=r"r has shape \[1, 0, 2, 64\], not that of r, \[B,T,H,N\], all >= 1"):
+        wkv7_cuda.load("chunk", recurrence)(*(x[:, :0] if x.dim() == 4 else x for x in inputs), state)
 
 
 @cpu_op
