@@ -773,9 +773,12 @@ def test_disk_full_from_the_start(place, capfd, file_limit):
     assert [p.name for p in Path("run-never").iterdir()] == [P.OPENED_BY]
 
 
-def test_disk_full_while_merging(place, capfd, file_limit):
+@pytest.mark.parametrize("file, words", [("merged.pth", "size limit"), ("merged.st", os.strerror(errno.EFBIG))])
+def test_disk_full_while_merging(place, capfd, file_limit, file, words):
     file_limit(10_000)
-    check_line(place, capfd, without_limit(lambda: merge.main(shlex.split(MERGE))), "merged.pth|size limit", "merge.py")
+    argv = shlex.split(MERGE.replace("merged.pth", file))
+    check_line(place, capfd, without_limit(lambda: merge.main(argv)), f"{file}|{words}", "merge.py")
+    assert not [*Path().glob("*merged.*")]
 
 
 def test_disk_full_while_logging(place, capfd, file_limit):
