@@ -423,7 +423,7 @@ OPTIONS = [
     ("no rows", "--micro_bsz 0", "--micro_bsz 0|1"),
     ("negative ctx_len", "--ctx_len -3", "--ctx_len -3|1"),
     ("unknown train_type", "--train_type chunks", "--train_type chunks|'infctx'"),
-    ("train_type state without states", "--train_type state --peft lora", "--train_type state|--peft state|--peft lora"),
+    ("train_type state without states", "--train_type state --peft lora", "--train_type state|--peft state|lora"),
     ("products of all chunks", "--train_type infctx --chunk_grad full --grad_cp products", "--grad_cp products|0 or 1"),
     ("compiling a loop", "--compile 1 --op torch", "--compile 1|--op torch|chunk"),
     ("unknown grad_cp", "--grad_cp 2", "--grad_cp 2|'products'|'auto'"),
