@@ -300,10 +300,14 @@ def test_nvcc_is_looked_for_where_torch_does(tmp_path, monkeypatch):
     assert found == tmp_path / "home" / "bin" / "nvcc" and nvcc.of_this_machine(found) == []
     (tmp_path / "home" / "lib").mkdir()
     (tmp_path / "home" / "lib" / "libcudart_static.a").touch()
+    (tmp_path / "path" / "bin" / "g++-12").touch(0o755)
+    runtime = [f"-L{tmp_path / 'home' / 'lib'}"]
+    monkeypatch.setenv("CXX", "ccache g++-12")
+    assert nvcc.of_this_machine(found) == runtime
     monkeypatch.setenv("CXX", "g++-12")
-    assert nvcc.of_this_machine(found) == ["-ccbin", "g++-12", f"-L{tmp_path / 'home' / 'lib'}"]
+    assert nvcc.of_this_machine(found) == ["-ccbin", "g++-12", *runtime]
     monkeypatch.setenv("NVCC_CCBIN", "g++-13")
-    assert nvcc.of_this_machine(found)[:2] == ["-ccbin", "g++-13"]
+    assert nvcc.of_this_machine(found) == runtime
 
 
 def test_processor_refused_by_the_compiler(place, monkeypatch):

@@ -52,9 +52,10 @@ def find_nvcc() -> Path | None:
 
 
 def of_this_machine(nvcc: Path) -> list[str]:
-    """Flags: the C++ compiler that the environment names (nvcc itself reads NVCC_CCBIN), and where pip and conda put
-    the runtime, which nvcc does not know."""
-    compiler = next(filter(None, map(os.environ.get, ("NVCC_CCBIN", "CUDAHOSTCXX", "CXX"))), None)
+    """Flags: the C++ compiler that the environment names, unless by NVCC_CCBIN, which nvcc itself reads, or by several
+    words, which it does not take; and where pip and conda put the runtime, which nvcc does not know."""
+    named = () if "NVCC_CCBIN" in os.environ else (os.environ.get("CUDAHOSTCXX"), os.environ.get("CXX"))
+    compiler = next((name for name in named if name and shutil.which(name)), None)
     elsewhere = nvcc.resolve().parent.parent / "lib"
     there = (elsewhere / "libcudart_static.a").exists()
     return [*(["-ccbin", compiler] if compiler else []), *([f"-L{elsewhere}"] if there else [])]
