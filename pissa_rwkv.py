@@ -353,7 +353,7 @@ def parse(argv: list[str]) -> Config:
     named, unknown = parser().parse_known_args(argv)
     given = asdict(Config()) | vars(named)
     for flag in unknown:
-        known = [*given, *WITHOUT_EFFECT, *(f.metadata["also"] for f in fields(Config))]
+        known = [*given, "fla", *WITHOUT_EFFECT, *(f.metadata["also"] for f in fields(Config))]
         name = flag.lstrip("-").partition("=")[0]
         raise Fatal(f"unknown option {flag}{nearest(name, known, '--')}; --help lists them all")
     if given.pop("fla", False):  # the tutorial's word for it
@@ -667,7 +667,7 @@ def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
             raise Fatal(f"--op {op}: it is made for heads of 64 channels, this model's have {head_size}; take chunk")
         ops = {o: load for o, load in ops.items() if o not in FOR_HEADS_OF_64}
     if not ready:
-        op = "" if op in ("triton", "fla") and device == "cuda" else op
+        op = "" if op in ops and op in ("triton", "fla") and device == "cuda" else op
         ops |= {o: partial(ops[o], ready=False) for o in COUNTED if o in ops}
     if op:
         load = pick(ops, f"--version {version} --op", op)
@@ -2104,6 +2104,8 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
     """Each text becomes a document: its tokens and the 0 that ends it."""
     documents = []
     for text in progress(texts, "tokenising"):
+        if not is_text(text):
+            raise Fatal(f"{path}: text {len(documents) + 1} has half a character: {text[:50]!r}")
         if "\0" in text:
             raise Fatal(f"{path}: text {len(documents) + 1} has the character 0, which ends a document: {text[:50]!r}")
         documents.append(np.array([*tokenizer.encode(text), 0], np.uint32))
@@ -2205,8 +2207,8 @@ def turns_of(row: Any, fields: Sequence[str], where: str) -> list[tuple[str, str
     if not asked:
         said = [message(m, f"{where}: message {i}") for i, m in enumerate(field_of(row, last, list, where), 1)]
         return [(who, text) for who, text in said if text.strip()]
-    question = filter(str.strip, [field_of(row, name, str, where) for name in asked])
-    return [("User", "\n".join(question)), ("Assistant", field_of(row, last, str, where))]
+    question = [field_of(row, name, str, where).strip() for name in asked]
+    return [("User", "\n".join(filter(None, question))), ("Assistant", field_of(row, last, str, where))]
 
 
 def read_jsonl(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
@@ -3672,8 +3674,9 @@ def build(cfg: Config) -> Run | None:
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
     if cfg.dry_run:
         _, state, described = newest(cfg) if cfg.resume else (folder, {}, {})
-        read_adapters(cfg, *adapter_files(cfg, bool(state)), about)   # (which says what does not fit)
-        dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks, described.get("step"))
+        read_adapters(cfg, *adapter_files(cfg, bool(state)), about)   # (which refuses those of another base or --peft)
+        dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks,
+                described["step"] * epoch_steps // described.get("epoch_steps", epoch_steps) if state else None)
         return None
     model = load_model(cfg, arch, tensors, device, dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
@@ -3785,6 +3788,8 @@ def adapt(
     init_path, load_path = adapter_files(cfg, resumed)
     init, load = read_adapters(cfg, init_path, load_path, about)
     compares = not load and not resumed and bool(to_freeze(model, cfg))
+    ranks.agree("adapters", {"adapter_load": fingerprint(load), "adapter_init": fingerprint(init)},
+                "give every rank the same files")
     before = first_loss(model, loader) if compares else 0.0
     take_parts(model, method, load, load_path)
     taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load, ranks)
@@ -4087,8 +4092,9 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     for p in there:
         try:
             state, described = read_described(p, "--resume")
-            if not is_of_earlier_epochs(described, cfg):
-                return p, state, described
+            if is_of_earlier_epochs(described, cfg):
+                break                                                 # as are the older ones
+            return p, state, described
         except Fatal as e:
             if p == there[-1]:
                 raise
@@ -4608,7 +4614,7 @@ def chat_config(cfg: Config, given: set[str]) -> Config:
     if cfg.devices > 1 or of_torchrun("WORLD_SIZE", 1) > 1:
         raise Fatal("--chat is for one process: start it with python, without --devices")
     # No part is trained, so that every matrix is frozen and may be codes; no gradient, so nothing is kept for one.
-    cfg = replace(from_whole_model(cfg), train_parts=(), grad_cp="0")
+    cfg = replace(from_whole_model(cfg), train_parts=(), grad_cp="0", train_type="normal")
     if not cfg.load_model:
         raise Fatal("--load_model is missing: the model that --chat talks to")
     if not cfg.adapter_load:
@@ -4702,7 +4708,7 @@ def talk(cfg: Config, given: set[str]) -> None:
         if question == "/reset":
             past = Past()
         elif re.fullmatch(r"/\w*", question):
-            say(f"{question}: no such command; there are /reset and /exit")
+            print(f"{question}: no such command; there are /reset and /exit", file=sys.stderr)
         elif question:
             try:
                 write("Assistant:")
@@ -4788,8 +4794,8 @@ OTHER = {"cuda": Other(CONTEXT + 2**25, 0.03, "0.53 for CUDA's context and cuBLA
 class Rehearsal:
     """A run without values and without a device: the code of loading, adapting and training, whose bytes are counted.
 
-    For CUDA the operator is `cuda`, whose fake implementation says what it allocates. Not seen is what a kernel of
-    torch takes for itself.
+    For CUDA the operator is `cuda`, whose fake implementation says what it allocates, unless --op or the size of heads
+    asks for another. Not seen is what a kernel of torch takes for itself.
     """
 
     def __init__(self, cfg: Config, arch: Arch, device: str, dtype: torch.dtype, ranks: Ranks = ONE_RANK):
@@ -4896,8 +4902,8 @@ def dry_run(
 
 
 def make_binidx(cfg: Config) -> None:
-    """--make_binidx X.jsonl writes X.bin and X.idx beside it."""
-    prefix = cfg.make_binidx.removesuffix(".jsonl")
+    """--make_binidx X.jsonl, or X.json, writes X.bin and X.idx beside it."""
+    prefix = cfg.make_binidx.removesuffix(".jsonl").removesuffix(".json")
     for file in (prefix + ".bin", prefix + ".idx"):
         if Path(file).exists():
             raise Fatal(f"--make_binidx {cfg.make_binidx}: {file} exists already; move it away first")

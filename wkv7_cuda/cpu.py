@@ -69,7 +69,11 @@ def open_library(recurrence: str = "wkv7") -> ctypes.CDLL:
     """Compiled, by $CXX or else c++, for this very processor, or, where the compiler does not know -march=native, for
     any of its kind."""
     name = f"{recurrence}_cpu"
-    source, (compiler, *words) = Path(__file__).with_name(f"{name}.cpp"), shlex.split(os.environ.get("CXX") or "c++")
+    source = Path(__file__).with_name(f"{name}.cpp")
+    try:
+        compiler, *words = shlex.split(os.environ.get("CXX", "").strip() or "c++")
+    except ValueError as error:
+        raise build.BuildError(f"CXX={os.environ['CXX']}: {error}; set it to a compiler, {build.REMEDY}") from None
     try:
         return build.load(name, source, compiler, [*words, "-march=native", *FLAGS], [HEADER])
     except build.BuildError:
