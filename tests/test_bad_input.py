@@ -154,6 +154,7 @@ def write_corpora():
     }.items():  # fmt: skip
         Path(f"{name}.jsonl").write_bytes(data)
     Path("items.json").write_text('[{"text": "a"}, 5]')
+    Path("half.json").write_text('[{"text": "a \\ud800"}]')
     Path("latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
     Path("empty.txt").touch()
     Path("be16.txt").write_bytes("text".encode("utf-16-be").join([b"\xfe\xff", b""]))
@@ -551,6 +552,7 @@ DATA = [
     ("sft with one field", "--data_file half-sft.jsonl --data_type sft --sft_fields question", "--sft_fields"),
     ("a text with a 0", "--data_file zero.jsonl", "zero.jsonl|text 2|character 0"),
     ("an item that is no row", "--data_file items.json", "items.json|item 2|it is a number"),
+    ("half a character in a list", "--data_file half.json", "half.json|text 1|half a character"),
     ("sft with no field", "--data_file half-sft.jsonl --data_type sft --sft_fields", "--sft_fields"),
     ("a conversation for a text", "--data_file by-tool.jsonl", "by-tool.jsonl|line 1|'text'|m (a list)|--sft_fields"),
     ("a message of a tool", "--data_file by-tool.jsonl --data_type sft --sft_fields m", "line 1|message 2|tool|'gpt'"),

@@ -280,6 +280,13 @@ def test_the_compiler_that_the_environment_names(place, monkeypatch):
     cpu.open_library()
     assert [(compiler, flags[:2], headers) for _, _, compiler, flags, headers in asked] == [
         ("c++", ["-march=native", "-std=c++17"], [cpu.HEADER]), ("ccache", ["my g++", "-march=native"], [cpu.HEADER])]
+    monkeypatch.setenv("CXX", " ")
+    cpu.open_library()
+    assert asked[-1][2] == "c++"
+    monkeypatch.setenv("CXX", "g++ '")
+    with pytest.raises(BuildError, match="CXX=g[+][+] ': .*set it to a compiler") as caught:
+        cpu.open_library()
+    one_line(caught)
 
 
 def test_nvcc_is_looked_for_where_torch_does(tmp_path, monkeypatch):

@@ -632,6 +632,8 @@ def test_a_dry_run_of_a_resumed_run_says_what_is_left(command, out, capsys):
     assert P.main(command("--epoch_steps 2")) == 0
     assert P.main(command("--epoch_steps 2 --epoch_count 3 --resume --dry_run")) == 0
     assert "would make 4 steps of 2 rows" in capsys.readouterr().out
+    assert P.main(command("--epoch_steps 1 --epoch_count 3 --resume --dry_run")) == 0     # one of three is done
+    assert "would make 2 steps of 2 rows" in capsys.readouterr().out
 
 
 def test_auto_merge(command, out, place):
