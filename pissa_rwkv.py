@@ -372,24 +372,30 @@ def parse(argv: list[str]) -> Config:
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name, None) is not None:
             say(f"--{name} has no effect here: {reason}")
-    for option, keys in JSON_OPTIONS.items():
-        values = read_json(option, given[option])
-        if values and option != f"{given['peft']}_config":            # (its load and r would be another method's)
+    for option in JSON_OPTIONS:
+        if option == f"{given['peft']}_config":
+            given |= in_json(option, given)
+        elif read_json(option, given[option]):                        # (its load and r would be another method's)
             say(f"--{option} has no effect with --peft {given['peft']}")
-            continue
-        for key, value in values.items():
-            if key not in keys:
-                raise Fatal(f"--{option}: unknown key {key!r}; it takes {', '.join(keys)}{nearest(key, keys)}")
-            kind = type(given[keys[key]])
-            try:
-                converted = given[keys[key]] if value is None else kind(value)
-                exact = kind is str or not isinstance(value, bool) and float(value or 0) == converted or value is None
-            except (TypeError, ValueError, OverflowError):
-                exact = False
-            if not exact:
-                raise Fatal(f"--{option}: {key} is {value!r}; a value like {given[keys[key]]!r} is wanted")
-            given[keys[key]] = converted
     return Config(**given)
+
+
+def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that are given inside another, with values of their types; what is null there stays as it was."""
+    keys, values = JSON_OPTIONS[option], {}
+    for key, value in read_json(option, given[option]).items():
+        if key not in keys:
+            raise Fatal(f"--{option}: unknown key {key!r}; it takes {', '.join(keys)}{nearest(key, keys)}")
+        usual = given[keys[key]]
+        try:
+            values[keys[key]] = usual if value is None else type(usual)(value)
+            exact = isinstance(usual, str) or value is None or (
+                not isinstance(value, bool) and float(value or 0) == values[keys[key]])
+        except (TypeError, ValueError, OverflowError):
+            exact = False
+        if not exact:
+            raise Fatal(f"--{option}: {key} is {value!r}; a value like {usual!r} is wanted")
+    return values
 
 
 def list_of(option: str, words: Sequence[str]) -> Sequence[str]:
@@ -655,8 +661,8 @@ COUNTED = ("cuda", "cuda_precise", "chunk")                           # their by
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
 
 
-def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = True) -> Callable:
-    """The operator `op` of a version; for op "" the fastest that this machine can build, said in one line.
+def find_wkv(version: str, head_size: int, op: str, device: str, ready: bool = True) -> tuple[str, Callable]:
+    """The operator `op` of a version, and its name; for op "" the fastest that this machine can build.
 
     Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded without being built.
     For triton's and fla's, whose kernels would run all the same, the fastest other one stands in.
@@ -672,19 +678,24 @@ def load_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
     if op:
         load = pick(ops, f"--version {version} --op", op)
         try:
-            return load()
+            return op, load()
         except wkv7_cuda.BuildError as e:
             raise Fatal(f"--op {op}: {e}") from None
     for op in (o for o in FASTEST_FIRST[device] if o in ops):
         try:
-            wkv = ops[op]()
-            if ready:
-                say(f"WKV operator: {op}" + (f" (faster ones are for heads of 64, these have {head_size})"
-                                             if head_size != 64 else ""))
-            return wkv
+            return op, ops[op]()
         except wkv7_cuda.BuildError as e:
             warn(f"no WKV operator {op}: {e.why}; taking the next one, which is slower")
     raise AssertionError("the definition always loads")
+
+
+def load_wkv(version: str, head_size: int, op: str, device: str) -> Callable:
+    """The operator that a run computes with; one that was chosen for it is named in a line."""
+    name, wkv = find_wkv(version, head_size, op, device)
+    if not op:
+        say(f"WKV operator: {name}" + (f" (faster ones are for heads of 64, these have {head_size})"
+                                       if head_size != 64 else ""))
+    return wkv
 
 
 # ======================================================================================================================
@@ -1877,11 +1888,14 @@ def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: st
     return torch.stack([left, plain, W.norm()]).double().square()
 
 
+def is_trained(name: str, cfg: Config) -> bool:
+    """Whether a parameter is: those of --train_parts are, and what is the method's own."""
+    return ADAPTER[cfg.peft].is_own(name) or any(part in name for part in parts_of(cfg))
+
+
 def freeze(model: RWKV, cfg: Config) -> None:
-    """Of the model without adapters only --train_parts is trained, and what is the method's own."""
-    method, parts = ADAPTER[cfg.peft], parts_of(cfg)
     for name, p in model.named_parameters():
-        p.requires_grad_(method.is_own(name) or any(part in name for part in parts))
+        p.requires_grad_(is_trained(name, cfg))
 
 
 def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
@@ -2132,10 +2146,13 @@ def read_text(path: str, encoding: str = "utf-8") -> str:
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """Every line of a JSON-lines file, or every item of a JSON list: where it stands, and its value."""
     text = read_text(path)
-    with contextlib.suppress(ValueError, RecursionError):
-        if text.lstrip().startswith("[") and isinstance(items := json.loads(text), list):
-            yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
-            return
+    if text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise Fatal(f"{path}: begins as a JSON list and is none ({first_line(e)})") from None
+        yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
+        return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -3645,8 +3662,24 @@ class Run:
         return Path(self.cfg.proj_dir)
 
 
-def build(cfg: Config) -> Run | None:
-    """Reads, checks and loads all that a run needs, cheap things first; None after a --dry_run."""
+class Plan(NamedTuple):
+    """What is settled of a run before any weight is loaded."""
+
+    cfg: Config
+    ranks: Ranks
+    device: str
+    dtype: torch.dtype                                                # of computing
+    arch: Arch
+    tensors: dict[str, Tensor]                                        # the base's, in their file; none of a new model
+    tokenizer: ByteTokenizer
+    loader: Loader
+    held_out: Loader | None
+    epoch_steps: int
+    about: dict[str, Any]
+
+
+def prepare(cfg: Config) -> Plan:
+    """Reads and checks all that a run needs, cheap things first."""
     cfg = from_whole_model(with_init(cfg))
     check(cfg)
     cfg, ranks, device, dtype = setup(cfg)
@@ -3656,7 +3689,6 @@ def build(cfg: Config) -> Run | None:
     hint_rate(cfg, arch.n_embd)
     if arch.head_qk and cfg.train_type == "infctx":
         raise Fatal("--train_type infctx: this model has head_qk, which looks back at a whole row; leave the flag out")
-    folder = Path(cfg.proj_dir)
     cfg = cfg if cfg.dry_run else open_folder(cfg, ranks)
     tokenizer = load_tokenizer(cfg, arch.vocab_size) if needs_tokenizer(cfg) else ByteTokenizer(arch.vocab_size)
     check_tokens(tokenizer.encode(cfg.sample_prompt), arch, f"--sample_prompt {cfg.sample_prompt}")
@@ -3667,22 +3699,27 @@ def build(cfg: Config) -> Run | None:
         check_alike(cfg, ranks, base=base, data=loader, held_out=held_out, epoch_steps=epoch_steps, dtype=str(dtype))
     arch, tensors = with_time_state(arch, tensors, cfg)
     if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
-        with torch.device("meta"):
-            check_tensors(RWKV(arch, RECURRENCE[arch.version][1]), tensors, cfg.load_model)
+        check_tensors(without_values(arch), tensors, cfg.load_model)
     if cfg.grad_cp == "auto":
         cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
-    if cfg.dry_run:
-        _, state, described = newest(cfg) if cfg.resume else (folder, {}, {})
-        read_adapters(cfg, *adapter_files(cfg, bool(state)), about)   # (which refuses those of another base or --peft)
-        dry_run(cfg, arch, loader, epoch_steps, device, dtype, ranks,
-                described["step"] * epoch_steps // described.get("epoch_steps", epoch_steps) if state else None)
-        return None
+    return Plan(cfg, ranks, device, dtype, arch, tensors, tokenizer, loader, held_out, epoch_steps, about)
+
+
+def without_values(arch: Arch) -> RWKV:
+    """A model that has names and shapes alone."""
+    with torch.device("meta"):
+        return RWKV(arch, RECURRENCE[arch.version][1])
+
+
+def build(cfg: Config) -> Run:
+    """A run at its first step, or where it stopped."""
+    cfg, ranks, device, dtype, arch, tensors, tokenizer, loader, held_out, epoch_steps, about = prepare(cfg)
     model = load_model(cfg, arch, tensors, device, dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
-    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (folder, {}, {})
+    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (Path(cfg.proj_dir), {}, {})
     ranks.agree("resume", {"the step in resume.pth": described.get("step")},
-                f"--proj_dir {folder} must lie on a disk that all see")
+                f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
     about_adapters, exact = adapt(model, cfg, loader, about, bool(state), ranks)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
@@ -3784,26 +3821,22 @@ def adapt(
 
     Prints the loss of one batch with and without them: a new start computes what the base does, but for quantisation.
     """
-    folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
-    init_path, load_path = adapter_files(cfg, resumed)
-    init, load = read_adapters(cfg, init_path, load_path, about)
+    cfg, method = begun_from(cfg, resumed), ADAPTER[cfg.peft]
+    init, load = read_adapters(cfg, about)
     compares = not load and not resumed and bool(to_freeze(model, cfg))
     ranks.agree("adapters", {"adapter_load": fingerprint(load), "adapter_init": fingerprint(init)},
                 "give every rank the same files")
+    check_adapters(model, cfg, init, load)
     before = first_loss(model, loader) if compares else 0.0
-    take_parts(model, method, load, load_path)
-    taken = add_adapters(model, replace(cfg, adapter_init=init_path, adapter_load=load_path), init, load, ranks)
-    lost = [name for name, p in model.named_parameters() if name in load and not p.requires_grad]
-    if lost:                                                          # (a file holds what is trained, and no more)
-        raise Fatal(f"{load_path}: holds {some(lost)}, which --train_parts {' '.join(cfg.train_parts)} does not train"
-                    " and so would not save; name them too, or merge first and adapt the merged model")
+    take_parts(model, load)
+    taken = add_adapters(model, cfg, init, load, ranks)
     if compares:
         say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, loader):.6f}")
     about_adapters = method.layer.describe(cfg)
     about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
     if taken:
         about_adapters |= {"init": fingerprint(taken)}
-        own = folder / "init_pissa.pth"
+        own = Path(cfg.proj_dir) / "init_pissa.pth"
         there = read_described(own, "pissa_init")[1] if ranks.rank == 0 and own.exists() else {}
         if ranks.rank == 0 and there.get("init") != about_adapters["init"]:
             if there and cfg.epoch_begin:
@@ -3813,20 +3846,20 @@ def adapt(
     return about_adapters, load
 
 
-def adapter_files(cfg: Config, resumed: bool) -> tuple[str, str]:
-    """The init_pissa.pth and the rwkv-<N>.pth that a run begins with, or "". (A resumed one has resume.pth for it.)"""
+def begun_from(cfg: Config, resumed: bool) -> Config:
+    """The options, with the init_pissa.pth and the rwkv-<N>.pth that the run begins with. (A resumed one has resume.pth
+    for the latter.)"""
     folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
     if not resumed and (cfg.adapter_load or not cfg.epoch_begin):
-        return cfg.adapter_init, cfg.adapter_load
-    init_path = str(folder / "init_pissa.pth") if method.layer.taken else ""
-    return init_path, "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
+        return cfg
+    init = str(folder / "init_pissa.pth") if method.layer.taken else ""
+    load = "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
+    return replace(cfg, adapter_init=init, adapter_load=load)
 
 
-def read_adapters(
-    cfg: Config, init_path: str, load_path: str, about: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """init_pissa.pth and rwkv-<N>.pth of an earlier run, or nothing; both have to be of this base and of this --peft.
-    """
+def read_adapters(cfg: Config, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What --adapter_init and --adapter_load name, if anything; both have to be of this base and of this --peft."""
+    init_path, load_path = cfg.adapter_init, cfg.adapter_load
     init, about_init = read_described(init_path, "--adapter_init (pissa_init)") if init_path else ({}, {})
     load, about_load = read_described(load_path, "--adapter_load") if load_path else ({}, {})
     for path, found in ((init_path, about_init), (load_path, about_load)):
@@ -3839,19 +3872,34 @@ def read_adapters(
     return init, load
 
 
-def take_parts(model: RWKV, method: Method, load: dict[str, Tensor], path: str) -> None:
-    """Takes from a file the parameters that the model has already, a time_state too; adapters come later."""
-    parameters = dict(model.named_parameters())
+def check_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor]) -> None:
+    """Adapter files have to hold the numbers of every adapter, in their shapes, and nothing that is not trained."""
+    method, parameters = ADAPTER[cfg.peft], dict(model.named_parameters())
     for name, t in load.items():
-        part = parameters.get(name)
-        if part is None and method.is_own(name):
-            continue
-        if part is None or part.numel() != t.numel():
-            raise Fatal(f"{path}: {name} does not fit this model; is it of this --peft?")
-        part.data.copy_(t.view(part.shape))
+        fits = t.numel() == parameters[name].numel() if name in parameters else method.is_own(name)
+        if not fits:
+            raise Fatal(f"{cfg.adapter_load}: {name} does not fit this model; is it of this --peft?")
     missing = [name for name in parameters if load and method.is_own(name) and name not in load]
     if missing:
-        raise Fatal(f"{path}: lacks {some(missing)}; is it of this --peft?")
+        raise Fatal(f"{cfg.adapter_load}: lacks {some(missing)}; is it of this --peft?")
+    for name, matrix in to_freeze(model, cfg).items() if init or load else ():
+        check_rank(name, matrix.weight.shape, cfg)
+        for x, shape in method.layer.shapes(matrix.weight.shape, cfg).items():
+            if init and x in method.layer.taken:
+                entry(init, f"{name}.init_{x}", shape, cfg.adapter_init)
+            if load:
+                entry(load, f"{name}.{x}", shape, cfg.adapter_load)
+    lost = [name for name in load if not is_trained(name, cfg)]
+    if lost and not cfg.chat:                                         # (which saves nothing)
+        raise Fatal(f"{cfg.adapter_load}: holds {some(lost)}, which --train_parts {' '.join(cfg.train_parts)} does not"
+                    " train and so would not save; name them too, or merge first and adapt the merged model")
+
+
+def take_parts(model: RWKV, load: dict[str, Tensor]) -> None:
+    """Takes from a file the parameters that the model has already, a time_state too; adapters come later."""
+    for name, p in model.named_parameters():
+        if name in load:
+            p.data.copy_(load[name].view(p.shape))
 
 
 def train_step(run: Run, lr: float) -> dict[str, Any]:
@@ -3899,9 +3947,9 @@ def skip(run: Run, loss: float) -> None:
                     " saved before is good; lower --lr_init, or look at those rows")
 
 
-def train(run: Run) -> bool:
+def train(run: Run) -> int:
     """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Returns
-    False if it was asked to stop before its end."""
+    the signal that stopped it before its end, or 0."""
     cfg = run.cfg
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
@@ -3932,9 +3980,9 @@ def train(run: Run) -> bool:
         if run.step < run.steps:
             save_resume(run)
             say(f"stopped before step {run.step}; --resume goes on from here")
-            return False
+            return stop.asked or signal.SIGTERM                       # (of another rank)
     say(f"done: {run.folder}")
-    return True
+    return 0
 
 
 def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
@@ -4157,14 +4205,14 @@ class Stop:
     never does: where all processes of a job get it, torchrun's agent sends it to its ranks once more.)"""
 
     def __enter__(self) -> Stop:
-        self.asked = False
+        self.asked = 0                                                # the signal
         self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def handle(self, number: int, frame: Any) -> None:
         if self.asked and number == signal.SIGINT:
             os._exit(128 + number)
-        self.asked = True
+        self.asked = number
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.old.items():
@@ -4644,10 +4692,11 @@ def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
     check_arch(cfg, arch)
     tokenizer = load_tokenizer(cfg, arch.vocab_size)
     about = {"version": arch.version, "base": fingerprint(tensors)}
-    init, load = read_adapters(cfg, cfg.adapter_init, cfg.adapter_load, about)
+    init, load = read_adapters(cfg, about)
     arch, tensors = with_time_state(arch, tensors, cfg)
     model = load_model(cfg, arch, tensors, device, dtype)
-    take_parts(model, ADAPTER[cfg.peft], load, cfg.adapter_load)
+    check_adapters(model, cfg, init, load)
+    take_parts(model, load)
     add_adapters(model, cfg, init, load, ranks)
     return model.eval(), tokenizer
 
@@ -4799,8 +4848,9 @@ class Rehearsal:
     """
 
     def __init__(self, cfg: Config, arch: Arch, device: str, dtype: torch.dtype, ranks: Ranks = ONE_RANK):
+        self.op, wkv = find_wkv(arch.version, arch.head_size, cfg.op, device, ready=False)
         with torch.device("meta"):
-            model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device, ready=False), cfg.grad_cp)
+            model = RWKV(arch, wkv, cfg.grad_cp)
             tensors = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
         own = ADAPTER[cfg.peft].is_own
         self.device, self.base_parameters = device, sum(t.numel() for name, t in tensors.items() if not own(name))
@@ -4874,28 +4924,42 @@ def what_fits(cfg: Config, arch: Arch, bsz: int, device: str, dtype: torch.dtype
     return chosen
 
 
-def dry_run(
-    cfg: Config, arch: Arch, loader: Loader, epoch_steps: int, device: str, dtype: torch.dtype,
-    ranks: Ranks = ONE_RANK, resumed_at: int | None = None,
-) -> None:
+def begins_at(plan: Plan) -> int:
+    """The step that a run would begin with; an error, where it would find that what it goes on from does not fit."""
+    cfg, first = plan.cfg, plan.cfg.epoch_begin * plan.epoch_steps
+    _, state, described = newest(cfg) if cfg.resume else (None, {}, {})
+    its = begun_from(cfg, bool(state))
+    check_adapters(without_values(plan.arch), its, *read_adapters(its, plan.about))
+    return described["step"] * plan.epoch_steps // described.get("epoch_steps", plan.epoch_steps) if state else first
+
+
+def dry_run(plan: Plan) -> None:
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded."""
-    rehearsal = Rehearsal(cfg, arch, device, dtype, ranks)
+    cfg, ranks, device, loader, GB = plan.cfg, plan.ranks, plan.device, plan.loader, 1e9
+    first, last = begins_at(plan), (cfg.epoch_begin + cfg.epoch_count) * plan.epoch_steps
+    rehearsal = Rehearsal(cfg, plan.arch, device, plan.dtype, ranks)
     learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
     adapters = sum(n for name, n in learning.items() if ADAPTER[cfg.peft].is_own(name))
-    rows, GB = loader.bsz * cfg.accumulate_grad_batches * ranks.size, 1e9
-    first, last = cfg.epoch_begin * epoch_steps, (cfg.epoch_begin + cfg.epoch_count) * epoch_steps
-    steps, m = max(0, last - (first if resumed_at is None else resumed_at)), rehearsal.memory(loader.bsz)
     learnt, parts = sum(learning.values()), " ".join(parts_of(cfg)) or "the model"
-    where = f"each of {ranks.size} devices" if ranks.size > 1 else f"the {device}"
+    rows, steps = loader.bsz * cfg.accumulate_grad_batches * ranks.size, max(0, last - first)
+    m, where = rehearsal.memory(loader.bsz), f"each of {ranks.size} devices" if ranks.size > 1 else f"the {device}"
     say(f"would train {learnt:,} of {rehearsal.base_parameters + adapters:,} parameters: {adapters:,} in adapters,"
         f" {learnt - adapters:,} in {parts}\n"
         f"would make {steps:,} steps of {rows} rows: at most {steps * rows * cfg.ctx_len:,} tokens\n"
         f"would hold {m.total / GB:.2f} GB on {where}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f}"
         f" adapters and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f}"
         f" other ({OTHER[device].what}); {(m.loading + m.other) / GB:.2f} while it is loaded"
-        + (", with --op cuda (chunk takes more: give --op)" if device == "cuda" and not cfg.op else ""))
+        + counted_with(cfg, device, rehearsal.op))
     if room := room_of(cfg, device):
         say(f"of {room / GB:.1f} GB: the largest --micro_bsz that fits is {rehearsal.largest_bsz(room)}")
+
+
+def counted_with(cfg: Config, device: str, op: str) -> str:
+    """Where a GPU's operator is not the one that was asked for, which."""
+    if device != "cuda" or op == cfg.op:
+        return ""
+    why = f"{cfg.op}'s own bytes are not known" if cfg.op else "chunk takes more: give --op" if op == "cuda" else ""
+    return f", with --op {op}" + f" ({why})" * bool(why)
 
 
 # ------------------------------------------------------------------------ text into tokens, once for all: --make_binidx
@@ -4940,8 +5004,9 @@ def exact_match(model: RWKV, loader: Loader, device: str) -> float:
 OF_THE_DEMO = ("proj_dir", "accelerator", "precision", "op", "random_seed")  # the options it leaves to the user
 
 
-def demo(cfg: Config) -> None:
-    """Pretrains a base on one family of questions, adapts it to another with PiSSA and with LoRA, merges, reopens."""
+def demo(cfg: Config) -> int:
+    """Pretrains a base on one family of questions, adapts it to another with PiSSA and with LoRA, merges, reopens.
+    Returns what `train` does."""
     folder = Path(cfg.proj_dir)
     if of_torchrun("WORLD_SIZE", 1) > 1:
         raise Fatal("the demonstration is for one process; with --load_model and --data_file there may be several")
@@ -4953,8 +5018,8 @@ def demo(cfg: Config) -> None:
     base = replace(common, peft="none", n_layer=2, n_embd=128, data_file="base", epoch_steps=300, warmup_steps=20,
                    lr_init=3e-3, lr_final=1.5e-4, proj_dir=str(folder / "base"))
     run = build(base)
-    if not train(run):
-        return
+    if stopped := train(run):
+        return stopped
     say(f"   exact answers to held-out questions: {exact_match(run.model, run.held_out, run.device):.1%}")
     file, results = str(folder / "base" / "rwkv-0.pth"), {}
     for number, peft, more in ((2, "pissa", dict(auto_merge=True)), (3, "lora", dict(lora_alpha=8.0))):
@@ -4962,8 +5027,8 @@ def demo(cfg: Config) -> None:
         run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5,
                             lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), **more))
         before = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
-        if not train(run):
-            return
+        if stopped := train(run):
+            return stopped
         after = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
         results[peft] = before, after, run
     before, _, run = results["pissa"]
@@ -4978,6 +5043,7 @@ def demo(cfg: Config) -> None:
         "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge\n"
         "Or ask questions like these yourself (it knows single ones: type /reset between two):\n"
         f"   python pissa_rwkv.py --chat --load_model {merged}")
+    return 0
 
 
 def demo_merged(run: Run, merged: str) -> None:
@@ -5024,7 +5090,8 @@ def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, or 2 after one line about what the user can mend."""
+    """The command line. Returns the exit status: 0; 2 after one line about what the user can mend; 128 and a signal's
+    number where that stopped it, so that what waits for the end of a job, or starts it again, knows."""
     argv = sys.argv[1:] if argv is None else argv
     open_streams()
     try:
@@ -5037,17 +5104,15 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if cfg.make_binidx or cfg.dry_run:                            # what one process does alone
             if is_first():
-                make_binidx(cfg) if cfg.make_binidx else build(cfg)
+                make_binidx(cfg) if cfg.make_binidx else dry_run(prepare(cfg))
             return 0
         if cfg.devices > 1 and "WORLD_SIZE" not in os.environ:
             launch(cfg, argv)
-        if replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config():
-            demo(cfg)
-        else:
-            train(build(cfg))
+        without_options = replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config()
+        stopped = demo(cfg) if without_options else train(build(cfg))
         if dist.is_initialized():
             dist.destroy_process_group()
-        return 0
+        return 128 + stopped if stopped else 0
     except KeyboardInterrupt:
         print("pissa_rwkv: stopped before training began", file=sys.stderr)
         return 130

@@ -154,6 +154,7 @@ def write_corpora():
     }.items():  # fmt: skip
         Path(f"{name}.jsonl").write_bytes(data)
     Path("items.json").write_text('[{"text": "a"}, 5]')
+    Path("typo.json").write_text('[{"text": "a"},\n {"text": "b"\n]')
     Path("half.json").write_text('[{"text": "a \\ud800"}]')
     Path("latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
     Path("empty.txt").touch()
@@ -542,7 +543,7 @@ DATA = [
     ("not UTF-8", "--data_file latin1.jsonl", "latin1.jsonl|UTF-8|13"),
     ("text that is not UTF-8", "--data_file latin1.txt", "latin1.txt|UTF-8"),
     ("half a surrogate pair", "--data_file surrogate.jsonl", "surrogate.jsonl"),
-    ("100,000 brackets", "--data_file deep.jsonl", "deep.jsonl|line 1"),
+    ("100,000 brackets", "--data_file deep.jsonl", "deep.jsonl|JSON list"),
     ("an empty file", "--data_file nothing.jsonl", "nothing.jsonl|no text"),
     ("blank lines only", "--data_file blank.jsonl", "blank.jsonl|no text"),
     ("an empty text", "--data_file empty.txt", "empty.txt|no text"),
@@ -551,6 +552,7 @@ DATA = [
     ("sft without answers", "--data_file half-sft.jsonl --data_type sft", "half-sft.jsonl|line 1|'answer'"),
     ("sft with one field", "--data_file half-sft.jsonl --data_type sft --sft_fields question", "--sft_fields"),
     ("a text with a 0", "--data_file zero.jsonl", "zero.jsonl|text 2|character 0"),
+    ("a list with a typo", "--data_file typo.json", "typo.json|JSON list|line 3 column 1"),
     ("an item that is no row", "--data_file items.json", "items.json|item 2|it is a number"),
     ("half a character in a list", "--data_file half.json", "half.json|text 1|half a character"),
     ("sft with no field", "--data_file half-sft.jsonl --data_type sft --sft_fields", "--sft_fields"),
@@ -604,6 +606,8 @@ RESULTS = [
     ("adapters of another base", f"--load_model another.pth {LOAD} --adapter_init run/init_pissa.pth", "run/|base"),
     ("dry run with these", f"--dry_run --load_model another.pth {LOAD} --adapter_init run/init_pissa.pth", "run/|base"),
     ("dry run with another --peft", f"--dry_run --peft lora {LOAD}", "run/rwkv-0.pth|peft pissa|lora"),
+    ("dry run of another rank", f"--dry_run {LOAD} --adapter_init run/init_pissa.pth --rank 8", "run/|[8, 64]|--rank"),
+    ("dry run of fewer parts", f"--dry_run {LOAD} --adapter_init run/init_pissa.pth --train_parts time", "holds |ln_x"),
     ("adapters of another init", f"{LOAD} --adapter_init run-seed/init_pissa.pth", "run-seed/init_pissa.pth|init"),
     ("resume with another quant", "--proj_dir run --resume --quant nf4", "run/init_pissa.pth|quant none|nf4"),
     ("resume with another precision", "--proj_dir run --resume --precision bf16", "run/resume.pth|dtype|bfloat16"),

@@ -75,7 +75,7 @@ def test_wkv7_precise(compiled, dtype):
                         inputs, grads)  # fmt: skip
 
 
-@pytest.mark.parametrize("plan, dtype", zip(test_wkv6_cuda.PLANS, DTYPES, strict=True))
+@pytest.mark.parametrize("plan, dtype", [*zip(test_wkv6_cuda.PLANS, DTYPES, strict=True)])
 def test_wkv6(compiled, plan, dtype):
     library = wkv6_cuda.bind(compiled(wkv6_cuda.SOURCE))
     inputs, grads = test_wkv6_cuda.problem(70, dtype)

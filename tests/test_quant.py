@@ -452,17 +452,15 @@ def test_merging_with_another_quantisation_is_refused(change, words, place, caps
 
 
 @pytest.mark.parametrize("quant", P.QUANT)
-def test_dry_run_counts_what_a_matrix_is_held_as(quant, capsys):
+def test_dry_run_counts_what_a_matrix_is_held_as(quant):
     """Of a model of 0.9 billion parameters, 12 layers of width 2048, from shapes alone."""
     cfg = P.Config(data_type="dummy", data_file="base", ctx_len=64, micro_bsz=1, n_layer=12, n_embd=2048, quant=quant,
                    vocab_size=65536, tokenizer="byte")
-    tokenizer = P.load_tokenizer(cfg, 65536)
-    loader = P.Loader(P.read_corpus(cfg, cfg.data_file, tokenizer), tokenizer, cfg)
     with torch.device("meta"):
         model = P.RWKV(P.new_arch(cfg), P.wkv7_ref)
     rest = sum(p.numel() for p in model.parameters()) - 12 * 12 * 2048**2
     trained = sum(p.numel() for name, p in model.named_parameters() if "ln" in name)
-    P.dry_run(cfg, P.new_arch(cfg), loader, 1, "cuda", torch.bfloat16)
+    memory = P.Rehearsal(cfg, P.new_arch(cfg), "cuda", torch.bfloat16).memory(1)
     a_weight = {"none": 2, "int8": 1 + 2 / 64, "nf4": 0.5 + 4 / 64, "nf4dq": 0.5 + 1 / 64 + 4 / 16384}[quant]
     wanted = 12 * 12 * 2048**2 * a_weight + 2 * (rest - trained)
-    assert float(re.search(r"([\d.]+) weights", capsys.readouterr().out)[1]) == pytest.approx(wanted / 1e9, abs=0.006)
+    assert memory.weights / 1e9 == pytest.approx(wanted / 1e9, abs=0.006)

@@ -1,6 +1,7 @@
 """Memory as it is predicted: beside the allocator's own count, the published numbers of parameters, and arithmetic."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -136,7 +137,18 @@ def test_dry_run_for_a_card_that_is_not_here(tmp_path, capsys):
     assert P.main(["--load_model", str(path), *words.split()]) == 0
     said = capsys.readouterr().out
     assert re.search(r"would hold 0\.5\d GB on the cuda", said)
+    assert said.splitlines()[-2].endswith(", with --op cuda (chunk takes more: give --op)")
     assert int(re.search(r"largest --micro_bsz that fits is (\d+)", said)[1]) > 4
+
+
+@pytest.mark.parametrize("op, head_size, words", [
+    ("cuda", 64, "loaded"), ("chunk", 32, "loaded"), ("", 32, "loaded, with --op chunk"),
+    ("triton", 64, "loaded, with --op cuda (triton's own bytes are not known)")])
+def test_a_dry_run_says_which_operator_it_counts(op, head_size, words, tmp_path, capsys):
+    path = random_model(tmp_path / "base.pth", head_size=head_size)
+    options = f"--data_type dummy --data_file base --ctx_len 16 --rank 4 --accelerator gpu --dry_run --op '{op}'"
+    assert P.main(["--load_model", str(path), *shlex.split(options)]) == 0
+    assert capsys.readouterr().out.strip().endswith(words)
 
 
 @pytest.mark.parametrize("version", P.TIME_MIX)

@@ -13,7 +13,7 @@ import torch
 from test_wkv import RECURRENCES, error, gpu, make, run
 
 import wkv7_cuda
-from pissa_rwkv import load_wkv
+from pissa_rwkv import find_wkv
 from wkv7_cuda import fla, op, wkv6_fla
 
 
@@ -104,9 +104,10 @@ def test_it_computes_outside_any_autocast(monkeypatch):
 def test_its_kernels_never_see_tensors_without_values(monkeypatch):
     """They would be launched on them. What is counted in its place is the `cuda` operator."""
     monkeypatch.setattr(fla, "load", lambda: pytest.fail("loaded"))
-    wkv7 = load_wkv("x070", 64, "fla", "cuda", ready=False)
+    name, wkv7 = find_wkv("x070", 64, "fla", "cuda", ready=False)
     inputs = [torch.empty(1, 3, 1, 64, device="meta") for _ in range(6)]
     assert wkv7(*inputs, torch.empty(1, 1, 64, 64, device="meta"))[0].shape == (1, 3, 1, 64)
+    assert name == "cuda"
 
 
 @pytest.mark.parametrize("T", [1, 65, 200])
