@@ -1907,8 +1907,8 @@ def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
 
 def in_memory(model: RWKV, name: str) -> Tensor:
     """A matrix (out,in), fetched to the device in at least fp32."""
-    W = model.get_submodule(name).weight                              # (a copy: what is kept must not lie in the file)
-    return W.to(model.head.weight.device, torch.promote_types(W.dtype, torch.float32), copy=True)
+    W = model.get_submodule(name).weight.to(model.head.weight.device)  # as it is: half as many bytes to send
+    return W.to(torch.promote_types(W.dtype, torch.float32), copy=True)                   # (out of the file)
 
 
 @torch.no_grad()
@@ -5084,6 +5084,8 @@ def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
         return f"out of GPU memory ({first_line(e)}); {less}"
     if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
         return f"out of memory ({first_line(e)}); {less}"
+    if "CUDA driver error: operation not supported" in str(e):
+        return f"{first_line(e)}; it may know no growing segments: export PYTORCH_ALLOC_CONF=expandable_segments:False"
     if isinstance(e, BrokenPipeError):
         return "nobody reads the standard output any more"
     return ": ".join(str(x) for x in (e.filename, e.strerror or e) if x) if isinstance(e, OSError) else ""

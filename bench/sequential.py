@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import record  # noqa: F401  (which makes wkv7_cuda known)
 import torch
 
 from wkv7_cuda import build

@@ -104,12 +104,13 @@ def random_tensors(arch: P.Arch, device: str = "cuda") -> dict[str, Tensor]:
     that keep everything finite."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in P.RWKV(arch, P.wkv7_ref).named_parameters()}
-    drawn, tensors = {}, {}
+    drawn, tensors, draw = {}, {}, torch.Generator(device).manual_seed(0)
     for name, shape in shapes.items():
         kind = re.sub(r"blocks\.\d+", "block", name)
         if kind not in drawn:
             matrix = sum(n > 1 for n in shape) > 1
-            x = torch.randn(shape, device=device) / shape[-1] ** 0.5 if matrix else torch.rand(shape, device=device)
+            x = (torch.randn if matrix else torch.rand)(shape, device=device, generator=draw)
+            x /= shape[-1] ** 0.5 if matrix else 1
             drawn[kind] = (torch.ones_like(x) if re.search(r"ln\w*\.weight", name) else x).bfloat16().cpu()
         tensors[name] = drawn[kind]
     return tensors

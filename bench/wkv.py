@@ -448,7 +448,7 @@ class Run:
             for name, reason in fails.items():
                 print(f"  without {name}: {reason}")
             expected = self.device == "cuda"
-            absent = ("ImportError", "ModuleNotFoundError", "ValueError")
+            absent = ("ImportError", "ModuleNotFoundError", "ValueError", "Misfit")
             self.keep([{"op": name, "shape": [], "dtype": short, "regime": "", "failed": reason}
                        for name, reason in fails.items() if expected and not reason.startswith(absent)])
             asked = self.args.ops or works

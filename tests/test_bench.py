@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -221,6 +222,38 @@ def test_the_one_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
         gpu.main([str(tmp_path), "--only", "dance"])
 
 
+NOT_INSTALLED = """
+import os, runpy, sys
+import numpy, torch, torch.utils.cpp_extension, tqdm
+bench, failed = sys.argv[1], []
+for script in sys.argv[2:]:
+    if not (child := os.fork()):
+        sys.path[0] = bench                                           # as for `python bench/script.py`
+        try:
+            runpy.run_path(script)
+        except ImportError as error:
+            print(script, error, flush=True)
+            os._exit(1)
+        os._exit(0)
+    failed += [script] * (os.waitpid(child, 0)[1] != 0)
+sys.exit(bool(failed))
+"""
+
+
+def test_scripts_begin_in_a_checkout_that_is_not_installed(tmp_path):
+    """As on the machine that bench/gpu.py is for. (-S: without what `pip install -e` adds to the path.)"""
+    bench, packages = Path(gpu.__file__).parent, Path(torch.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-S", "-c", NOT_INSTALLED, bench, *sorted(bench.glob("*.py"))], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(packages)}, capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_who_is_stopped_may_say_what_failed(tmp_path):
+    waits = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('two tests failed')"
+    row = gpu.run("x", gpu.Step([sys.executable, "-c", waits]), 2, tmp_path / "log.txt")
+    assert row["status"] == "stopped after 2 s" and row["text"] == "two tests failed" and row["seconds"] < 15
+
+
 def test_a_step_that_is_stopped_leaves_nothing_running(tmp_path):
     """What it started would stay on the GPU, beside the next step."""
     file = tmp_path / "pid"
@@ -298,7 +331,7 @@ def small(monkeypatch):
     arch = step.P.Arch("x070", 2, 64, 64, 128, 64, 1024, tuple((m, 32) for m in "agvw"))
     monkeypatch.setattr(vram, "arch_of", lambda name: arch)
     monkeypatch.setattr(step, "RANK", 8)
-    monkeypatch.setattr(step, "PROFILED", 1)
+    monkeypatch.setitem(step.PROFILED, "cpu", 1)
     monkeypatch.setattr(step, "product_ceiling", lambda device, dtype: 1e10)
 
 

@@ -135,10 +135,14 @@ def in_the_open(forward: Callable[..., tuple[Tensor, Tensor, Tensor]], backward:
     return Operator.apply
 
 
+# In the words of CUDA's runtime, its driver, Triton, our own launches, and cuBLAS or cuSOLVER.
+FULL = ("CUDA error: out of memory", "CUDA driver error: out of memory", "Error [CUDA]: out of memory",
+        "(CUDA error 2)", "ALLOC_FAILED")  # fmt: skip
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU had no room: for a tensor, for CUDA's context, or for what a library of it works in."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("CUDA error: out of memory", "ALLOC_FAILED"))
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in FULL)
 
 
 BARS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # beyond that an error is no rounding
