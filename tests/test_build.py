@@ -227,6 +227,8 @@ def test_compile_error_is_the_first_one_in_one_line(place):
 @pytest.mark.parametrize("said, wanted", [
     ("host_config.h:1: error: #error -- unsupported GNU version! gcc versions later than 13 are not supported!",
      "unsupported GNU version.*set NVCC_CCBIN to an older g[+][+], or .*--op chunk"),
+    ("nvcc fatal   : Unsupported gpu architecture 'sm_70'", "architecture 'sm_70'; take .* up to 12.9 .*--op chunk"),
+    ("nvcc fatal   : Value 'sm_120' is not defined for option 'gpu-architecture'", "; take a newer CUDA .*--op chunk"),
     ("ld: cannot find -lcudart_static: No such file\ncollect2: error: ld returned 1 exit status",
      "failed: ld: cannot find -lcudart_static.*repair or update the compiler"),
 ])  # fmt: skip
@@ -236,7 +238,7 @@ def test_the_line_that_says_why_and_what_helps(place, said, wanted):
     with pytest.raises(BuildError, match=wanted) as caught:
         answer(place)
     one_line(caught)
-    assert "--op" not in caught.value.why and caught.value.why.endswith(("compiler", "g++"))
+    assert "--op" not in caught.value.why and caught.value.why.endswith(("compiler", "g++", "sm_75"))
 
 
 def test_compilers_are_asked_to_speak_english(place, monkeypatch):
@@ -313,8 +315,8 @@ def test_nvcc_is_looked_for_where_torch_does(tmp_path, monkeypatch):
     assert nvcc.of_this_machine(found) == runtime
     monkeypatch.setenv("CXX", "g++-12")
     assert nvcc.of_this_machine(found) == ["-ccbin", "g++-12", *runtime]
-    monkeypatch.setenv("NVCC_CCBIN", "g++-13")
-    assert nvcc.of_this_machine(found) == runtime
+    monkeypatch.setenv("NVCC_CCBIN", "/a/g++-13")
+    assert nvcc.of_this_machine(found) == ["-ccbin", "/a/g++-13", *runtime]
 
 
 def test_processor_refused_by_the_compiler(place, monkeypatch):

@@ -37,6 +37,12 @@ from pathlib import Path
 FIRST_ERROR = re.compile(r"\b(error|fatal)\s*:|cannot find -l|undefined reference|undefined symbol", re.IGNORECASE)
 REMEDY = "or use an operator that needs no compiler: --op chunk (RWKV-7 on a GPU: --op triton)"
 
+MENDS = (  # what that line says, what helps
+    ("unsupported (GNU|clang) version", "set NVCC_CCBIN to an older g++"),
+    ("gpu.architecture", "take a newer CUDA toolkit for a newer GPU, one up to 12.9 for a GPU before sm_75"),
+    ("", "repair or update the compiler"),
+)
+
 
 class BuildError(RuntimeError):
     """A library could not be built or opened. The text is one line: what failed, why, what to do."""
@@ -173,8 +179,7 @@ def _compile(library: Path, command: Sequence[str]) -> None:
         if run.returncode:
             lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
             first = next((line for line in lines if FIRST_ERROR.search(line)), lines[-1] if lines else "no output")
-            too_new = "unsupported GNU version" in first or "unsupported clang version" in first
-            mend = "set NVCC_CCBIN to an older g++" if too_new else "repair or update the compiler"
+            mend = next(mend for said, mend in MENDS if re.search(said, first))
             raise BuildError(f"compiling {source} with {Path(command[0]).name} failed: {first}; {mend}, {REMEDY}")
         built = Path(build, library.name)
         library.with_suffix(".so.sha256").write_bytes(_checksum(built))

@@ -52,10 +52,11 @@ def find_nvcc() -> Path | None:
 
 
 def of_this_machine(nvcc: Path) -> list[str]:
-    """Flags: the C++ compiler that the environment names, unless by NVCC_CCBIN, which nvcc itself reads, or by several
-    words, which it does not take; and where pip and conda put the runtime, which nvcc does not know."""
-    named = () if "NVCC_CCBIN" in os.environ else (os.environ.get("CUDAHOSTCXX"), os.environ.get("CXX"))
-    compiler = next((name for name in named if name and shutil.which(name)), None)
+    """Flags: the C++ compiler of NVCC_CCBIN, which nvcc itself reads from 12.5 on, or the one that CUDAHOSTCXX or CXX
+    names, unless by several words, which nvcc does not take; and where pip and conda put the runtime, which nvcc does
+    not know."""
+    named = (os.environ.get("CUDAHOSTCXX"), os.environ.get("CXX"))
+    compiler = os.environ.get("NVCC_CCBIN") or next((name for name in named if name and shutil.which(name)), None)
     elsewhere = nvcc.resolve().parent.parent / "lib"
     there = (elsewhere / "libcudart_static.a").exists()
     return [*(["-ccbin", compiler] if compiler else []), *([f"-L{elsewhere}"] if there else [])]
