@@ -51,6 +51,7 @@ __device__ inline void put_pair(Row* tile, int row, int column, uint32_t word) {
 
 struct Lane {  // where a thread's numbers stand in a 16x16 block of sums: rows i, i + 8, columns j, j + 1, j + 8, j + 9
     int lane = threadIdx.x % 32, i = lane / 4, j = lane % 4 * 2;
+    __device__ Lane() {}  // (or nvcc 11 warns of every const Lane)
 };
 
 struct Factor {  // a 16x16 block of bf16, as the left or the right factor of a product
