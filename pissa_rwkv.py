@@ -1142,7 +1142,8 @@ class RWKV(nn.Module):
 
     def forward(self, tokens: Tensor, states: list[BlockState] | None = None) -> tuple[Tensor, list[BlockState]]:
         """tokens (B,T) -> what the head reads (B,T,C), and the state of every block after the last token."""
-        x = self.blocks[0].ln0(self.emb(tokens.to(self.emb.weight.device)).to(self.head.weight))  # (B,T,C)
+        x = self.emb(tokens.to(self.emb.weight.device)).to(self.head.weight, non_blocking=True)  # (B,T,C)
+        x = self.blocks[0].ln0(x)
         states = states or self.first_states(len(tokens), x)
         run_block, after = self.run_block if torch.is_grad_enabled() else keep_all, []
         v_first = None                                                # (of these tokens, so no part of the state)
@@ -2765,8 +2766,9 @@ def chunk_loss(
     model: RWKV, chunk: Batch, n: int | Tensor, states: list[BlockState] | None
 ) -> tuple[Tensor, list[BlockState]]:
     """The share that a chunk has in the loss of an optimiser step with n learnt tokens, and the states after it."""
-    chunk = chunk.to(model.head.weight.device)
-    x, states = model(chunk.inputs, states)                                               # (B,T,C)
+    tokens, chunk = chunk.inputs, chunk.to(model.head.weight.device)
+    # (--emb_on_cpu looks up the host's tokens: to fetch them back would wait until a GPU has done all before.)
+    x, states = model(tokens if model.emb.weight.is_cpu else chunk.inputs, states)        # (B,T,C)
     copying = ()
     if model.arch.head_qk:
         copying = model.votes(x).flatten(0, 1)[chunk.learnt], chunk.inputs[chunk.learnt // x.shape[1]]    # (M,T) both
@@ -4015,10 +4017,10 @@ def evaluate(model: RWKV, loader: Loader, ranks: Ranks = ONE_RANK) -> float:
     total = learnt = 0
     for i in progress(range(ranks.rank, -(-loader.pass_rows // loader.bsz), ranks.size), "validation"):
         batch = loader.batch(i, last=loader.pass_rows)
-        total += sum(loss.item() for loss in batch_losses(model, batch, 1, loader.cfg))
+        total += sum(loss.double() for loss in batch_losses(model, batch, 1, loader.cfg))  # (read at the end, once)
         learnt += len(batch.learnt)
     model.train()
-    total, learnt = ranks.totals(total, learnt)
+    total, learnt = ranks.totals(float(total), learnt)
     return total / max(1, learnt)
 
 
