@@ -3784,8 +3784,9 @@ def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
 
 def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> RWKV:
     """The base; without tensors a new model."""
+    wkv = load_wkv(arch.version, arch.head_size, cfg.op, device)
     with torch.device("meta"):
-        model = RWKV(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
+        model = RWKV(arch, wkv, cfg.grad_cp)
     if tensors:
         return fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
     return model.to_empty(device="cpu").initialise().to(device, dtype)
