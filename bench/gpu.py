@@ -27,6 +27,7 @@ from typing import NamedTuple
 import record
 
 TABLE = 11_000  # characters of the benchmark's output that are shown
+LAST_WORDS = 15  # s that a step which is stopped may still take
 
 
 class Step(NamedTuple):
@@ -129,7 +130,7 @@ def run(name: str, step: Step, seconds: float, log: Path) -> dict:
             status = f"stopped after {seconds:.0f} s"
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGINT)    # at which pytest says what failed
-                process.wait(15)
+                process.wait(LAST_WORDS)
         finally:                                         # with all that it started, which would stay on the GPU
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -249,13 +249,15 @@ def test_scripts_begin_in_a_checkout_that_is_not_installed(tmp_path):
 
 
 def test_who_is_stopped_may_say_what_failed(tmp_path):
-    waits = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('two tests failed')"
+    waits = ("import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+             "try: time.sleep(60)\nexcept KeyboardInterrupt: print('two tests failed')")
     row = gpu.run("x", gpu.Step([sys.executable, "-c", waits]), 2, tmp_path / "log.txt")
     assert row["status"] == "stopped after 2 s" and row["text"] == "two tests failed" and row["seconds"] < 15
 
 
-def test_a_step_that_is_stopped_leaves_nothing_running(tmp_path):
+def test_a_step_that_is_stopped_leaves_nothing_running(tmp_path, monkeypatch):
     """What it started would stay on the GPU, beside the next step."""
+    monkeypatch.setattr(gpu, "LAST_WORDS", 1)                         # (a shell may have it ignore SIGINT)
     file = tmp_path / "pid"
     child = f"import os, time, pathlib; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(600)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -277,6 +279,7 @@ def test_its_steps_are_logged_limited_and_resumed(tmp_path, monkeypatch, capsys)
         "memcheck": gpu.Step([sys.executable, "-c", "import time; time.sleep(60)"], "", 0.5),
         "bench": gpu.Step([sys.executable, "-c", again, "{minutes}", str(tmp_path / "count")], "", 0, (3,)),
     }
+    monkeypatch.setattr(gpu, "LAST_WORDS", 1)
     monkeypatch.setattr(gpu, "steps", lambda *_: steps)
     monkeypatch.setattr(gpu, "missing", lambda step: "")
     assert gpu.main([str(tmp_path), "--minutes", "2"]) == 1

@@ -272,7 +272,8 @@ def test_the_benchmark_without_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["dequant.py", "--shapes", "64x96", "--dtypes", "float16"])
-    runpy.run_path(str(file), run_name="__main__")
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(file), run_name="__main__")
     assert "no GPU here: these are PyTorch's readers on the CPU" in capsys.readouterr().out
     rows = json.loads((tmp_path / "dequant-cpu.json").read_text())
     assert [row["quant"] for row in rows] == [*PLAIN] and all(row["plain_us"] > 0 for row in rows)
