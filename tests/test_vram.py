@@ -1,5 +1,6 @@
 """Memory as it is predicted: beside the allocator's own count, the published numbers of parameters, and arithmetic."""
 
+import gc
 import re
 import shlex
 import sys
@@ -28,6 +29,7 @@ def one_thread():
 
 def really_taken(function):
     """What a function returns, and of the bytes that the CPU's allocator had given out: the most, and those left."""
+    gc.collect()                                                      # what earlier tests left must not go meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = function()
     events = sorted((e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"),
