@@ -134,6 +134,13 @@ def test_an_error_that_no_rounding_explains_is_refused(dtype, error):
         op.verify("cuda", None, None, lambda *_: error, dtypes=[dtype])
 
 
+@pytest.mark.parametrize("reference", [chunk, wkv6_chunk], ids=name)
+def test_the_look_has_numbers_where_a_model_is_made_without(reference):
+    """`load_model` and the benchmarks load an operator while the default device is "meta"."""
+    with torch.device("meta"):
+        op.verify("cuda", reference.forward, reference.backward, reference.differs, "cpu", [torch.float32])
+
+
 def test_a_full_gpu_is_no_fault_of_the_operator():
     def differs(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
