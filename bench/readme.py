@@ -169,20 +169,21 @@ def wkv_shapes(device: str) -> list[tuple]:
 def wkv_table(device: str, shapes: list[tuple]) -> str:
     if not shapes:
         return f"{ON[device]}: not yet measured."
-    others, rows = AGAINST[device], wkv_rows(device)
-    lines = ["| op | (B,T,heads) | dtype | forward, ms | forward + backward, ms | share of the floor's speed | "
-             + " | ".join(f"times faster than `{name}`" for name in others)
-             + " | error of y, of the worst gradient |", "|---" * (7 + len(others)) + "|"]  # fmt: skip
+    rows = wkv_rows(device)
     shown = [r for shape in shapes for r in rows if (tuple(r["shape"]), r["dtype"]) == shape and not r["regime"]]
+    others = [name for name in AGAINST[device] if any(name in r.get("faster_than", ()) for r in shown)]
+    lines = ["| op | (B,T,heads) | dtype | forward, ms | forward + backward, ms | share of the floor's speed | "
+             + "".join(f"times faster than `{name}` | " for name in others)
+             + "error of y, of the worst gradient |", "|---" * (7 + len(others)) + "|"]  # fmt: skip
     for r in shown:
         first = f"| `{r['op']}` | {', '.join(map(str, r['shape']))} | {r['dtype']} |"
         if r["failed"]:
             lines.append(f"{first} {r['failed'].replace('|', '&#124;')} |" + " |" * (4 + len(others)))
             continue
         share = r["rates"]["both"]["floor_ms"] / wkv.best(r, "both")
-        ratios = [short(r["faster_than"][name]) if name in r["faster_than"] else "" for name in others]
+        ratios = "".join((short(r["faster_than"][name]) if name in r["faster_than"] else "") + " | " for name in others)
         lines.append(f"{first} {short(wkv.best(r, 'forward'))} | {short(wkv.best(r, 'both'))} | {share:.1%} | "
-                     f"{' | '.join(ratios)} | {wkv_error(r)} |")  # fmt: skip
+                     f"{ratios}{wkv_error(r)} |")  # fmt: skip
     return "\n".join(lines) + f"\n\n{ON[device]}. {sources(shown)}"
 
 
@@ -486,8 +487,9 @@ def curve() -> str:
                   for seed, d in zip(r["seeds"], r["between_modes"], strict=True)]
         lines += [f"| seeds {r['seeds'][0]} and {r['seeds'][1]}, `{mode}` | {d:.4f} |"
                   for mode, d in zip(r["modes"], r["between_seeds"], strict=True)]
-    gpu = "" if any(r["device"] == "cuda" for r in rows) else " On a GPU: not yet measured."
-    return "\n".join(lines) + f"\n\n{rows[0]['steps']} steps, bf16. {source(rows)}{gpu}"
+    about = [f"{ON[r['device']]}: {r['steps']} steps, bf16. {source([r])}" for r in rows]
+    gpu = [] if any(r["device"] == "cuda" for r in rows) else ["On a GPU: not yet measured."]
+    return "\n".join(lines) + f"\n\n{' '.join(about + gpu)}"
 
 
 def clients() -> str:
@@ -530,9 +532,9 @@ def memory() -> str:
         ours = [predicted[name, quant] for quant in vram.QUANTS]
         published = [f"{r['published']:.1f}" for r in ours if r["published"]] or ["not published"]
         ratios = [f"{r['ratio']:.2f}" for r in ours if r["ratio"]]
-        found = [f"{measured[name, q]['total'] / 1e9:.2f}" for q in vram.QUANTS if (name, q) in measured]
+        found = [f"{GB(measured[name, q]):.2f}" if (name, q) in measured else "-" for q in vram.QUANTS]
         lines.append(f"| {name} | {' / '.join(published)} | {' / '.join(f'{GB(r):.2f}' for r in ours)} |"
-                     f" {' / '.join(ratios)} | {' / '.join(found) or 'not yet measured'} |")
+                     f" {' / '.join(ratios)} | {' / '.join(found) if {*found} != {'-'} else 'not yet measured'} |")
     return ("\n".join(lines) + f"\n\n{source(list(predicted.values()))}"
             + (f" Measured: {source([*measured.values()])}" if measured else ""))
 
@@ -570,14 +572,16 @@ def steps_table(device: str, rows: list[dict]) -> str:
     """Nothing where there are no rows; a memory that could not be counted stays empty."""
     rows = of_last_machine([r for r in rows if not r["failed"] and not r["setting"]])
     peer, lines = STEP_PEER[device], []
+    there = any(peer in r["faster_than"] for r in rows)               # (an optional package)
     for r in rows:
         model, quant = r["model"].removeprefix("RWKV7-"), "" if r["quant"] == "none" else f" {r['quant']}"
-        times = f"{r['faster_than'][peer]:.2f}" if peer in r["faster_than"] else ""
+        times = (f"{r['faster_than'][peer]:.2f} | " if peer in r["faster_than"] else "| ") if there else ""
         memory = f"{r['peak'] / 1e9:.2f}" if r["peak"] else ""
         lines.append(f"| {model}, {r['bsz']} x {r['ctx']} | `{r['name']}`, {r['dtype']}{quant} |"
-                     f" {r['tokens_per_s']:,.0f} | {times} | {memory} | {r['utilisation']:.0%} |")
-    head = f"| model, tokens | | tokens/s | times {' '.join(peer.split()[:2])} | memory, GB | utilisation |"
-    return "\n".join([head, "|---" * 6 + "|", *lines]) + f"\n\n{source(rows)}" if lines else ""
+                     f" {r['tokens_per_s']:,.0f} | {times}{memory} | {r['utilisation']:.0%} |")
+    beside = f"times {peer.removesuffix(' none')} | " if there else ""
+    head = f"| model, tokens | | tokens/s | {beside}memory, GB | utilisation |"
+    return "\n".join([head, "|---" * (5 + there) + "|", *lines]) + f"\n\n{source(rows)}" if lines else ""
 
 
 OPS = {  # what it needs, what it is; in README's order

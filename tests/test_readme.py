@@ -34,6 +34,25 @@ def test_tables_are_what_the_module_and_the_results_say(file):
     assert readme.filled(file) == file.read_text("utf-8"), "run `python bench/readme.py`"
 
 
+def test_tables_of_a_gpu_measured_in_part(monkeypatch):
+    """Which quant a figure is of; each row's own machine; no column for a peer that is not there."""
+    import readme
+
+    read, about = readme.record.read, {"machine": "a GPU", "threads": 1, "torch": "2", "commit": "c", "date": "d"}
+    cell = {"kind": "measured", "model": "RWKV7-1.5B", "quant": "int8", "setting": "", "total": 3.21e9}
+    step = {"name": "pissa_rwkv", "model": "RWKV7-1.5B", "bsz": 8, "ctx": 1024, "dtype": "bf16", "quant": "none",
+            "setting": "", "failed": "", "tokens_per_s": 1e5, "faster_than": {"pissa_rwkv bf16 none": 1.0},
+            "peak": None, "utilisation": 0.4}
+    curve = {"device": "cuda", "modes": ["cuda_precise", "cuda"], "steps": 7, "seeds": [0, 1],
+             "between_modes": [1, 2], "between_seeds": [3, 4]}
+    new = {"vram": [cell], "step-cuda": [step], "wkv_curve-cuda": [curve]}
+    monkeypatch.setattr(readme.record, "read", lambda name: read(name) + [r | about for r in new.get(name, [])])
+    memory, steps, curves = readme.memory(), readme.steps(), readme.curve()
+    assert " - / 3.21 / - |\n" in memory and memory.count("not yet measured") == memory.count("| RWKV") - 1
+    assert "| tokens/s | memory, GB |" in steps and "| 100,000 |  | 40% |" in steps
+    assert re.search(r"On a GPU: 7 steps, bf16. \(a GPU, .* On a CPU: 200 steps, bf16. \((?!a GPU)", curves)
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.name}")
 def test_pictures_exist(file):
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", file.read_text("utf-8")):
