@@ -4,6 +4,7 @@
     python bench/gpu.py OUT --minutes 9 --only build tests bench
     python bench/gpu.py OUT --minutes 9 --only dequant memory levers
     python bench/gpu.py OUT --minutes 9 --only step learning --qa gsm8k_train.jsonl gsm8k_test.jsonl
+    python bench/gpu.py OUT --minutes 6 --only memory step --models RWKV7-1.5B
     python bench/gpu.py OUT --list                   # what would be done, and what is missing; does nothing
 
 Into OUT, which need not exist: log.txt (all output), steps.json (what happened and how long it took) and the results,
@@ -67,8 +68,8 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-def steps(out: Path, commit: str, qa: list[str] | None = None) -> dict[str, Step]:
-    """In the order of their worth. qa: files of questions, to train on and held out."""
+def steps(out: Path, commit: str, qa: list[str] | None = None, models: list[str] | None = None) -> dict[str, Step]:
+    """In the order of their worth. qa: files of questions, to train on and held out; models: of `memory` and `step`."""
     python, bench = sys.executable, record.ROOT / "bench"
     into = ["--out", str(out), *(["--commit", commit] if commit else [])]
     run = f"import sys; sys.path[:0] = [{str(record.ROOT)!r}, {str(bench)!r}]\n"
@@ -76,20 +77,23 @@ def steps(out: Path, commit: str, qa: list[str] | None = None) -> dict[str, Step
     timed = ["--minutes", "{minutes}", *into]
     measure = [python, str(bench / "wkv.py"), "--device", "cuda", *timed]
     six = ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    learning = [python, str(bench / "curves.py"), "--size", "large", *timed,
+    tests = ["env", "OMP_NUM_THREADS=2", python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *six,
+             "tests"]                                    # (six times all cores would mostly wait for each other)
+    of_models = ["--models", *models] if models else []
+    learning = [python, str(bench / "curves.py"), "--size", "large", "--jobs", "4", *timed,
                 *(["--qa", qa[0], "--qa_held_out", qa[1]] if qa else [])]  # fmt: skip
     return {
         "machine": Step(["nvidia-smi"], "nvidia-smi", 60),
         "build": Step([python, "-c", run + BUILD], "", 600),
-        "tests": Step([python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *six, "tests"], "", 400),
+        "tests": Step(tests, "", 400),
         "memcheck": Step([*checker, "memcheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
         "racecheck": Step([*checker, "racecheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
         "dequant": Step([python, str(bench / "dequant.py"), *into], "", 150, (), "dequant-cuda"),
         "curve": Step([python, str(bench / "wkv_curve.py"), *into], "", 240, (), "wkv_curve-cuda"),
-        "memory": Step([python, str(bench / "vram.py"), *timed], "", 480, (), "vram"),
+        "memory": Step([python, str(bench / "vram.py"), *of_models, *timed], "", 480, (), "vram"),
         "levers": Step([python, str(bench / "vram.py"), "--levers", "--models", "RWKV7-7.2B", *timed], "", 300, (),
                        "vram-levers"),
-        "step": Step([python, str(bench / "step.py"), "--quick", *into], "", 500, (), "step-cuda"),
+        "step": Step([python, str(bench / "step.py"), "--quick", *of_models, *into], "", 500, (), "step-cuda"),
         "learning": Step(learning, "", 500, (3,), "curves-large"),
         "wkv6": Step([*measure, "--recurrence", "wkv6"], "", 240, (3,), "wkv6-cuda"),
         "bench": Step(measure, "", 0, (3,), "wkv-cuda"),
@@ -167,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=60, help="for everything")
     p.add_argument("--only", nargs="+", choices=list(steps(Path(), "")), help="these steps alone")
     p.add_argument("--qa", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="questions for bench/curves.py, .jsonl")
+    p.add_argument("--models", nargs="+", help="of memory and step, instead of all, such as RWKV7-1.5B")
     p.add_argument("--commit", default="", help="name of the sources where git does not tell")
     p.add_argument("--list", action="store_true", help="list the steps and what is missing")
     return p
@@ -176,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     """Status 0 if every step that could run ended well."""
     args = parser().parse_args(argv)
     out, deadline = args.out.resolve(), time.monotonic() + 60 * args.minutes
-    todo = {name: step for name, step in steps(out, args.commit, args.qa).items()
+    todo = {name: step for name, step in steps(out, args.commit, args.qa, args.models).items()
             if name in (args.only or [name]) and (name != "learning" or args.qa)}
     if args.list:
         for name, step in todo.items():

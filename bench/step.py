@@ -345,17 +345,18 @@ def rows_of(
             rows[entry]["failed"] = contestants.one_line(error)
     try:
         times = wkv.take_turns({entry: c.step for entry, c in there.items()}, device, seconds)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:  # of whoever had his turn; other shapes may go well
         return [row | {"failed": row["failed"] or contestants.one_line(error)} for row in rows.values()]
     for entry, c in there.items():
         step = wkv.spread(times[entry])
         rate = 1e3 * bsz * ctx / step["ms"]
         rows[entry] |= {"step": step, "tokens_per_s": rate, "product_flop_per_s": ceiling[entry[1]],
                         "utilisation": 4 * matrix_parameters(vram.arch_of(model)) * rate / ceiling[entry[1]],
-                        "peak": peak(c, device)}
+                        "peak": None}
         try:
+            rows[entry]["peak"] = peak(c, device)
             rows[entry] |= {"parts": parts_of(c, step["ms"], device)} if c.run and not c.opaque else {}
-        except Exception as error:  # of a profiler that does not work here; the time is measured
+        except Exception as error:  # of a profiler that does not work here, of a full GPU; the time is measured
             rows[entry]["no_parts"] = contestants.one_line(error)
     for entry in there:
         rows[entry]["faster_than"] = {" ".join(other): rows[entry]["tokens_per_s"] / rows[other]["tokens_per_s"]
