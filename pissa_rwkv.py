@@ -386,10 +386,12 @@ def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
     for key, value in read_json(option, given[option]).items():
         if key not in keys:
             raise Fatal(f"--{option}: unknown key {key!r}; it takes {', '.join(keys)}{nearest(key, keys)}")
+        if value is None:
+            continue
         usual = given[keys[key]]
         try:
-            values[keys[key]] = usual if value is None else type(usual)(value)
-            exact = isinstance(usual, str) or value is None or (
+            values[keys[key]] = type(usual)(value)
+            exact = isinstance(usual, str) or (
                 not isinstance(value, bool) and float(value or 0) == values[keys[key]])
         except (TypeError, ValueError, OverflowError):
             exact = False
@@ -1908,8 +1910,10 @@ def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
 
 def in_memory(model: RWKV, name: str) -> Tensor:
     """A matrix (out,in), fetched to the device in at least fp32."""
-    W = model.get_submodule(name).weight.to(model.head.weight.device)  # as it is: half as many bytes to send
-    return W.to(torch.promote_types(W.dtype, torch.float32), copy=True)                   # (out of the file)
+    weight = model.get_submodule(name).weight
+    W = weight.to(model.head.weight.device)                           # as it is in the file: 16 bits are sent, not 32
+    # (A copy, where it is still the file's memory: something of it will be kept.)
+    return W.to(torch.promote_types(W.dtype, torch.float32), copy=W is weight)
 
 
 @torch.no_grad()
@@ -2151,9 +2155,12 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
         try:
             items = json.loads(text)
         except (ValueError, RecursionError) as e:
-            raise Fatal(f"{path}: begins as a JSON list and is none ({first_line(e)})") from None
-        yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
-        return
+            if not str(e).startswith("Extra data"):                   # (after which a list a line may come)
+                raise Fatal(f"{path}: begins as a JSON list and is none: {first_line(e)}; mend it there, or write an"
+                            " item a line") from None
+        else:
+            yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
+            return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -3679,9 +3686,15 @@ class Plan(NamedTuple):
     epoch_steps: int
     about: dict[str, Any]
 
+    @property
+    def first_step(self) -> int:
+        """Of a run that is not resumed."""
+        return self.cfg.epoch_begin * self.epoch_steps
+
 
 def prepare(cfg: Config) -> Plan:
-    """Reads and checks all that a run needs, cheap things first."""
+    """Reads and checks what a run needs before any weight is loaded, but for adapters and resume.pth, cheap things
+    first; joins the other processes, and opens proj_dir."""
     cfg = from_whole_model(with_init(cfg))
     check(cfg)
     cfg, ranks, device, dtype = setup(cfg)
@@ -3716,19 +3729,21 @@ def without_values(arch: Arch) -> RWKV:
 
 def build(cfg: Config) -> Run:
     """A run at its first step, or where it stopped."""
-    cfg, ranks, device, dtype, arch, tensors, tokenizer, loader, held_out, epoch_steps, about = prepare(cfg)
-    model = load_model(cfg, arch, tensors, device, dtype)
+    plan = prepare(cfg)
+    cfg, ranks, device = plan.cfg, plan.ranks, plan.device
+    model = load_model(cfg, plan.arch, plan.tensors, device, plan.dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
     path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (Path(cfg.proj_dir), {}, {})
     ranks.agree("resume", {"the step in resume.pth": described.get("step")},
                 f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
-    about_adapters, exact = adapt(model, cfg, loader, about, bool(state), ranks)
+    about_adapters, exact = adapt(model, cfg, plan.loader, plan.about, bool(state), ranks)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
     model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
-    first, loss_scale = cfg.epoch_begin * epoch_steps, 2.0**16 if dtype == torch.float16 else 1.0  # (torch's first)
-    run = Run(cfg, ranks, device, arch, tokenizer, loader, held_out, model, optimiser, about | about_adapters,
-              epoch_steps, step=first, loss_scale=loss_scale, scaled_at=first)
+    loss_scale = 2.0**16 if plan.dtype == torch.float16 else 1.0      # (torch's first)
+    run = Run(cfg, ranks, device, plan.arch, plan.tokenizer, plan.loader, plan.held_out, model, optimiser,
+              plan.about | about_adapters, plan.epoch_steps, step=plan.first_step, loss_scale=loss_scale,
+              scaled_at=plan.first_step)
     if cfg.cuda_graph:
         run.add_gradient = graphs(model, cfg, device, ranks)
     if state:
@@ -4927,20 +4942,21 @@ def what_fits(cfg: Config, arch: Arch, bsz: int, device: str, dtype: torch.dtype
     return chosen
 
 
-def begins_at(plan: Plan) -> int:
-    """The step that a run would begin with; an error, where it would find that what it goes on from does not fit."""
-    cfg, first = plan.cfg, plan.cfg.epoch_begin * plan.epoch_steps
-    _, state, described = newest(cfg) if cfg.resume else (None, {}, {})
-    its = begun_from(cfg, bool(state))
-    check_adapters(without_values(plan.arch), its, *read_adapters(its, plan.about))
-    return described["step"] * plan.epoch_steps // described.get("epoch_steps", plan.epoch_steps) if state else first
-
-
 def dry_run(plan: Plan) -> None:
-    """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded."""
+    """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded. Refuses
+    adapters and a resume.pth that the run would refuse."""
     cfg, ranks, device, loader, GB = plan.cfg, plan.ranks, plan.device, plan.loader, 1e9
-    first, last = begins_at(plan), (cfg.epoch_begin + cfg.epoch_count) * plan.epoch_steps
+    path, state, described = newest(cfg) if cfg.resume else (Path(), {}, {})
+    begun = begun_from(cfg, bool(state))
+    check_adapters(without_values(plan.arch), begun, *read_adapters(begun, plan.about))
     rehearsal = Rehearsal(cfg, plan.arch, device, plan.dtype, ranks)
+    made_with = {"dtype": str(plan.dtype).removeprefix("torch."), "trained": rehearsal.run.optimiser.layout()}
+    compare(path, described, plan.about | ADAPTER[cfg.peft].layer.describe(cfg) | made_with)
+    if state and "step" not in described:
+        raise Fatal(f"{path}: not what this program writes for --resume")
+    before = described.get("epoch_steps", plan.epoch_steps)
+    first = described["step"] * plan.epoch_steps // before if state else plan.first_step
+    last = (cfg.epoch_begin + cfg.epoch_count) * plan.epoch_steps
     learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
     adapters = sum(n for name, n in learning.items() if ADAPTER[cfg.peft].is_own(name))
     learnt, parts = sum(learning.values()), " ".join(parts_of(cfg)) or "the model"
@@ -5088,7 +5104,7 @@ def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
     if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
         return f"out of memory ({first_line(e)}); {less}"
     if "CUDA driver error: operation not supported" in str(e):
-        return f"{first_line(e)}; it may know no growing segments: export PYTORCH_ALLOC_CONF=expandable_segments:False"
+        return f"{first_line(e)}; if that is for growing segments, PYTORCH_ALLOC_CONF=expandable_segments:False helps"
     if isinstance(e, BrokenPipeError):
         return "nobody reads the standard output any more"
     return ": ".join(str(x) for x in (e.filename, e.strerror or e) if x) if isinstance(e, OSError) else ""
@@ -5115,6 +5131,9 @@ def main(argv: list[str] | None = None) -> int:
             launch(cfg, argv)
         without_options = replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config()
         stopped = demo(cfg) if without_options else train(build(cfg))
+        if stopped:
+            # All wait for rank 0, which saves: once a rank has ended with a status, torchrun kills those that are left.
+            JOINED[-1].totals(0)
         if dist.is_initialized():
             dist.destroy_process_group()
         return 128 + stopped if stopped else 0

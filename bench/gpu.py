@@ -104,8 +104,10 @@ def allocator() -> str:
     """Where the driver knows no growing segments, which a run asks for: what to tell torch's allocator instead."""
     run = [sys.executable, "-c", "import torch; torch.zeros(2**26, device='cuda')"]
     env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ
-    failed = shutil.which("nvidia-smi") and subprocess.run(run, env=env, capture_output=True).returncode
-    return "expandable_segments:False" if failed else ""
+    if not shutil.which("nvidia-smi") or os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        return ""
+    said = subprocess.run(run, env=env, capture_output=True).stderr
+    return "expandable_segments:False" if b"operation not supported" in said else ""
 
 
 def missing(step: Step) -> str:

@@ -154,6 +154,7 @@ def write_corpora():
     }.items():  # fmt: skip
         Path(f"{name}.jsonl").write_bytes(data)
     Path("items.json").write_text('[{"text": "a"}, 5]')
+    Path("lists.jsonl").write_text('[{"role": "user"}]\n[{"role": "user"}]\n')
     Path("typo.json").write_text('[{"text": "a"},\n {"text": "b"\n]')
     Path("half.json").write_text('[{"text": "a \\ud800"}]')
     Path("latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
@@ -552,6 +553,7 @@ DATA = [
     ("sft without answers", "--data_file half-sft.jsonl --data_type sft", "half-sft.jsonl|line 1|'answer'"),
     ("sft with one field", "--data_file half-sft.jsonl --data_type sft --sft_fields question", "--sft_fields"),
     ("a text with a 0", "--data_file zero.jsonl", "zero.jsonl|text 2|character 0"),
+    ("lists, a line each", "--data_file lists.jsonl --data_type sft", "lists.jsonl: line 1|it is a list|--sft_fields"),
     ("a list with a typo", "--data_file typo.json", "typo.json|JSON list|line 3 column 1"),
     ("an item that is no row", "--data_file items.json", "items.json|item 2|it is a number"),
     ("half a character in a list", "--data_file half.json", "half.json|text 1|half a character"),

@@ -107,6 +107,7 @@ def test_json_of_another_method_has_no_effect(capsys):
 
 
 def test_json_null_leaves_the_default():
+    assert parse("""--peft bone --bone_config '{"bone_r": 8, "r": null}'""").rank == 8
     assert parse("""--pissa_config '{"pissa_load": null, "pissa_r": 8}'""").adapter_load == ""
 
 
@@ -130,7 +131,7 @@ def test_as_a_program_it_lets_waiting_threads_sleep(tmp_path):
     (RuntimeError("Triton Error [CUDA]: out of memory"), "out of GPU memory (Triton Error [CUDA]: out of memory); a "),
     (RuntimeError("wkv7: out of memory (CUDA error 2)"), "out of GPU memory (wkv7: out of memory (CUDA error 2)); a "),
     (RuntimeError("wkv7: no image (CUDA error 209)"), ""),
-    (RuntimeError("CUDA driver error: operation not supported"), "CUDA driver error: operation not supported; it may"),
+    (RuntimeError("CUDA driver error: operation not supported"), "CUDA driver error: operation not supported; if"),
     (BrokenPipeError(32, "Broken pipe"), "nobody reads the standard output"),
     (OSError(28, "No space left"), "No space"),
     (FileNotFoundError(2, "No such file", "x.pth"), "x.pth: No such file"), (RuntimeError("our own fault"), ""),

@@ -172,6 +172,34 @@ def test_sigterm_to_any_rank_saves_once(place, tmp_path):
     assert about["step"] == steps[-1] + 1 and not (tmp_path / "out" / "resume.1.pth").exists()
 
 
+SLOW = """
+import os, sys, time
+import pissa_rwkv as P
+folder, save, rank = sys.argv.pop(1), P.save, os.environ["RANK"]
+def slowly(path, *rest):
+    time.sleep(3)
+    save(path, *rest)
+P.save = slowly
+with open(f"{folder}/pid {rank}", "w") as file:
+    file.write(str(os.getpid()))
+status = P.main()
+print(rank, "ends", status, os.path.exists(f"{folder}/out/resume.pth"), flush=True)
+sys.exit(status)
+"""
+
+
+def test_a_rank_that_is_stopped_waits_for_the_save(place, tmp_path):
+    """torchrun kills the other ranks 30 seconds after the first has ended with a status."""
+    argv = [sys.executable, "-c", SLOW, tmp_path, *command(place, tmp_path / "out", 2, "--epoch_steps 100000")]
+    env = os.environ | reliability.meeting_place(2) | dict(PYTHONPATH=str(Path(P.__file__).parent), OMP_NUM_THREADS="1")
+    ranks = [subprocess.Popen(argv, env=env | dict(RANK=rank, LOCAL_RANK=rank), stdout=subprocess.PIPE, text=True)
+             for rank in "01"]  # fmt: skip
+    wait_for(lambda: (tmp_path / "out" / "loss_data.jsonl").exists() and len(rows(tmp_path / "out")) > 3)
+    os.kill(int((tmp_path / "pid 1").read_text()), signal.SIGTERM)
+    said = [process.communicate(timeout=60)[0].splitlines()[-1] for process in ranks]
+    assert said == ["0 ends 143 True", "1 ends 143 True"]
+
+
 def test_a_rank_that_hangs_is_named(place, tmp_path):
     processes = start_and_disturb(place, tmp_path / "out", 3, 1, signal.SIGSTOP, "--dist_timeout 4")
     assert [processes[rank].join(60) or processes[rank].exitcode for rank in (0, 2)] == [2, 2]

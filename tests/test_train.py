@@ -209,8 +209,9 @@ def test_resumed_is_uninterrupted_to_the_last_bit(variant, command, tmp_path, mo
     wanted = reliability.results(tmp_path / "whole")
 
     # Asked to stop in step 1, in the middle of an epoch: that step is finished and saved; the status names the signal.
-    crash_at(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
-    assert P.main(command(options, "asked")) == 128 + signal.SIGTERM
+    by = signal.SIGINT if variant == "bone" else signal.SIGTERM
+    crash_at(monkeypatch, 1, lambda: signal.raise_signal(by))
+    assert P.main(command(options, "asked")) == 128 + by
     assert len(steps(tmp_path / "asked")) == 2 and "--resume goes on" in capsys.readouterr().out
     # Crashed in step 5, after the last saving in step 4, at the end of epoch 0.
     crash_at(monkeypatch, 5, crash)
@@ -634,6 +635,18 @@ def test_a_dry_run_of_a_resumed_run_says_what_is_left(command, out, capsys):
     assert "would make 4 steps of 2 rows" in capsys.readouterr().out
     assert P.main(command("--epoch_steps 1 --epoch_count 3 --resume --dry_run")) == 0     # one of three is done
     assert "would make 2 steps of 2 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--precision bf16", "resume.pth: made with dtype float32, but here it is bfloat16"),
+    ("--train_parts time", "resume.pth: made with trained "), ("--rank 5", "is --rank the file's?")])
+def test_a_dry_run_refuses_what_resuming_would(options, words, command, out, capsys):
+    assert P.main(command("--epoch_steps 2")) == 0
+    errors = []
+    for dry in ("--dry_run", ""):
+        assert P.main(command(f"--epoch_steps 2 --resume {options} {dry}")) == 2
+        errors += capsys.readouterr().err.splitlines()[-1:]
+    assert errors[0] == errors[1] and words in errors[0]
 
 
 def test_auto_merge(command, out, place):
