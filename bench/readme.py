@@ -155,21 +155,37 @@ ON = {"cuda": "On a GPU", "cpu": "On a CPU"}
 AGAINST = {"cuda": ("sequential", "fla"), "cpu": ("torch",)}  # whose time is divided by an operator's
 
 
-def wkv_rows(device: str) -> list[dict]:
+def wkv6() -> str:
+    """The operators of WKV-6, on a GPU."""
+    return wkv_table("cuda", wkv_shapes("cuda", "wkv6"), "wkv6")
+
+
+def dequantising() -> str:
+    """The kernel that reads quantised matrices, beside a copy of as many bytes, and PyTorch's reader."""
+    rows = of_last_machine(record.read("dequant-cuda"))
+    if not rows:
+        return f"{ON['cuda']}: not yet measured."
+    lines = ["| matrix | format | into | kernel, us | GB/s | share of a copy's | PyTorch, us |", "|---" * 7 + "|"]
+    lines += [f"| {' x '.join(map(str, r['matrix']))} | {r['quant']} | {r['dtype']} | {short(r['kernel_us'])} |"
+              f" {short(r['kernel_gb_s'])} | {r['share']:.0%} | {short(r['plain_us'])} |" for r in rows]
+    return "\n".join(lines) + f"\n\n{ON['cuda']}. {sources(rows)}"
+
+
+def wkv_rows(device: str, recurrence: str = "wkv") -> list[dict]:
     """The rows of the machine measured last, without those that only say what does not run there at all."""
-    return [r for r in of_last_machine(record.read(f"wkv-{device}")) if r["shape"]]
+    return [r for r in of_last_machine(record.read(f"{recurrence}-{device}")) if r["shape"]]
 
 
-def wkv_shapes(device: str) -> list[tuple]:
+def wkv_shapes(device: str, recurrence: str = "wkv") -> list[tuple]:
     """(shape, dtype) of all timings but those for the picture alone."""
-    have = {(tuple(r["shape"]), r["dtype"]) for r in wkv_rows(device) if not r["regime"]}
+    have = {(tuple(r["shape"]), r["dtype"]) for r in wkv_rows(device, recurrence) if not r["regime"]}
     return [x for dtype in ("bfloat16", "float32") for shape in wkv.tabled(device) if (x := (shape, dtype)) in have]
 
 
-def wkv_table(device: str, shapes: list[tuple]) -> str:
+def wkv_table(device: str, shapes: list[tuple], recurrence: str = "wkv") -> str:
     if not shapes:
         return f"{ON[device]}: not yet measured."
-    rows = wkv_rows(device)
+    rows = wkv_rows(device, recurrence)
     shown = [r for shape in shapes for r in rows if (tuple(r["shape"]), r["dtype"]) == shape and not r["regime"]]
     others = [name for name in AGAINST[device] if any(name in r.get("faster_than", ()) for r in shown)]
     lines = ["| op | (B,T,heads) | dtype | forward, ms | forward + backward, ms | share of the floor's speed | "
@@ -609,7 +625,7 @@ def which() -> str:
 TABLES = {
     README: (demo, options, sections, order, tutorial, which, ops, learning, svd, reliability, quants, qerror, int8,
              memory, levers, clients, sharing, ranks, efficiency, rank_kills, steps),
-    OPS_README: (measured, curve),
+    OPS_README: (measured, curve, wkv6, dequantising),
     CHINESE: (demo, learning, quants, which, steps, memory),
 }
 WORDS = {  # of these tables, in Chinese; longer ones first

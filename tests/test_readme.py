@@ -45,9 +45,16 @@ def test_tables_of_a_gpu_measured_in_part(monkeypatch):
             "peak": None, "utilisation": 0.4}
     curve = {"device": "cuda", "modes": ["cuda_precise", "cuda"], "steps": 7, "seeds": [0, 1],
              "between_modes": [1, 2], "between_seeds": [3, 4]}
-    new = {"vram": [cell], "step-cuda": [step], "wkv_curve-cuda": [curve]}
+    kernel = {"matrix": [768, 512], "quant": "nf4", "dtype": "bfloat16", "kernel_us": 1.234, "kernel_gb_s": 3210.0,
+              "share": 0.81, "plain_us": 99.6, "load": 0.5}
+    six = {"op": "cuda", "shape": [*next(iter(readme.wkv.tabled("cuda")))], "dtype": "bfloat16", "regime": "",
+           "failed": "no time", "load": 0.5}
+    new = {"vram": [cell], "step-cuda": [step], "wkv_curve-cuda": [curve], "dequant-cuda": [kernel],
+           "wkv6-cuda": [six]}
     monkeypatch.setattr(readme.record, "read", lambda name: read(name) + [r | about for r in new.get(name, [])])
     memory, steps, curves = readme.memory(), readme.steps(), readme.curve()
+    assert "| 768 x 512 | nf4 | bfloat16 | 1.23 | 3210 | 81% | 99.6 |\n" in readme.dequantising()
+    assert re.search(r"\| `cuda` \| .* \| bfloat16 \| no time \|", readme.wkv6())
     assert " - / 3.21 / - |\n" in memory and memory.count("not yet measured") == memory.count("| RWKV") - 1
     assert "| tokens/s | memory, GB |" in steps and "| 100,000 |  | 40% |" in steps
     assert re.search(r"On a GPU: 7 steps, bf16. \(a GPU, .* On a CPU: 200 steps, bf16. \((?!a GPU)", curves)
