@@ -4,9 +4,12 @@
 //
 // An operator that is not registered below goes through `on_host`: its device tensors become host tensors of the same
 // bytes, the CPU's kernel runs, what it makes is copied back.
+//
+// With -DAS_CUDA the device is "cuda" itself, in a torch that was built without CUDA and has left its place empty.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/NativeFunctions.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -14,12 +17,18 @@
 
 #include <set>
 
+#ifdef AS_CUDA
+#define KEY CUDA
+#else
+#define KEY PrivateUse1
+#endif
+
 using at::Tensor;
 using c10::IValue;
 using std::optional;
-const c10::Device SIM(c10::DeviceType::PrivateUse1, 0);
+const c10::Device SIM(c10::DeviceType::KEY, 0);
 const c10::Stream STREAM(c10::Stream::DEFAULT, SIM);
-const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
+const c10::DispatchKeySet KEYS(c10::DispatchKey::KEY);
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
@@ -31,24 +40,37 @@ struct Memory final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
 };
 static Memory memory;
-REGISTER_ALLOCATOR(c10::DeviceType::PrivateUse1, &memory);
+REGISTER_ALLOCATOR(c10::DeviceType::KEY, &memory);
 
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::PrivateUse1> {  // one device, one stream
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::KEY> {  // one device, one stream
   c10::Device exchangeDevice(c10::Device) const override { return SIM; }
   c10::Device getDevice() const override { return SIM; }
   c10::Stream getStream(c10::Device) const noexcept override { return STREAM; }
   c10::Stream getDefaultStream(c10::Device) const override { return STREAM; }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return STREAM; }
 };
-C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+C10_REGISTER_GUARD_IMPL(KEY, Guard);
 
+#ifdef AS_CUDA
+struct CUDAHooks final : at::CUDAHooksInterface {  // torch finds it by this name
+  CUDAHooks(at::CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+#else
 struct Hooks final : at::PrivateUse1HooksInterface {
+#endif
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
 };
+#ifdef AS_CUDA
+namespace at {
+using ::CUDAHooks;
+REGISTER_CUDA_HOOKS(CUDAHooks);
+}
+#endif
 
 static void (*on_wait)(const char*);  // called with the name of what makes the host wait for the device
 static Tensor rng;                    // the state of the device's generator
@@ -74,7 +96,7 @@ Tensor empty(at::IntArrayRef size, optional<at::ScalarType> dtype, optional<at::
   return at::detail::empty_generic(size, &memory, KEYS, c10::dtype_or_default(dtype), format);
 }
 
-Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
+Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   if (there(from) != there(to) && !(non_blocking && there(to))) waits(there(to) ? "to the device" : "to the host");
   host(to).copy_(host(from));
   return to;
@@ -149,12 +171,12 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
 }
 
-TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>()); }
+TORCH_LIBRARY_IMPL(_, KEY, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>()); }
 
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+TORCH_LIBRARY_IMPL(aten, KEY, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
-  m.impl("_copy_from", copy_from);
+  m.impl("copy_", copy_);
   m.impl("_local_scalar_dense", item);
   m.impl("as_strided", at::native::as_strided_tensorimpl);
   m.impl("view", at::native::view);
@@ -168,7 +190,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 extern "C" {
 void open_device(void (*f)(const char*)) {
+#ifndef AS_CUDA
   at::RegisterPrivateUse1HooksInterface(new Hooks());
+#endif
   on_wait = f;
 }
 void get_rng(void* state) { std::memcpy(state, rng.data_ptr(), rng.nbytes()); }
