@@ -103,7 +103,7 @@ def measure(quant, shape, dtype, device):
 
 
 def main():
-    """Returns of how many matrices the kernel makes something else than PyTorch's reader."""
+    """Returns the number of matrices in which the kernel differs from PyTorch's reader."""
     device, different = "cuda" if torch.cuda.is_available() else "cpu", 0
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", default=[*SHAPES], help="each ROWSxCOLUMNS")

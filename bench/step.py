@@ -53,7 +53,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import pissa_rwkv as P
 
 RANK = 32
-PROFILED = {"cpu": 3, "cuda": 1}                                      # steps (of a GPU 30,000 events each)
+PROFILED = {"cpu": 3, "cuda": 1}                                      # steps (of a GPU each is many thousand events)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KEY = ("name", "model", "bsz", "ctx", "dtype", "quant", "setting")
 
