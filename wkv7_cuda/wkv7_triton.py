@@ -130,7 +130,7 @@ def transitions(
     e_q, e_a, e_k, e_m, e_end = decays(w, at, exists, L)
     a_, b_ = tile(a, at, exists, e_a), tile(b, at, exists, e_k)
     V = tile(v, at, exists, 1.0)
-    J_ = solved(lower(dot(a_, tl.trans(b_), IO), L, False), L, IO)
+    J_ = operand(solved(lower(dot(a_, tl.trans(b_), IO), L, False), L, IO), IO)  # (the same for all kernels)
     i, j, keys = tl.arange(0, L), tl.arange(0, L), tl.arange(0, N)
     tl.store(J + chunk * L * L + i[:, None] * L + j[None, :], J_.to(J.dtype.element_ty))
     if MIRRORED:
@@ -145,7 +145,6 @@ def transitions(
         read, again = a_, b_
         tl.store(decay_in + chunk * N + keys, e_m)
         tl.store(decay_out + chunk * N + keys, e_end)
-    J_ = operand(J_, IO)
     U0 = operand(dot(J_, operand(right, IO), IO), IO)  # (L,value)
     W = operand(dot(J_, read, IO), IO)  # (L,key)
     square = chunk * N * N + keys[:, None] * N + keys[None, :]
