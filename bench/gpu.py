@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command, for someone who has one for a short time.
 
     python bench/gpu.py OUT                          # builds, tests, sanitizers, benchmarks: an hour
-    python bench/gpu.py OUT --minutes 9 --only build tests bench
+    python bench/gpu.py OUT --minutes 9 --only build tune tests bench
     python bench/gpu.py OUT --minutes 9 --only dequant memory levers
     python bench/gpu.py OUT --minutes 9 --only step learning --qa gsm8k_train.jsonl gsm8k_test.jsonl
     python bench/gpu.py OUT --minutes 6 --only memory step --models RWKV7-1.5B
@@ -43,10 +43,25 @@ class Step(NamedTuple):
 
 
 BUILD = """
-import functools, wkv7_cuda, sequential
+import concurrent.futures, functools
+import sequential, torch, wkv7_cuda
+from wkv7_cuda import cpu, cuda_precise, dequant, fast, nvcc, wkv6_cuda
+
+def opened(module, *flags):
+    return nvcc.open_library(module.SOURCE, module.bind, torch.cuda.get_device_capability(), *flags)
+
+def reads():
+    if dequant.library_for(torch.device("cuda"), print) is None:
+        raise RuntimeError("PyTorch reads quantised matrices")
+
+compiled = [(opened, wkv6_cuda), (opened, fast, *fast.FLAGS), (opened, cuda_precise), (opened, dequant),
+            (sequential.load,), (cpu.open_library, "wkv7"), (cpu.open_library, "wkv6")]
+with concurrent.futures.ThreadPoolExecutor() as pool:  # one after another they take three times as long as the longest
+    for call in compiled:
+        pool.submit(*call)                             # who fails does so below again, and is told
 ours = {f"{recurrence} {op}": functools.partial(wkv7_cuda.load, op, recurrence)
         for recurrence, ops in wkv7_cuda.OPS.items() for op in ops}
-for name, load in (ours | {"sequential": sequential.load}).items():
+for name, load in (ours | {"dequant": reads, "sequential": sequential.load}).items():
     try:
         load()
         print(name, "built", flush=True)
@@ -85,6 +100,7 @@ def steps(out: Path, commit: str, qa: list[str] | None = None, models: list[str]
     return {
         "machine": Step(["nvidia-smi"], "nvidia-smi", 60),
         "build": Step([python, "-c", run + BUILD], "", 600),
+        "tune": Step([python, str(bench / "fla_tune.py")], "", 240),
         "tests": Step(tests, "", 400),
         "memcheck": Step([*checker, "memcheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
         "racecheck": Step([*checker, "racecheck", python, "-c", run + SMALL], "compute-sanitizer", 240),

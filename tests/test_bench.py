@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from wkv7_cuda import build
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 import curves  # noqa: E402
+import fla_tune  # noqa: E402
 import gpu  # noqa: E402
 import readme  # noqa: E402
 import record  # noqa: E402
@@ -246,6 +249,45 @@ def test_scripts_begin_in_a_checkout_that_is_not_installed(tmp_path):
     done = subprocess.run([sys.executable, "-S", "-c", NOT_INSTALLED, bench, *sorted(bench.glob("*.py"))], cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": str(packages)}, capture_output=True, text=True)  # fmt: skip
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_what_is_built_first_says_what_became_of_it():
+    """Without a GPU, too: a line for each operator and kernel. (In a process of its own: each registers once.)"""
+    code = f"import sys; sys.path[:0] = [{str(BENCH.parent)!r}, {str(BENCH)!r}]\n{gpu.BUILD}"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+                          capture_output=True, text=True)  # fmt: skip
+    said = dict(re.findall(r"^(.+?) (built$|not built: .*)", done.stdout, re.M))
+    assert done.returncode == 0 and len(said) == 12, done.stdout + done.stderr
+    assert all(said[name].startswith("not built: ") for name in ("wkv7 cuda", "wkv6 cuda", "dequant", "sequential"))
+    assert said["wkv7 cuda"].startswith("not built: the cuda operator needs an NVIDIA GPU and torch sees none")
+    assert said["wkv7 chunk"] == said["wkv6 chunk"] == "built"
+
+
+def test_ways_to_compile_are_shared_out(monkeypatch):
+    """Each to one process, none launched; one that does not compile keeps no other from it."""
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    monkeypatch.setattr(autotuner, "run", None)
+    asked = []
+
+    def compiled(x, warmup, number):
+        asked.append((x, warmup, number))
+        raise ValueError("too many registers")
+
+    ways = [SimpleNamespace(all_kwargs=partial(dict, number=i)) for i in range(9)]
+    kernel = SimpleNamespace(arg_names=["x"], prune_configs=lambda kwargs: ways, fn=SimpleNamespace(run=compiled),
+                             base_fn=fla_tune.of_share)  # fmt: skip
+    for share in range(4):
+        fla_tune.compile_only(share, 4)
+        autotuner.run(kernel, 7, warmup=False)
+    assert sorted(asked) == [(7, True, i) for i in range(9)]
+    shares = [sum(len(fla_tune.of_share(f"kernel {i}", range(3), share, 8)) for i in range(99)) for share in range(8)]
+    assert sum(shares) == 297 and min(shares) > 20
+
+
+def test_nothing_is_tuned_without_fla(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["fla_tune.py"])
+    assert fla_tune.main() == 0 and capsys.readouterr().out == "fla is not installed\n"
 
 
 def test_who_is_stopped_may_say_what_failed(tmp_path):
