@@ -11,6 +11,14 @@ import pissa_rwkv as P
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
+@pytest.fixture(autouse=True)
+def precision_of_others():
+    """A run in tf32 would leave other tests of this process products that are off by 4e-4."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def losses(model: Path, folder: Path, *options: str) -> list[float]:
     (text := folder.with_suffix(".txt")).write_text("A quick brown fox jumps over the lazy dog. " * 40)
     command = ["--load_model", model, "--data_file", text, "--proj_dir", folder, "--rank", 4, "--ctx_len", 64,
