@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_cuda_on_cpu import HERE, SANITIZERS, compile_for_cpu, run_sanitized
-from test_wkv_cuda import needs_cpp
+from test_wkv_cuda import GPU_EXPF, needs_cpp
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_interpreter import INTERPRETED
 
@@ -210,11 +210,13 @@ def test_exact_in_float64(op, T):
     for op in OPS for regime in op.values[0].its.regimes])  # fmt: skip
 @pytest.mark.parametrize("B,T,H", [(1, 65, 2), (2, 17, 1), (1, 1, 3)])
 def test_float32_accuracy(op, B, T, H, regime):
-    """The rule above; but where plain PyTorch fails (dw at w = 20: it rounds 1 - sigma to 0), it counts as 1e-6."""
+    """The rule above; but where plain PyTorch fails (dw at w = 20: it rounds 1 - sigma to 0), it counts as 1e-6. And on
+    a GPU a decay may be off by a unit, by the same in each of T tokens where it is constant."""
+    floor = FLOOR + (GPU_EXPF * T if op.device == "cuda" else 0)
     exact, plain = (oracle(B, T, H, regime, dtype, op.recurrence) for dtype in (torch.float64, torch.float32))
     found = run(op.load(), *op.make(B, T, H, regime))
     for name, x, p, e in zip(op.its.names, found, plain, exact, strict=True):
-        assert error(x, e) <= 2 * min(error(p, e), 1e-6) + FLOOR, name
+        assert error(x, e) <= 2 * min(error(p, e), 1e-6) + floor, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

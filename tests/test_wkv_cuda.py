@@ -90,8 +90,9 @@ def by_head(x):
     return x.movedim(2 if x.shape[2] == len(REGIMES) else 1, 0).flatten(1).double()
 
 
-def check(outputs, inputs, grads):
-    """Outputs of the kernels against the loop, each tensor and regime on its own."""
+def check(outputs, inputs, grads, expf=0.0):
+    """Outputs of the kernels against the loop, each tensor and regime on its own. expf: how much wronger a token's
+    decay may make them; where decays are constant, this adds up."""
     reference, plain = by_loop(inputs, grads, torch.float64), by_loop(inputs, grads, torch.float32)
     worst = {}
     for name, out, exact, fp32 in zip(OUTPUTS, outputs, reference, plain, strict=True):
@@ -104,7 +105,8 @@ def check(outputs, inputs, grads):
                 error, error_of_plain = ((o - e).norm() / size).item(), ((p - e).norm() / size).item()
                 # min: torch rounds 1 - sigma(20) to 0, so its dw there is all wrong. 2^-23, one unit in the last place:
                 # at T = 1 there are so few roundings that one more is twice as many.
-                assert error < 2 * min(error_of_plain, 1e-6) + 2**-23, (label, error, error_of_plain)
+                bar = 2 * min(error_of_plain, 1e-6) + 2**-23 + expf * inputs[0].shape[1]
+                assert error < bar, (label, error, error_of_plain)
                 worst[name] = max(worst.get(name, 0), error)
             else:  # the nearest number of that type to something that is right to 2e-5
                 unit = torch.finfo(out.dtype).eps / 2
@@ -298,6 +300,8 @@ def test_the_shipped_library_opens_without_a_driver(by_nvcc, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- on a GPU
 
+GPU_EXPF = 2**-23  # of CUDA's expf the nearest number is not promised, but one of the two around the exact one
+
 
 @pytest.fixture(scope="module")
 def on_gpu():
@@ -312,7 +316,7 @@ def on_gpu():
 @pytest.mark.parametrize("time", LENGTHS)
 def test_gpu(on_gpu, time, dtype):
     inputs, grads = problem(2, time, dtype)
-    check(by_kernels(on_gpu, inputs, grads, "cuda"), inputs, grads)
+    check(by_kernels(on_gpu, inputs, grads, "cuda"), inputs, grads, GPU_EXPF)
 
 
 @pytest.mark.gpu
@@ -334,4 +338,4 @@ def test_gpu_operator_on_another_stream():
         outputs = wkv7(*strided, leaves[6])
         outputs = [*outputs, *torch.autograd.grad(outputs, leaves, [g.cuda() for g in grads])]
         torch.cuda.current_stream().synchronize()
-    check([x.detach().cpu() for x in outputs], inputs, grads)
+    check([x.detach().cpu() for x in outputs], inputs, grads, GPU_EXPF)
