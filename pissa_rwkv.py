@@ -3630,27 +3630,19 @@ SCALE_GROWS = 2000                                                    # fp16: af
 
 
 @dataclass
-class Run:
-    """What a training run works with and where it stands."""
+class Plan:
+    """What is settled of a run before any weight is loaded."""
 
     cfg: Config
     ranks: Ranks
     device: str
+    dtype: torch.dtype                                                # of computing
     arch: Arch
     tokenizer: ByteTokenizer
     loader: Loader
     held_out: Loader | None
-    model: RWKV
-    optimiser: ZeroAdamW
-    about: dict[str, Any]                                             # goes into every file that is written
     epoch_steps: int
-    step: int = 0                                                     # the next optimiser step
-    epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
-    epoch_good: int = 0                                               # and their number
-    loss_scale: float = 1.0                                           # fp16: its gradients would underflow
-    scaled_at: int = 0                                                # the last step after which it was changed
-    bad_steps: int = 0
-    add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
+    about: dict[str, Any]                                             # what every file that is written says of itself
 
     @property
     def batches(self) -> int:
@@ -3663,41 +3655,47 @@ class Run:
         return self.batches * self.loader.bsz
 
     @property
+    def first_step(self) -> int:
+        """Of a run that is not resumed."""
+        return self.cfg.epoch_begin * self.epoch_steps
+
+    @property
     def steps(self) -> int:
-        return (self.cfg.epoch_begin + self.cfg.epoch_count) * self.epoch_steps
+        """The number of the step at which the run ends."""
+        return self.first_step + self.cfg.epoch_count * self.epoch_steps
 
     @property
     def folder(self) -> Path:
         return Path(self.cfg.proj_dir)
 
-
-class Plan(NamedTuple):
-    """What is settled of a run before any weight is loaded."""
-
-    cfg: Config
-    ranks: Ranks
-    device: str
-    dtype: torch.dtype                                                # of computing
-    arch: Arch
-    tensors: dict[str, Tensor]                                        # the base's, in their file; none of a new model
-    tokenizer: ByteTokenizer
-    loader: Loader
-    held_out: Loader | None
-    epoch_steps: int
-    about: dict[str, Any]
-
-    @property
-    def first_step(self) -> int:
-        """Of a run that is not resumed."""
-        return self.cfg.epoch_begin * self.epoch_steps
+    def describe(self) -> dict[str, Any]:
+        """`about`, and what the adapters are computed with."""
+        dtype = str(self.dtype).removeprefix("torch.")                # which W_res is rounded to
+        return self.about | ADAPTER[self.cfg.peft].layer.describe(self.cfg) | {"dtype": dtype}
 
 
-def prepare(cfg: Config) -> Plan:
+@dataclass
+class Run(Plan):
+    """What a training run works with and where it stands."""
+
+    model: RWKV
+    optimiser: ZeroAdamW
+    step: int = 0                                                     # the next optimiser step
+    epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
+    epoch_good: int = 0                                               # and their number
+    loss_scale: float = 1.0                                           # fp16: its gradients would underflow
+    scaled_at: int = 0                                                # the last step after which it was changed
+    bad_steps: int = 0
+    add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
+
+
+def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
     """Reads and checks what a run needs before any weight is loaded, but for adapters and resume.pth, cheap things
-    first; joins the other processes, and opens proj_dir."""
+    first; joins the other processes, and opens proj_dir. Returns also the base's tensors, in their file; none of a new
+    model."""
     cfg = from_whole_model(with_init(cfg))
     check(cfg)
-    cfg, ranks, device, dtype = setup(cfg)
+    ranks, device, dtype = setup(cfg)
     tensors = ranks.first(lambda: read_pth(cfg.load_model, "--load_model", ranks.rank == 0)) if cfg.load_model else {}
     arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
     check_arch(cfg, arch)
@@ -3718,7 +3716,7 @@ def prepare(cfg: Config) -> Plan:
     if cfg.grad_cp == "auto":
         cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
-    return Plan(cfg, ranks, device, dtype, arch, tensors, tokenizer, loader, held_out, epoch_steps, about)
+    return Plan(cfg, ranks, device, dtype, arch, tokenizer, loader, held_out, epoch_steps, about), tensors
 
 
 def without_values(arch: Arch) -> RWKV:
@@ -3729,20 +3727,19 @@ def without_values(arch: Arch) -> RWKV:
 
 def build(cfg: Config) -> Run:
     """A run at its first step, or where it stopped."""
-    plan = prepare(cfg)
+    plan, tensors = prepare(cfg)
     cfg, ranks, device = plan.cfg, plan.ranks, plan.device
-    model = load_model(cfg, plan.arch, plan.tensors, device, plan.dtype)
+    model = load_model(cfg, plan.arch, tensors, device, plan.dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
     path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (Path(cfg.proj_dir), {}, {})
     ranks.agree("resume", {"the step in resume.pth": described.get("step")},
                 f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
-    about_adapters, exact = adapt(model, cfg, plan.loader, plan.about, bool(state), ranks)
+    plan.about, exact = adapt(model, plan, bool(state))
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
     model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
     loss_scale = 2.0**16 if plan.dtype == torch.float16 else 1.0      # (torch's first)
-    run = Run(cfg, ranks, device, plan.arch, plan.tokenizer, plan.loader, plan.held_out, model, optimiser,
-              plan.about | about_adapters, plan.epoch_steps, step=plan.first_step, loss_scale=loss_scale,
+    run = Run(**vars(plan), model=model, optimiser=optimiser, step=plan.first_step, loss_scale=loss_scale,
               scaled_at=plan.first_step)
     if cfg.cuda_graph:
         run.add_gradient = graphs(model, cfg, device, ranks)
@@ -3831,37 +3828,32 @@ def first_loss(model: RWKV, loader: Loader) -> float:
     return sum(loss.item() for loss in batch_losses(model.eval(), batch, max(1, len(batch.learnt)), loader.cfg))
 
 
-def adapt(
-    model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool, ranks: Ranks
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def adapt(model: RWKV, plan: Plan, resumed: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Freezes what is not trained, puts new adapters or an earlier run's on it, and writes init_pissa.pth. Returns what
-    describes the adapters, and what the earlier run's file holds.
+    describes the run's files, and what the earlier run's file holds.
 
     Prints the loss of one batch with and without them: a new start computes what the base does, but for quantisation.
     """
-    cfg, method = begun_from(cfg, resumed), ADAPTER[cfg.peft]
-    init, load = read_adapters(cfg, about)
-    compares = not load and not resumed and bool(to_freeze(model, cfg))
+    cfg, ranks, about = begun_from(plan.cfg, resumed), plan.ranks, plan.describe()
+    init, load = read_adapters(cfg, plan.about)
+    compares = not load and not resumed and to_freeze(model, cfg)
     ranks.agree("adapters", {"adapter_load": fingerprint(load), "adapter_init": fingerprint(init)},
                 "give every rank the same files")
     check_adapters(model, cfg, init, load)
-    before = first_loss(model, loader) if compares else 0.0
+    before = first_loss(model, plan.loader) if compares else 0.0
     take_parts(model, load)
     taken = add_adapters(model, cfg, init, load, ranks)
     if compares:
-        say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, loader):.6f}")
-    about_adapters = method.layer.describe(cfg)
-    about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
+        say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, plan.loader):.6f}")
     if taken:
-        about_adapters |= {"init": fingerprint(taken)}
-        own = Path(cfg.proj_dir) / "init_pissa.pth"
+        about["init"], own = fingerprint(taken), plan.folder / "init_pissa.pth"
         there = read_described(own, "pissa_init")[1] if ranks.rank == 0 and own.exists() else {}
-        if ranks.rank == 0 and there.get("init") != about_adapters["init"]:
+        if ranks.rank == 0 and there.get("init") != about["init"]:
             if there and cfg.epoch_begin:
                 raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
                             " another one; name another --proj_dir")
-            save(own, taken, about | about_adapters)
-    return about_adapters, load
+            save(own, taken, about)
+    return about, load
 
 
 def begun_from(cfg: Config, resumed: bool) -> Config:
@@ -4335,7 +4327,7 @@ def has_bf16() -> bool:
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
+def setup(cfg: Config) -> tuple[Ranks, str, torch.dtype]:
     """Joins the other processes; device and compute dtype."""
     world, here = of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_WORLD_SIZE", 1)
     if cfg.devices not in (0, here) and not cfg.dry_run:
@@ -4361,7 +4353,7 @@ def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.manual_seed(cfg.random_seed)
-    return cfg, ranks, accelerator, dtype
+    return ranks, accelerator, dtype
 
 
 def join(cfg: Config, accelerator: str) -> Ranks:
@@ -4704,7 +4696,7 @@ def chat_config(cfg: Config, given: set[str]) -> Config:
 def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
     """The model to talk to, held as --quant says, with its adapters; and its tokenizer."""
     check(cfg)
-    cfg, ranks, device, dtype = setup(cfg)
+    ranks, device, dtype = setup(cfg)
     tensors = read_pth(cfg.load_model, "--load_model")
     arch = detect(tensors, cfg.load_model)
     check_arch(cfg, arch)
@@ -4890,7 +4882,7 @@ class Rehearsal:
             optimiser = ZeroAdamW(trained, cfg, None, ranks, STAGE[cfg.strategy])
             optimiser.part = ZeroAdamW.PART[device]                   # (its tensors are on meta)
             loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")      # (their place is counted when they are used)
-            self.run = Run(cfg, ranks, "meta", arch, None, loader, None, model, optimiser, {}, 1)
+            self.run = Run(cfg, ranks, "meta", dtype, arch, None, loader, None, 1, {}, model, optimiser)
         self.loading, self.held = self.peak.most, self.peak.live
 
     def memory(self, bsz: int) -> Memory:
@@ -4945,26 +4937,24 @@ def what_fits(cfg: Config, arch: Arch, bsz: int, device: str, dtype: torch.dtype
 def dry_run(plan: Plan) -> None:
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded. Refuses
     adapters and a resume.pth that the run would refuse."""
-    cfg, ranks, device, loader, GB = plan.cfg, plan.ranks, plan.device, plan.loader, 1e9
+    cfg, ranks, device, GB = plan.cfg, plan.ranks, plan.device, 1e9
     path, state, described = newest(cfg) if cfg.resume else (Path(), {}, {})
     begun = begun_from(cfg, bool(state))
     check_adapters(without_values(plan.arch), begun, *read_adapters(begun, plan.about))
     rehearsal = Rehearsal(cfg, plan.arch, device, plan.dtype, ranks)
-    made_with = {"dtype": str(plan.dtype).removeprefix("torch."), "trained": rehearsal.run.optimiser.layout()}
-    compare(path, described, plan.about | ADAPTER[cfg.peft].layer.describe(cfg) | made_with)
+    compare(path, described, plan.describe() | {"trained": rehearsal.run.optimiser.layout()})
     if state and "step" not in described:
         raise Fatal(f"{path}: not what this program writes for --resume")
     before = described.get("epoch_steps", plan.epoch_steps)
     first = described["step"] * plan.epoch_steps // before if state else plan.first_step
-    last = (cfg.epoch_begin + cfg.epoch_count) * plan.epoch_steps
     learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
     adapters = sum(n for name, n in learning.items() if ADAPTER[cfg.peft].is_own(name))
     learnt, parts = sum(learning.values()), " ".join(parts_of(cfg)) or "the model"
-    rows, steps = loader.bsz * cfg.accumulate_grad_batches * ranks.size, max(0, last - first)
-    m, where = rehearsal.memory(loader.bsz), f"each of {ranks.size} devices" if ranks.size > 1 else f"the {device}"
+    steps = max(0, plan.steps - first)
+    m, where = rehearsal.memory(plan.loader.bsz), f"each of {ranks.size} devices" if ranks.size > 1 else f"the {device}"
     say(f"would train {learnt:,} of {rehearsal.base_parameters + adapters:,} parameters: {adapters:,} in adapters,"
         f" {learnt - adapters:,} in {parts}\n"
-        f"would make {steps:,} steps of {rows} rows: at most {steps * rows * cfg.ctx_len:,} tokens\n"
+        f"would make {steps:,} steps of {plan.rows} rows: at most {steps * plan.rows * cfg.ctx_len:,} tokens\n"
         f"would hold {m.total / GB:.2f} GB on {where}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f}"
         f" adapters and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f}"
         f" other ({OTHER[device].what}); {(m.loading + m.other) / GB:.2f} while it is loaded"
@@ -5125,7 +5115,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if cfg.make_binidx or cfg.dry_run:                            # what one process does alone
             if is_first():
-                make_binidx(cfg) if cfg.make_binidx else dry_run(prepare(cfg))
+                make_binidx(cfg) if cfg.make_binidx else dry_run(prepare(cfg)[0])
             return 0
         if cfg.devices > 1 and "WORLD_SIZE" not in os.environ:
             launch(cfg, argv)
