@@ -3719,10 +3719,10 @@ def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
     return Plan(cfg, ranks, device, dtype, arch, tokenizer, loader, held_out, epoch_steps, about), tensors
 
 
-def without_values(arch: Arch) -> RWKV:
+def without_values(arch: Arch, wkv: Callable | None = None, grad_cp: str = "0") -> RWKV:
     """A model that has names and shapes alone."""
     with torch.device("meta"):
-        return RWKV(arch, RECURRENCE[arch.version][1])
+        return RWKV(arch, wkv, grad_cp)
 
 
 def build(cfg: Config) -> Run:
@@ -3796,9 +3796,7 @@ def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
 
 def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> RWKV:
     """The base; without tensors a new model."""
-    wkv = load_wkv(arch.version, arch.head_size, cfg.op, device)
-    with torch.device("meta"):
-        model = RWKV(arch, wkv, cfg.grad_cp)
+    model = without_values(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
     if tensors:
         return fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
     return model.to_empty(device="cpu").initialise().to(device, dtype)
@@ -3869,16 +3867,15 @@ def begun_from(cfg: Config, resumed: bool) -> Config:
 
 def read_adapters(cfg: Config, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What --adapter_init and --adapter_load name, if anything; both have to be of this base and of this --peft."""
-    init_path, load_path = cfg.adapter_init, cfg.adapter_load
-    init, about_init = read_described(init_path, "--adapter_init (pissa_init)") if init_path else ({}, {})
-    load, about_load = read_described(load_path, "--adapter_load") if load_path else ({}, {})
-    for path, found in ((init_path, about_init), (load_path, about_load)):
-        compare(path, found, about)
+    init, about_init = read_described(cfg.adapter_init, "--adapter_init (pissa_init)") if cfg.adapter_init else ({}, {})
+    load, about_load = read_described(cfg.adapter_load, "--adapter_load") if cfg.adapter_load else ({}, {})
+    compare(cfg.adapter_init, about_init, about)
+    compare(cfg.adapter_load, about_load, about)
     if "init" in about_load:
-        compare(init_path, about_init, {"init": about_load["init"]})
+        compare(cfg.adapter_init, about_init, {"init": about_load["init"]})
     if about_load.get("rank") == cfg.rank:                            # (another one is refused with both shapes)
         described = ADAPTER[cfg.peft].layer.describe(cfg)
-        compare(load_path, about_load, {item: described[item] for item in ("scale", "mode") if item in described})
+        compare(cfg.adapter_load, about_load, {x: described[x] for x in ("scale", "mode") if x in described})
     return init, load
 
 
@@ -3979,14 +3976,11 @@ def train(run: Run) -> int:
             run.step += 1
             if math.isfinite(row["loss"]):
                 run.epoch_loss, run.epoch_good = run.epoch_loss + row["loss"], run.epoch_good + 1
-            epoch_ends = run.step % run.epoch_steps == 0
-            if epoch_ends:
-                loss = log_epoch(run, log, epoch, lr)
-            if epoch_ends and saved_after(run, epoch) or cfg.save_steps and run.step % cfg.save_steps == 0:
+            due = cfg.save_steps and run.step % cfg.save_steps == 0
+            if run.step % run.epoch_steps == 0:
+                end_epoch(run, log, epoch, lr, due)
+            elif due:
                 save_resume(run)
-            if epoch_ends:
-                finish_epoch(run, epoch)
-                examine(run, log, epoch, loss)
         if run.step < run.steps:
             save_resume(run)
             say(f"stopped before step {run.step}; --resume goes on from here")
@@ -3995,19 +3989,19 @@ def train(run: Run) -> int:
     return 0
 
 
-def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
-    """Logs the mean loss of an epoch, and returns it; the next begins."""
+def end_epoch(run: Run, log: Logger, epoch: int, lr: float, due: bool) -> None:
+    """Logs an epoch's mean loss, saves what it made, validates, prints a sample. due: resume.pth is, whatever
+    --epoch_save says."""
+    cfg = run.cfg
     if run.step == run.steps and not run.optimiser.t:
         raise Fatal("no step had a finite loss and gradient; nothing was learnt")
     loss = run.epoch_loss / run.epoch_good if run.epoch_good else math.nan
     run.epoch_loss, run.epoch_good = 0.0, 0
     log.epoch(epoch, loss, lr)
-    return loss
-
-
-def examine(run: Run, log: Logger, epoch: int, loss: float) -> None:
-    """After an epoch is saved: validates, prints a sample."""
-    cfg, line = run.cfg, f"epoch {epoch}: loss {loss:.4f}"
+    if due or saved_after(run, epoch):
+        save_resume(run)
+    finish_epoch(run, epoch)
+    line = f"epoch {epoch}: loss {loss:.4f}"
     if run.held_out:
         held_out = evaluate(run.model, run.held_out, run.ranks)
         log.step(step=run.step - 1, epoch=epoch, val_loss=held_out)
@@ -4417,17 +4411,6 @@ def launch(cfg: Config, argv: list[str]) -> None:
 
 def check(cfg: Config) -> None:
     """Refuses options that are wrong by themselves, before any file is touched."""
-    check_choices(cfg)
-    for f in fields(cfg):
-        value, within = getattr(cfg, f.name), f.metadata["within"]
-        if isinstance(value, (int, float)) and not is_within(value, within):
-            raise Fatal(f"--{f.name} {value}: {in_words(within)} is wanted")
-    check_together(cfg)
-    if not cfg.chat:
-        hint(cfg)
-
-
-def check_choices(cfg: Config) -> None:
     tables = {"peft": ADAPTER, "quant": QUANT, "bone_mode": dict.fromkeys(BONE_MODES), "lr_schedule": SCHEDULE,
               "strategy": STAGE, "moments": MOMENTS, "train_type": TRAIN_TYPE, "chunk_grad": CHUNK_GRAD,
               "grad_cp": GRAD_CP | {"auto": None}}
@@ -4435,6 +4418,13 @@ def check_choices(cfg: Config) -> None:
         pick(table, f"--{option}", getattr(cfg, option))
     for part in cfg.train_parts:
         pick(dict.fromkeys(("auto", "emb", "head", "time", "ln")), "--train_parts", part)
+    for f in fields(cfg):
+        value, within = getattr(cfg, f.name), f.metadata["within"]
+        if isinstance(value, (int, float)) and not is_within(value, within):
+            raise Fatal(f"--{f.name} {value}: {in_words(within)} is wanted")
+    check_together(cfg)
+    if not cfg.chat:
+        hint(cfg)
 
 
 def check_together(cfg: Config) -> None:
@@ -4465,7 +4455,7 @@ def check_together(cfg: Config) -> None:
                     f" {cfg.peft} with --quant {cfg.quant}")
     if cfg.emb_on_cpu and any(part in "emb.weight" for part in parts_of(cfg)):
         raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
-    if cfg.train_type == "infctx" and not 0 <= cfg.chunk_ctx <= cfg.ctx_len:
+    if cfg.train_type == "infctx" and cfg.chunk_ctx > cfg.ctx_len:
         raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; up to --ctx_len {cfg.ctx_len} is wanted")
     if cfg.train_type == "infctx" and ADAPTER[cfg.peft].state and cfg.chunk_grad == "truncated":
         raise Fatal("--chunk_grad truncated: with --peft state only the first chunk would be learnt from; take full")
@@ -4523,12 +4513,11 @@ class Graphs:
     Reducing, clipping and the update stay outside: they differ from step to step, and are 90 of 8000 launches (1.5B).
     """
 
-    MOST = 16                                                         # graphs; shapes beyond run as ever
+    most = 16                                                         # graphs; shapes beyond run as ever
 
     def __init__(self) -> None:
         self.places: dict[Any, list[Tensor]] = {}                     # shape -> inputs, learnt, targets, n, loss scale
         self.graphs: dict[Any, tuple[Callable[[], None], Tensor]] = {}                    # -> replay, the loss it makes
-        self.most = self.MOST
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
@@ -4830,24 +4819,17 @@ class Memory(NamedTuple):
     optimiser: int                                                    # what is trained, with gradient and moments
     activations: int                                                  # and whatever else a step makes and lets go
     loading: int
-    other: int                                                        # not tensors: see OTHER
+    other: int                                                        # not tensors: OTHER
 
     @property
     def total(self) -> int:
         return max(self.weights + self.optimiser + self.activations, self.loading) + self.other
 
 
-class Other(NamedTuple):
-    """What a device takes that no tensor does."""
-
-    fixed: int                                                        # bytes
-    share: float                                                      # of the tensors' peak
-    what: str
-
-
 CONTEXT = 500_000_000                                                 # bytes of CUDA's, per process
-OTHER = {"cuda": Other(CONTEXT + 2**25, 0.03, "0.53 for CUDA's context and cuBLAS, 3 % for fragmentation"),
-         "cpu": Other(0, 0.0, "of torch itself nothing is counted")}
+# What a device takes that no tensor does: bytes, a share of the tensors' peak, and both in words.
+OTHER = {"cuda": (CONTEXT + 2**25, 0.03, "0.53 for CUDA's context and cuBLAS, 3 % for fragmentation"),
+         "cpu": (0, 0.0, "of torch itself nothing is counted")}
 
 
 class Rehearsal:
@@ -4859,9 +4841,8 @@ class Rehearsal:
 
     def __init__(self, cfg: Config, arch: Arch, device: str, dtype: torch.dtype, ranks: Ranks = ONE_RANK):
         self.op, wkv = find_wkv(arch.version, arch.head_size, cfg.op, device, ready=False)
-        with torch.device("meta"):
-            model = RWKV(arch, wkv, cfg.grad_cp)
-            tensors = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
+        model = without_values(arch, wkv, cfg.grad_cp)
+        tensors = {name: torch.empty_like(p, dtype=dtype) for name, p in model.named_parameters()}
         own = ADAPTER[cfg.peft].is_own
         self.device, self.base_parameters = device, sum(t.numel() for name, t in tensors.items() if not own(name))
         with Peak(elsewhere=tensors.values()) as self.peak:
@@ -4893,7 +4874,8 @@ class Rehearsal:
         optimiser, activations = self.run.optimiser.nbytes(), self.peak.most - self.held
         if self.run.cfg.cuda_graph and not no_graph(self.run.model, self.run.cfg, self.device, self.run.ranks):
             activations *= 2                  # the first of a shape runs eagerly, beside the graphs' memory, their own
-        other = OTHER[self.device].fixed + int(OTHER[self.device].share * max(self.peak.most, self.loading))
+        fixed, share, _ = OTHER[self.device]
+        other = fixed + int(share * max(self.peak.most, self.loading))
         return Memory(self.held - optimiser, optimiser, activations, self.loading, other)
 
     def fastest(self, bsz: int, room: int) -> str:
@@ -4957,7 +4939,7 @@ def dry_run(plan: Plan) -> None:
         f"would make {steps:,} steps of {plan.rows} rows: at most {steps * plan.rows * cfg.ctx_len:,} tokens\n"
         f"would hold {m.total / GB:.2f} GB on {where}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f}"
         f" adapters and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f}"
-        f" other ({OTHER[device].what}); {(m.loading + m.other) / GB:.2f} while it is loaded"
+        f" other ({OTHER[device][-1]}); {(m.loading + m.other) / GB:.2f} while it is loaded"
         + counted_with(cfg, device, rehearsal.op))
     if room := room_of(cfg, device):
         say(f"of {room / GB:.1f} GB: the largest --micro_bsz that fits is {rehearsal.largest_bsz(room)}")
@@ -4996,18 +4978,17 @@ def make_binidx(cfg: Config) -> None:
 
 
 @torch.no_grad()
-def exact_match(model: RWKV, loader: Loader, device: str) -> float:
-    """Share of a corpus's rows in which greedy decoding gives the learnt tokens, to the last one."""
-    model.eval()
-    right = 0
+def graded(run: Run) -> tuple[float, float]:
+    """Of what is held out: the loss, and the share of rows in which greedy decoding gives the learnt tokens, to the
+    last one."""
+    model, loader, right = run.model.eval(), run.held_out, 0
     for i in range(-(-loader.pass_rows // loader.bsz)):
-        batch = loader.batch(i, last=loader.pass_rows).to(device)
+        batch = loader.batch(i, last=loader.pass_rows).to(run.device)
         x, _ = model(batch.inputs)                                                        # (B,T,C)
         missed = (x.flatten(0, 1)[batch.learnt] @ model.head.weight.T).argmax(-1) != batch.targets
         rows_missed = (batch.learnt[missed] // batch.inputs.shape[1]).unique()
         right += len(batch.rows) - len(rows_missed)
-    model.train()
-    return right / loader.pass_rows
+    return evaluate(model, loader), right / loader.pass_rows
 
 
 OF_THE_DEMO = ("proj_dir", "accelerator", "precision", "op", "random_seed")  # the options it leaves to the user
@@ -5029,25 +5010,23 @@ def demo(cfg: Config) -> int:
     run = build(base)
     if stopped := train(run):
         return stopped
-    say(f"   exact answers to held-out questions: {exact_match(run.model, run.held_out, run.device):.1%}")
-    file, results = str(folder / "base" / "rwkv-0.pth"), {}
+    say(f"   exact answers to held-out questions: {graded(run)[1]:.1%}")
+    file, runs, rows = str(folder / "base" / "rwkv-0.pth"), {}, {}
     for number, peft, more in ((2, "pissa", dict(auto_merge=True)), (3, "lora", dict(lora_alpha=8.0))):
         say(f"\n{number}. {peft} of rank 8 adapts it to the same questions in other words.")
-        run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5,
-                            lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), **more))
-        before = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
+        run = runs[peft] = build(replace(
+            common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5, lr_init=3e-3,
+            lr_final=3e-4, proj_dir=str(folder / peft), **more))
+        rows = rows or {"base": graded(run)}                          # (LoRA starts there too)
         if stopped := train(run):
             return stopped
-        after = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
-        results[peft] = before, after, run
-    before, _, run = results["pissa"]
-    say("\n   held out                  loss    exact answers\n"
-        f"   base                    {before[0]:6.3f}   {before[1]:6.1%}")
-    for peft, (_, after, _) in results.items():
-        say(f"   after 60 steps of {peft:<6}{after[0]:6.3f}   {after[1]:6.1%}")
+        rows[f"after 60 steps of {peft}"] = graded(run)
+    say("\n   held out                  loss    exact answers")
+    for name, (loss, exact) in rows.items():
+        say(f"   {name:<24}{loss:6.3f}   {exact:6.1%}")
     merged = str(folder / "pissa" / "rwkv-0-merged.pth")
     say(f"\n4. {merged} is an ordinary model file. Reopened:")
-    demo_merged(results["pissa"][2], merged)
+    demo_merged(runs["pissa"], merged)
     say("\nNext, your own model and data:\n"
         "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge\n"
         "Or ask questions like these yourself (it knows single ones: type /reset between two):\n"
@@ -5058,9 +5037,8 @@ def demo(cfg: Config) -> int:
 def demo_merged(run: Run, merged: str) -> None:
     """Compares the merged file with the run it comes from, and prints some of its answers."""
     tensors = read_pth(merged, "--load_model")
-    with torch.device("meta"):
-        model = RWKV(run.arch, run.model.blocks[0].att.wkv)
-    fill(model, tensors, merged, run.device, next(run.model.parameters()).dtype).eval()
+    model = without_values(run.arch, run.model.blocks[0].att.wkv)
+    fill(model, tensors, merged, run.device, run.dtype).eval()
     batch = run.held_out.batch(0).to(run.device)
     with torch.no_grad():
         logits, again = (m(batch.inputs)[0] @ m.head.weight.T for m in (run.model.eval(), model))
