@@ -4112,7 +4112,7 @@ def make_ready(cfg: Config) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale")         # of a Run, in every resume.pth
+COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale", "scaled_at")  # of a Run, in every resume.pth
 
 
 def save_resume(run: Run) -> None:
@@ -4126,7 +4126,7 @@ def save_resume(run: Run) -> None:
     if run.device == "cuda":
         state["rng_cuda"] = run.ranks.collect(torch.cuda.get_rng_state()[None])
     if run.ranks.rank == 0:
-        stands = {item: getattr(run, item) for item in (*COUNTERS, "scaled_at", "epoch_steps", "rows")}
+        stands = {item: getattr(run, item) for item in (*COUNTERS, "epoch_steps", "rows")}
         about = run.about | stands | {"config": config_of(run), "trained": run.optimiser.layout()}
         save(run.folder / "resume.pth", state, about, run.cfg.keep)
 
@@ -4144,8 +4144,11 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     for p in there:
         try:
             state, described = read_described(p, "--resume")
-            if is_of_earlier_epochs(described, cfg):
-                break                                                 # as are the older ones
+            if not {*COUNTERS, "epoch_steps", "rows", "config"} <= described.keys():
+                raise Fatal(f"{p}: not what this program writes for --resume")
+            begun = described["config"].get("epoch_begin", 0)
+            if begun != cfg.epoch_begin and described["step"] <= cfg.epoch_begin * described["epoch_steps"]:
+                break                                                 # of the run before this one, as are the older
             return p, state, described
         except Fatal as e:
             if p == there[-1]:
@@ -4154,13 +4157,6 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     begins = f"with rwkv-{cfg.epoch_begin - 1}.pth" if cfg.epoch_begin else "anew"
     say(f"--resume: this run has not written {path} yet; it begins {begins}")
     return path, {}, {}
-
-
-def is_of_earlier_epochs(described: dict[str, Any], cfg: Config) -> bool:
-    """Whether a resume.pth is of the run before the one that --epoch_begin began."""
-    step, epoch_steps, config = (described.get(item) for item in ("step", "epoch_steps", "config"))
-    known = None not in (step, epoch_steps, config)
-    return known and config.get("epoch_begin", 0) != cfg.epoch_begin and step <= cfg.epoch_begin * epoch_steps
 
 
 def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -4176,7 +4172,7 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
     """Sets a run to where resume.pth was written."""
     shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
     compare(path, described, run.about | {"trained": run.optimiser.layout()})
-    whole = {*COUNTERS, "config"} <= described.keys() and {*shapes, "rng"} <= state.keys() and all(
+    whole = {*shapes, "rng"} <= state.keys() and all(
         state[name].shape == shape for name, shape in shapes.items()) and 0 <= state["t"] < 2**31
     rng = torch.get_rng_state()
     if not whole or state["rng"].dtype != rng.dtype or state["rng"].shape[1:] != rng.shape:
@@ -4188,8 +4184,7 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
     run.optimiser.load(state)
     for item in COUNTERS:
         setattr(run, item, described[item])
-    run.scaled_at = described.get("scaled_at", run.step)              # (older files lack it)
-    old_steps, old_rows = described.get("epoch_steps", run.epoch_steps), described.get("rows", run.rows)
+    old_steps, old_rows = described["epoch_steps"], described["rows"]
     if old_steps != run.epoch_steps:                                  # the same part of an epoch, and so of the data
         run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
         say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
@@ -4925,10 +4920,7 @@ def dry_run(plan: Plan) -> None:
     check_adapters(without_values(plan.arch), begun, *read_adapters(begun, plan.about))
     rehearsal = Rehearsal(cfg, plan.arch, device, plan.dtype, ranks)
     compare(path, described, plan.describe() | {"trained": rehearsal.run.optimiser.layout()})
-    if state and "step" not in described:
-        raise Fatal(f"{path}: not what this program writes for --resume")
-    before = described.get("epoch_steps", plan.epoch_steps)
-    first = described["step"] * plan.epoch_steps // before if state else plan.first_step
+    first = described["step"] * plan.epoch_steps // described["epoch_steps"] if state else plan.first_step
     learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
     adapters = sum(n for name, n in learning.items() if ADAPTER[cfg.peft].is_own(name))
     learnt, parts = sum(learning.values()), " ".join(parts_of(cfg)) or "the model"
