@@ -3719,21 +3719,13 @@ def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
     return Plan(cfg, ranks, device, dtype, arch, tokenizer, loader, held_out, epoch_steps, about), tensors
 
 
-def without_values(arch: Arch, wkv: Callable | None = None, grad_cp: str = "0") -> RWKV:
-    """A model that has names and shapes alone."""
-    with torch.device("meta"):
-        return RWKV(arch, wkv, grad_cp)
-
-
 def build(cfg: Config) -> Run:
     """A run at its first step, or where it stopped."""
     plan, tensors = prepare(cfg)
     cfg, ranks, device = plan.cfg, plan.ranks, plan.device
     model = load_model(cfg, plan.arch, tensors, device, plan.dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
-    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (Path(cfg.proj_dir), {}, {})
-    ranks.agree("resume", {"the step in resume.pth": described.get("step")},
-                f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
+    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (plan.folder, {}, {})
     plan.about, exact = adapt(model, plan, bool(state))
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
@@ -3768,9 +3760,8 @@ def from_whole_model(cfg: Config) -> Config:
 
 def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | None]:
     """The corpus and what is held out, if anything is."""
-    corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
-    if cfg.val_split:
-        corpus, held_out = split(corpus, cfg.val_split)
+    corpus = read_corpus(cfg, cfg.data_file, tokenizer)
+    corpus, held_out = split(corpus, cfg.val_split) if cfg.val_split else (corpus, None)
     if cfg.val_file:
         held_out = read_corpus(cfg, cfg.val_file, tokenizer, "--val_file")
     loader = Loader(corpus, tokenizer, cfg)
@@ -3792,6 +3783,12 @@ def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
     options = {name: value for name, value in asdict(cfg).items() if name not in OF_A_MACHINE}
     contents = {k: x.corpus.fingerprint if isinstance(x, Loader) else x for k, x in own.items()}
     ranks.agree("alike", options | contents | {"program": __version__}, "give every rank the same files and options")
+
+
+def without_values(arch: Arch, wkv: Callable | None = None, grad_cp: str = "0") -> RWKV:
+    """A model that has names and shapes alone."""
+    with torch.device("meta"):
+        return RWKV(arch, wkv, grad_cp)
 
 
 def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> RWKV:
@@ -3916,8 +3913,7 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
     summed, and nobody divides by a number of ranks.
     """
     cfg, optimiser, ranks = run.cfg, run.optimiser, run.ranks
-    numbers = range(run.step * run.batches, (run.step + 1) * run.batches)
-    own = numbers[ranks.rank:: ranks.size]
+    own = range(run.step * run.batches, (run.step + 1) * run.batches)[ranks.rank:: ranks.size]
     batches = [run.loader.batch(i) for i in own]
     learnt, tokens = ranks.totals(sum(len(b.learnt) for b in batches), sum(b.inputs.numel() for b in batches))
     n, loss = max(1, int(learnt)), 0.0
@@ -4036,15 +4032,13 @@ def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
     is there is replaced, since a run that went back to resume.1.pth makes an epoch again; without `anew` it stays."""
     cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
-    masters = run.optimiser.masters() if saved_after(run, epoch) else {}
-    if run.ranks.rank > 0:
-        return
+    masters = run.optimiser.masters() if saved_after(run, epoch) else {}                  # (rank 0's; others have {})
     if masters and (anew or not path.exists()):
         if method.whole:
             save(path, whole_model(run, masters))                     # others read it, so no description
         else:
             save(path, masters, run.about)
-    if last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
+    if masters and last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
         merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
         say(f"merged: {merged}")
 
@@ -4098,14 +4092,14 @@ def make_ready(cfg: Config) -> None:
         probe.unlink()
     except OSError as e:
         raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
-    epochs = {p.name: re.fullmatch(r"rwkv-(\d{1,9})(-merged)?\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
-    held = [name for name, m in epochs.items() if m and int(m[1]) >= cfg.epoch_begin]
+    epochs = map(re.compile(r"rwkv-(\d{1,9})(-merged)?\.pth").fullmatch, os.listdir(folder))
+    held = [m[0] for m in epochs if m and int(m[1]) >= cfg.epoch_begin]
     saved = sorted(p.name for p in folder.glob("resume*.pth"))
     if cfg.resume and held and not saved:
         raise Fatal(f"--resume: {folder} holds {some(held)} but no resume.pth;"
                     " --epoch_begin goes on from rwkv-<N-1>.pth")
-    others = [name for name in ("init_pissa.pth", "loss_data.jsonl") if (folder / name).exists()]
-    held += [] if cfg.epoch_begin else saved + others
+    if not cfg.epoch_begin:
+        held += saved + [name for name in ("init_pissa.pth", "loss_data.jsonl") if (folder / name).exists()]
     if held and not cfg.resume:
         raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
     for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
@@ -4164,21 +4158,22 @@ def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], d
     path, state, described = newest(cfg) if ranks.rank == 0 else (Path(cfg.proj_dir), {}, {})
     name = ranks.each("newest", path.name if state else "")[0]
     if ranks.rank > 0 and name and (path / name).exists():
-        return path / name, *read_described(path / name, "--resume", looks=False)
+        path = path / name
+        state, described = read_described(path, "--resume", looks=False)
+    ranks.agree("resume", {"the step in resume.pth": described.get("step")},
+                f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
     return path, state, described
 
 
 def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:
     """Sets a run to where resume.pth was written."""
-    shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
     compare(path, described, run.about | {"trained": run.optimiser.layout()})
-    whole = {*shapes, "rng"} <= state.keys() and all(
-        state[name].shape == shape for name, shape in shapes.items()) and 0 <= state["t"] < 2**31
-    rng = torch.get_rng_state()
-    if not whole or state["rng"].dtype != rng.dtype or state["rng"].shape[1:] != rng.shape:
+    shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
+    whole = shapes.items() <= {name: t.shape for name, t in state.items()}.items() and 0 <= state["t"] < 2**31
+    rng, now = state.get("rng", torch.empty(0)), torch.get_rng_state()                    # of every rank, of this one
+    if not whole or rng.dtype != now.dtype or rng.shape[1:] != now.shape:
         raise Fatal(f"{path}: not what this program writes for --resume")
-    before = described["config"]
-    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := before.get(k, v)) != v]
+    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := described["config"].get(k, v)) != v]
     if changed:
         say(f"resuming with changes: {', '.join(changed)}")
     run.optimiser.load(state)
@@ -4190,12 +4185,12 @@ def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str,
         say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
     if old_rows != run.rows:
         say(f"a step had {old_rows} rows and has {run.rows} now: the data go on at row {run.step * run.rows}")
-    if len(state["rng"]) == run.ranks.size:
-        torch.set_rng_state(state["rng"][run.ranks.rank].clone())     # (a view would crash torch)
+    if len(rng) == run.ranks.size:
+        torch.set_rng_state(rng[run.ranks.rank].clone())              # (a view would crash torch)
         if "rng_cuda" in state and run.device == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"][run.ranks.rank].clone())
     say(f"resumed at step {run.step} of {run.steps}")
-    if run.step > run.cfg.epoch_begin * run.epoch_steps and run.step % run.epoch_steps == 0:
+    if run.step > run.first_step and run.step % run.epoch_steps == 0:
         finish_epoch(run, run.step // run.epoch_steps - 1, anew=False)                    # killed before that, maybe
 
 
@@ -4312,12 +4307,12 @@ DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")                 # of Linux
 
 
 def has_bf16() -> bool:
-    """Whether the GPU multiplies in bf16; of none, which is only asked for its bytes, that is assumed."""
+    """Whether the GPU multiplies in bf16. Where there is none, and only bytes are counted, that is assumed."""
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def setup(cfg: Config) -> tuple[Ranks, str, torch.dtype]:
-    """Joins the other processes; device and compute dtype."""
+    """Joins the other processes. Returns these, the device and the compute dtype."""
     world, here = of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_WORLD_SIZE", 1)
     if cfg.devices not in (0, here) and not cfg.dry_run:
         raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; it takes --nproc_per_node={cfg.devices}")
@@ -4467,6 +4462,14 @@ def check_together(cfg: Config) -> None:
         mask_strings(cfg)
 
 
+BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
+    "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
+    "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
+    "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
+    "vram_gb": {"dry_run": True, "grad_cp": "auto"},
+}
+
+
 def hint(cfg: Config) -> None:
     """Names options that have no effect as given."""
     for option, others in BELONGS_TO.items():
@@ -4474,14 +4477,6 @@ def hint(cfg: Config) -> None:
             say(f"--{option} has no effect without {' or '.join(f'--{o} {v}' for o, v in others.items())}")
     if cfg.auto_merge and ADAPTER[cfg.peft].whole:
         say(f"--auto_merge has no effect with --peft {cfg.peft}, whose files are whole models")
-
-
-BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
-    "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
-    "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
-    "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
-    "vram_gb": {"dry_run": True, "grad_cp": "auto"},
-}
 
 
 def hint_rate(cfg: Config, width: int) -> None:
@@ -4582,10 +4577,10 @@ def no_graph(model: RWKV, cfg: Config, device: str, ranks: Ranks) -> str:
 
 def graphs(model: RWKV, cfg: Config, device: str, ranks: Ranks) -> Callable[..., Tensor]:
     """--cuda_graph 1: Graphs, or, where a step cannot be one, `add_gradient` itself and a line that says why."""
-    if not (why := no_graph(model, cfg, device, ranks)):
-        return Graphs()
-    say(f"--cuda_graph 1 has no effect: this run {why}")
-    return add_gradient
+    if why := no_graph(model, cfg, device, ranks):
+        say(f"--cuda_graph 1 has no effect: this run {why}")
+        return add_gradient
+    return Graphs()
 
 
 # -------------------------------------------------------------------------------------------------- what a model writes
