@@ -3630,27 +3630,19 @@ SCALE_GROWS = 2000                                                    # fp16: af
 
 
 @dataclass
-class Run:
-    """What a training run works with and where it stands."""
+class Plan:
+    """What is settled of a run before any weight is loaded."""
 
     cfg: Config
     ranks: Ranks
     device: str
+    dtype: torch.dtype                                                # of computing
     arch: Arch
     tokenizer: ByteTokenizer
     loader: Loader
     held_out: Loader | None
-    model: RWKV
-    optimiser: ZeroAdamW
-    about: dict[str, Any]                                             # goes into every file that is written
     epoch_steps: int
-    step: int = 0                                                     # the next optimiser step
-    epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
-    epoch_good: int = 0                                               # and their number
-    loss_scale: float = 1.0                                           # fp16: its gradients would underflow
-    scaled_at: int = 0                                                # the last step after which it was changed
-    bad_steps: int = 0
-    add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
+    about: dict[str, Any]                                             # what every file that is written says of itself
 
     @property
     def batches(self) -> int:
@@ -3663,41 +3655,47 @@ class Run:
         return self.batches * self.loader.bsz
 
     @property
+    def first_step(self) -> int:
+        """Of a run that is not resumed."""
+        return self.cfg.epoch_begin * self.epoch_steps
+
+    @property
     def steps(self) -> int:
-        return (self.cfg.epoch_begin + self.cfg.epoch_count) * self.epoch_steps
+        """The number of the step at which the run ends."""
+        return self.first_step + self.cfg.epoch_count * self.epoch_steps
 
     @property
     def folder(self) -> Path:
         return Path(self.cfg.proj_dir)
 
-
-class Plan(NamedTuple):
-    """What is settled of a run before any weight is loaded."""
-
-    cfg: Config
-    ranks: Ranks
-    device: str
-    dtype: torch.dtype                                                # of computing
-    arch: Arch
-    tensors: dict[str, Tensor]                                        # the base's, in their file; none of a new model
-    tokenizer: ByteTokenizer
-    loader: Loader
-    held_out: Loader | None
-    epoch_steps: int
-    about: dict[str, Any]
-
-    @property
-    def first_step(self) -> int:
-        """Of a run that is not resumed."""
-        return self.cfg.epoch_begin * self.epoch_steps
+    def describe(self) -> dict[str, Any]:
+        """`about`, and what the adapters are computed with."""
+        dtype = str(self.dtype).removeprefix("torch.")                # which W_res is rounded to
+        return self.about | ADAPTER[self.cfg.peft].layer.describe(self.cfg) | {"dtype": dtype}
 
 
-def prepare(cfg: Config) -> Plan:
+@dataclass
+class Run(Plan):
+    """What a training run works with and where it stands."""
+
+    model: RWKV
+    optimiser: ZeroAdamW
+    step: int = 0                                                     # the next optimiser step
+    epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
+    epoch_good: int = 0                                               # and their number
+    loss_scale: float = 1.0                                           # fp16: its gradients would underflow
+    scaled_at: int = 0                                                # the last step after which it was changed
+    bad_steps: int = 0
+    add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
+
+
+def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
     """Reads and checks what a run needs before any weight is loaded, but for adapters and resume.pth, cheap things
-    first; joins the other processes, and opens proj_dir."""
+    first; joins the other processes, and opens proj_dir. Returns also the base's tensors, in their file; none of a new
+    model."""
     cfg = from_whole_model(with_init(cfg))
     check(cfg)
-    cfg, ranks, device, dtype = setup(cfg)
+    ranks, device, dtype = setup(cfg)
     tensors = ranks.first(lambda: read_pth(cfg.load_model, "--load_model", ranks.rank == 0)) if cfg.load_model else {}
     arch = detect(tensors, cfg.load_model) if tensors else new_arch(replace(cfg, vocab_size=vocabulary_of_data(cfg)))
     check_arch(cfg, arch)
@@ -3718,31 +3716,22 @@ def prepare(cfg: Config) -> Plan:
     if cfg.grad_cp == "auto":
         cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
     about = {"format": 1, "version": arch.version, "peft": cfg.peft, "quant": cfg.quant, "base": base}
-    return Plan(cfg, ranks, device, dtype, arch, tensors, tokenizer, loader, held_out, epoch_steps, about)
-
-
-def without_values(arch: Arch) -> RWKV:
-    """A model that has names and shapes alone."""
-    with torch.device("meta"):
-        return RWKV(arch, RECURRENCE[arch.version][1])
+    return Plan(cfg, ranks, device, dtype, arch, tokenizer, loader, held_out, epoch_steps, about), tensors
 
 
 def build(cfg: Config) -> Run:
     """A run at its first step, or where it stopped."""
-    plan = prepare(cfg)
+    plan, tensors = prepare(cfg)
     cfg, ranks, device = plan.cfg, plan.ranks, plan.device
-    model = load_model(cfg, plan.arch, plan.tensors, device, plan.dtype)
+    model = load_model(cfg, plan.arch, tensors, device, plan.dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
-    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (Path(cfg.proj_dir), {}, {})
-    ranks.agree("resume", {"the step in resume.pth": described.get("step")},
-                f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
-    about_adapters, exact = adapt(model, cfg, plan.loader, plan.about, bool(state), ranks)
+    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (plan.folder, {}, {})
+    plan.about, exact = adapt(model, plan, bool(state))
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
     model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
     loss_scale = 2.0**16 if plan.dtype == torch.float16 else 1.0      # (torch's first)
-    run = Run(cfg, ranks, device, plan.arch, plan.tokenizer, plan.loader, plan.held_out, model, optimiser,
-              plan.about | about_adapters, plan.epoch_steps, step=plan.first_step, loss_scale=loss_scale,
+    run = Run(**vars(plan), model=model, optimiser=optimiser, step=plan.first_step, loss_scale=loss_scale,
               scaled_at=plan.first_step)
     if cfg.cuda_graph:
         run.add_gradient = graphs(model, cfg, device, ranks)
@@ -3771,9 +3760,8 @@ def from_whole_model(cfg: Config) -> Config:
 
 def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | None]:
     """The corpus and what is held out, if anything is."""
-    corpus, held_out = read_corpus(cfg, cfg.data_file, tokenizer), None
-    if cfg.val_split:
-        corpus, held_out = split(corpus, cfg.val_split)
+    corpus = read_corpus(cfg, cfg.data_file, tokenizer)
+    corpus, held_out = split(corpus, cfg.val_split) if cfg.val_split else (corpus, None)
     if cfg.val_file:
         held_out = read_corpus(cfg, cfg.val_file, tokenizer, "--val_file")
     loader = Loader(corpus, tokenizer, cfg)
@@ -3797,11 +3785,15 @@ def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
     ranks.agree("alike", options | contents | {"program": __version__}, "give every rank the same files and options")
 
 
+def without_values(arch: Arch, wkv: Callable | None = None, grad_cp: str = "0") -> RWKV:
+    """A model that has names and shapes alone."""
+    with torch.device("meta"):
+        return RWKV(arch, wkv, grad_cp)
+
+
 def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str, dtype: torch.dtype) -> RWKV:
     """The base; without tensors a new model."""
-    wkv = load_wkv(arch.version, arch.head_size, cfg.op, device)
-    with torch.device("meta"):
-        model = RWKV(arch, wkv, cfg.grad_cp)
+    model = without_values(arch, load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
     if tensors:
         return fill(model, tensors, cfg.load_model, device, dtype, left_in_file(model, cfg))
     return model.to_empty(device="cpu").initialise().to(device, dtype)
@@ -3831,37 +3823,32 @@ def first_loss(model: RWKV, loader: Loader) -> float:
     return sum(loss.item() for loss in batch_losses(model.eval(), batch, max(1, len(batch.learnt)), loader.cfg))
 
 
-def adapt(
-    model: RWKV, cfg: Config, loader: Loader, about: dict[str, Any], resumed: bool, ranks: Ranks
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def adapt(model: RWKV, plan: Plan, resumed: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Freezes what is not trained, puts new adapters or an earlier run's on it, and writes init_pissa.pth. Returns what
-    describes the adapters, and what the earlier run's file holds.
+    describes the run's files, and what the earlier run's file holds.
 
     Prints the loss of one batch with and without them: a new start computes what the base does, but for quantisation.
     """
-    cfg, method = begun_from(cfg, resumed), ADAPTER[cfg.peft]
-    init, load = read_adapters(cfg, about)
-    compares = not load and not resumed and bool(to_freeze(model, cfg))
+    cfg, ranks, about = begun_from(plan.cfg, resumed), plan.ranks, plan.describe()
+    init, load = read_adapters(cfg, plan.about)
+    compares = not load and not resumed and to_freeze(model, cfg)
     ranks.agree("adapters", {"adapter_load": fingerprint(load), "adapter_init": fingerprint(init)},
                 "give every rank the same files")
     check_adapters(model, cfg, init, load)
-    before = first_loss(model, loader) if compares else 0.0
+    before = first_loss(model, plan.loader) if compares else 0.0
     take_parts(model, load)
     taken = add_adapters(model, cfg, init, load, ranks)
     if compares:
-        say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, loader):.6f}")
-    about_adapters = method.layer.describe(cfg)
-    about_adapters |= {"dtype": str(model.head.weight.dtype).removeprefix("torch.")}      # what W_res is rounded to
+        say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, plan.loader):.6f}")
     if taken:
-        about_adapters |= {"init": fingerprint(taken)}
-        own = Path(cfg.proj_dir) / "init_pissa.pth"
+        about["init"], own = fingerprint(taken), plan.folder / "init_pissa.pth"
         there = read_described(own, "pissa_init")[1] if ranks.rank == 0 and own.exists() else {}
-        if ranks.rank == 0 and there.get("init") != about_adapters["init"]:
+        if ranks.rank == 0 and there.get("init") != about["init"]:
             if there and cfg.epoch_begin:
                 raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
                             " another one; name another --proj_dir")
-            save(own, taken, about | about_adapters)
-    return about_adapters, load
+            save(own, taken, about)
+    return about, load
 
 
 def begun_from(cfg: Config, resumed: bool) -> Config:
@@ -3877,16 +3864,15 @@ def begun_from(cfg: Config, resumed: bool) -> Config:
 
 def read_adapters(cfg: Config, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What --adapter_init and --adapter_load name, if anything; both have to be of this base and of this --peft."""
-    init_path, load_path = cfg.adapter_init, cfg.adapter_load
-    init, about_init = read_described(init_path, "--adapter_init (pissa_init)") if init_path else ({}, {})
-    load, about_load = read_described(load_path, "--adapter_load") if load_path else ({}, {})
-    for path, found in ((init_path, about_init), (load_path, about_load)):
-        compare(path, found, about)
+    init, about_init = read_described(cfg.adapter_init, "--adapter_init (pissa_init)") if cfg.adapter_init else ({}, {})
+    load, about_load = read_described(cfg.adapter_load, "--adapter_load") if cfg.adapter_load else ({}, {})
+    compare(cfg.adapter_init, about_init, about)
+    compare(cfg.adapter_load, about_load, about)
     if "init" in about_load:
-        compare(init_path, about_init, {"init": about_load["init"]})
+        compare(cfg.adapter_init, about_init, {"init": about_load["init"]})
     if about_load.get("rank") == cfg.rank:                            # (another one is refused with both shapes)
         described = ADAPTER[cfg.peft].layer.describe(cfg)
-        compare(load_path, about_load, {item: described[item] for item in ("scale", "mode") if item in described})
+        compare(cfg.adapter_load, about_load, {x: described[x] for x in ("scale", "mode") if x in described})
     return init, load
 
 
@@ -3927,8 +3913,7 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
     summed, and nobody divides by a number of ranks.
     """
     cfg, optimiser, ranks = run.cfg, run.optimiser, run.ranks
-    numbers = range(run.step * run.batches, (run.step + 1) * run.batches)
-    own = numbers[ranks.rank:: ranks.size]
+    own = range(run.step * run.batches, (run.step + 1) * run.batches)[ranks.rank:: ranks.size]
     batches = [run.loader.batch(i) for i in own]
     learnt, tokens = ranks.totals(sum(len(b.learnt) for b in batches), sum(b.inputs.numel() for b in batches))
     n, loss = max(1, int(learnt)), 0.0
@@ -3987,14 +3972,11 @@ def train(run: Run) -> int:
             run.step += 1
             if math.isfinite(row["loss"]):
                 run.epoch_loss, run.epoch_good = run.epoch_loss + row["loss"], run.epoch_good + 1
-            epoch_ends = run.step % run.epoch_steps == 0
-            if epoch_ends:
-                loss = log_epoch(run, log, epoch, lr)
-            if epoch_ends and saved_after(run, epoch) or cfg.save_steps and run.step % cfg.save_steps == 0:
+            due = cfg.save_steps and run.step % cfg.save_steps == 0
+            if run.step % run.epoch_steps == 0:
+                end_epoch(run, log, epoch, lr, due)
+            elif due:
                 save_resume(run)
-            if epoch_ends:
-                finish_epoch(run, epoch)
-                examine(run, log, epoch, loss)
         if run.step < run.steps:
             save_resume(run)
             say(f"stopped before step {run.step}; --resume goes on from here")
@@ -4003,19 +3985,19 @@ def train(run: Run) -> int:
     return 0
 
 
-def log_epoch(run: Run, log: Logger, epoch: int, lr: float) -> float:
-    """Logs the mean loss of an epoch, and returns it; the next begins."""
+def end_epoch(run: Run, log: Logger, epoch: int, lr: float, due: bool) -> None:
+    """Logs an epoch's mean loss, saves what it made, validates, prints a sample. due: resume.pth is, whatever
+    --epoch_save says."""
+    cfg = run.cfg
     if run.step == run.steps and not run.optimiser.t:
         raise Fatal("no step had a finite loss and gradient; nothing was learnt")
     loss = run.epoch_loss / run.epoch_good if run.epoch_good else math.nan
     run.epoch_loss, run.epoch_good = 0.0, 0
     log.epoch(epoch, loss, lr)
-    return loss
-
-
-def examine(run: Run, log: Logger, epoch: int, loss: float) -> None:
-    """After an epoch is saved: validates, prints a sample."""
-    cfg, line = run.cfg, f"epoch {epoch}: loss {loss:.4f}"
+    if due or saved_after(run, epoch):
+        save_resume(run)
+    finish_epoch(run, epoch)
+    line = f"epoch {epoch}: loss {loss:.4f}"
     if run.held_out:
         held_out = evaluate(run.model, run.held_out, run.ranks)
         log.step(step=run.step - 1, epoch=epoch, val_loss=held_out)
@@ -4050,15 +4032,13 @@ def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
     is there is replaced, since a run that went back to resume.1.pth makes an epoch again; without `anew` it stays."""
     cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
-    masters = run.optimiser.masters() if saved_after(run, epoch) else {}
-    if run.ranks.rank > 0:
-        return
+    masters = run.optimiser.masters() if saved_after(run, epoch) else {}                  # (rank 0's; others have {})
     if masters and (anew or not path.exists()):
         if method.whole:
             save(path, whole_model(run, masters))                     # others read it, so no description
         else:
             save(path, masters, run.about)
-    if last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
+    if masters and last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
         merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
         say(f"merged: {merged}")
 
@@ -4112,21 +4092,21 @@ def make_ready(cfg: Config) -> None:
         probe.unlink()
     except OSError as e:
         raise Fatal(f"--proj_dir {folder}: cannot be written to ({e.strerror})") from None
-    epochs = {p.name: re.fullmatch(r"rwkv-(\d{1,9})(-merged)?\.pth", p.name) for p in folder.glob("rwkv-*.pth")}
-    held = [name for name, m in epochs.items() if m and int(m[1]) >= cfg.epoch_begin]
+    epochs = map(re.compile(r"rwkv-(\d{1,9})(-merged)?\.pth").fullmatch, os.listdir(folder))
+    held = [m[0] for m in epochs if m and int(m[1]) >= cfg.epoch_begin]
     saved = sorted(p.name for p in folder.glob("resume*.pth"))
     if cfg.resume and held and not saved:
         raise Fatal(f"--resume: {folder} holds {some(held)} but no resume.pth;"
                     " --epoch_begin goes on from rwkv-<N-1>.pth")
-    others = [name for name in ("init_pissa.pth", "loss_data.jsonl") if (folder / name).exists()]
-    held += [] if cfg.epoch_begin else saved + others
+    if not cfg.epoch_begin:
+        held += saved + [name for name in ("init_pissa.pth", "loss_data.jsonl") if (folder / name).exists()]
     if held and not cfg.resume:
         raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
     for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
         (folder / name).unlink(missing_ok=True)
 
 
-COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale")         # of a Run, in every resume.pth
+COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale", "scaled_at")  # of a Run, in every resume.pth
 
 
 def save_resume(run: Run) -> None:
@@ -4140,7 +4120,7 @@ def save_resume(run: Run) -> None:
     if run.device == "cuda":
         state["rng_cuda"] = run.ranks.collect(torch.cuda.get_rng_state()[None])
     if run.ranks.rank == 0:
-        stands = {item: getattr(run, item) for item in (*COUNTERS, "scaled_at", "epoch_steps", "rows")}
+        stands = {item: getattr(run, item) for item in (*COUNTERS, "epoch_steps", "rows")}
         about = run.about | stands | {"config": config_of(run), "trained": run.optimiser.layout()}
         save(run.folder / "resume.pth", state, about, run.cfg.keep)
 
@@ -4158,8 +4138,11 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     for p in there:
         try:
             state, described = read_described(p, "--resume")
-            if is_of_earlier_epochs(described, cfg):
-                break                                                 # as are the older ones
+            if not {*COUNTERS, "epoch_steps", "rows", "config"} <= described.keys():
+                raise Fatal(f"{p}: not what this program writes for --resume")
+            begun = described["config"].get("epoch_begin", 0)
+            if begun != cfg.epoch_begin and described["step"] <= cfg.epoch_begin * described["epoch_steps"]:
+                break                                                 # of the run before this one, as are the older
             return p, state, described
         except Fatal as e:
             if p == there[-1]:
@@ -4170,51 +4153,44 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     return path, {}, {}
 
 
-def is_of_earlier_epochs(described: dict[str, Any], cfg: Config) -> bool:
-    """Whether a resume.pth is of the run before the one that --epoch_begin began."""
-    step, epoch_steps, config = (described.get(item) for item in ("step", "epoch_steps", "config"))
-    known = None not in (step, epoch_steps, config)
-    return known and config.get("epoch_begin", 0) != cfg.epoch_begin and step <= cfg.epoch_begin * epoch_steps
-
-
 def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """What is the newest on rank 0, which has looked at every number of it; the others read as much as they need."""
     path, state, described = newest(cfg) if ranks.rank == 0 else (Path(cfg.proj_dir), {}, {})
     name = ranks.each("newest", path.name if state else "")[0]
     if ranks.rank > 0 and name and (path / name).exists():
-        return path / name, *read_described(path / name, "--resume", looks=False)
+        path = path / name
+        state, described = read_described(path, "--resume", looks=False)
+    ranks.agree("resume", {"the step in resume.pth": described.get("step")},
+                f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
     return path, state, described
 
 
 def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:
     """Sets a run to where resume.pth was written."""
-    shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
     compare(path, described, run.about | {"trained": run.optimiser.layout()})
-    whole = {*COUNTERS, "config"} <= described.keys() and {*shapes, "rng"} <= state.keys() and all(
-        state[name].shape == shape for name, shape in shapes.items()) and 0 <= state["t"] < 2**31
-    rng = torch.get_rng_state()
-    if not whole or state["rng"].dtype != rng.dtype or state["rng"].shape[1:] != rng.shape:
+    shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
+    whole = shapes.items() <= {name: t.shape for name, t in state.items()}.items() and 0 <= state["t"] < 2**31
+    rng, now = state.get("rng", torch.empty(0)), torch.get_rng_state()                    # of every rank, of this one
+    if not whole or rng.dtype != now.dtype or rng.shape[1:] != now.shape:
         raise Fatal(f"{path}: not what this program writes for --resume")
-    before = described["config"]
-    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := before.get(k, v)) != v]
+    changed = [f"{k} {was} -> {v}" for k, v in config_of(run).items() if (was := described["config"].get(k, v)) != v]
     if changed:
         say(f"resuming with changes: {', '.join(changed)}")
     run.optimiser.load(state)
     for item in COUNTERS:
         setattr(run, item, described[item])
-    run.scaled_at = described.get("scaled_at", run.step)              # (older files lack it)
-    old_steps, old_rows = described.get("epoch_steps", run.epoch_steps), described.get("rows", run.rows)
+    old_steps, old_rows = described["epoch_steps"], described["rows"]
     if old_steps != run.epoch_steps:                                  # the same part of an epoch, and so of the data
         run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
         say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
     if old_rows != run.rows:
         say(f"a step had {old_rows} rows and has {run.rows} now: the data go on at row {run.step * run.rows}")
-    if len(state["rng"]) == run.ranks.size:
-        torch.set_rng_state(state["rng"][run.ranks.rank].clone())     # (a view would crash torch)
+    if len(rng) == run.ranks.size:
+        torch.set_rng_state(rng[run.ranks.rank].clone())              # (a view would crash torch)
         if "rng_cuda" in state and run.device == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"][run.ranks.rank].clone())
     say(f"resumed at step {run.step} of {run.steps}")
-    if run.step > run.cfg.epoch_begin * run.epoch_steps and run.step % run.epoch_steps == 0:
+    if run.step > run.first_step and run.step % run.epoch_steps == 0:
         finish_epoch(run, run.step // run.epoch_steps - 1, anew=False)                    # killed before that, maybe
 
 
@@ -4331,12 +4307,12 @@ DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")                 # of Linux
 
 
 def has_bf16() -> bool:
-    """Whether the GPU multiplies in bf16; of none, which is only asked for its bytes, that is assumed."""
+    """Whether the GPU multiplies in bf16. Where there is none, and only bytes are counted, that is assumed."""
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
-    """Joins the other processes; device and compute dtype."""
+def setup(cfg: Config) -> tuple[Ranks, str, torch.dtype]:
+    """Joins the other processes. Returns these, the device and the compute dtype."""
     world, here = of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_WORLD_SIZE", 1)
     if cfg.devices not in (0, here) and not cfg.dry_run:
         raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; it takes --nproc_per_node={cfg.devices}")
@@ -4361,7 +4337,7 @@ def setup(cfg: Config) -> tuple[Config, Ranks, str, torch.dtype]:
     dtype = pick(PRECISION, "--precision", precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.manual_seed(cfg.random_seed)
-    return cfg, ranks, accelerator, dtype
+    return ranks, accelerator, dtype
 
 
 def join(cfg: Config, accelerator: str) -> Ranks:
@@ -4425,17 +4401,6 @@ def launch(cfg: Config, argv: list[str]) -> None:
 
 def check(cfg: Config) -> None:
     """Refuses options that are wrong by themselves, before any file is touched."""
-    check_choices(cfg)
-    for f in fields(cfg):
-        value, within = getattr(cfg, f.name), f.metadata["within"]
-        if isinstance(value, (int, float)) and not is_within(value, within):
-            raise Fatal(f"--{f.name} {value}: {in_words(within)} is wanted")
-    check_together(cfg)
-    if not cfg.chat:
-        hint(cfg)
-
-
-def check_choices(cfg: Config) -> None:
     tables = {"peft": ADAPTER, "quant": QUANT, "bone_mode": dict.fromkeys(BONE_MODES), "lr_schedule": SCHEDULE,
               "strategy": STAGE, "moments": MOMENTS, "train_type": TRAIN_TYPE, "chunk_grad": CHUNK_GRAD,
               "grad_cp": GRAD_CP | {"auto": None}}
@@ -4443,6 +4408,13 @@ def check_choices(cfg: Config) -> None:
         pick(table, f"--{option}", getattr(cfg, option))
     for part in cfg.train_parts:
         pick(dict.fromkeys(("auto", "emb", "head", "time", "ln")), "--train_parts", part)
+    for f in fields(cfg):
+        value, within = getattr(cfg, f.name), f.metadata["within"]
+        if isinstance(value, (int, float)) and not is_within(value, within):
+            raise Fatal(f"--{f.name} {value}: {in_words(within)} is wanted")
+    check_together(cfg)
+    if not cfg.chat:
+        hint(cfg)
 
 
 def check_together(cfg: Config) -> None:
@@ -4473,7 +4445,7 @@ def check_together(cfg: Config) -> None:
                     f" {cfg.peft} with --quant {cfg.quant}")
     if cfg.emb_on_cpu and any(part in "emb.weight" for part in parts_of(cfg)):
         raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
-    if cfg.train_type == "infctx" and not 0 <= cfg.chunk_ctx <= cfg.ctx_len:
+    if cfg.train_type == "infctx" and cfg.chunk_ctx > cfg.ctx_len:
         raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; up to --ctx_len {cfg.ctx_len} is wanted")
     if cfg.train_type == "infctx" and ADAPTER[cfg.peft].state and cfg.chunk_grad == "truncated":
         raise Fatal("--chunk_grad truncated: with --peft state only the first chunk would be learnt from; take full")
@@ -4490,6 +4462,14 @@ def check_together(cfg: Config) -> None:
         mask_strings(cfg)
 
 
+BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
+    "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
+    "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
+    "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
+    "vram_gb": {"dry_run": True, "grad_cp": "auto"},
+}
+
+
 def hint(cfg: Config) -> None:
     """Names options that have no effect as given."""
     for option, others in BELONGS_TO.items():
@@ -4497,14 +4477,6 @@ def hint(cfg: Config) -> None:
             say(f"--{option} has no effect without {' or '.join(f'--{o} {v}' for o, v in others.items())}")
     if cfg.auto_merge and ADAPTER[cfg.peft].whole:
         say(f"--auto_merge has no effect with --peft {cfg.peft}, whose files are whole models")
-
-
-BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
-    "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
-    "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
-    "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
-    "vram_gb": {"dry_run": True, "grad_cp": "auto"},
-}
 
 
 def hint_rate(cfg: Config, width: int) -> None:
@@ -4531,12 +4503,11 @@ class Graphs:
     Reducing, clipping and the update stay outside: they differ from step to step, and are 90 of 8000 launches (1.5B).
     """
 
-    MOST = 16                                                         # graphs; shapes beyond run as ever
+    most = 16                                                         # graphs; shapes beyond run as ever
 
     def __init__(self) -> None:
         self.places: dict[Any, list[Tensor]] = {}                     # shape -> inputs, learnt, targets, n, loss scale
         self.graphs: dict[Any, tuple[Callable[[], None], Tensor]] = {}                    # -> replay, the loss it makes
-        self.most = self.MOST
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
@@ -4606,10 +4577,10 @@ def no_graph(model: RWKV, cfg: Config, device: str, ranks: Ranks) -> str:
 
 def graphs(model: RWKV, cfg: Config, device: str, ranks: Ranks) -> Callable[..., Tensor]:
     """--cuda_graph 1: Graphs, or, where a step cannot be one, `add_gradient` itself and a line that says why."""
-    if not (why := no_graph(model, cfg, device, ranks)):
-        return Graphs()
-    say(f"--cuda_graph 1 has no effect: this run {why}")
-    return add_gradient
+    if why := no_graph(model, cfg, device, ranks):
+        say(f"--cuda_graph 1 has no effect: this run {why}")
+        return add_gradient
+    return Graphs()
 
 
 # -------------------------------------------------------------------------------------------------- what a model writes
@@ -4704,7 +4675,7 @@ def chat_config(cfg: Config, given: set[str]) -> Config:
 def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
     """The model to talk to, held as --quant says, with its adapters; and its tokenizer."""
     check(cfg)
-    cfg, ranks, device, dtype = setup(cfg)
+    ranks, device, dtype = setup(cfg)
     tensors = read_pth(cfg.load_model, "--load_model")
     arch = detect(tensors, cfg.load_model)
     check_arch(cfg, arch)
@@ -4838,24 +4809,17 @@ class Memory(NamedTuple):
     optimiser: int                                                    # what is trained, with gradient and moments
     activations: int                                                  # and whatever else a step makes and lets go
     loading: int
-    other: int                                                        # not tensors: see OTHER
+    other: int                                                        # not tensors: OTHER
 
     @property
     def total(self) -> int:
         return max(self.weights + self.optimiser + self.activations, self.loading) + self.other
 
 
-class Other(NamedTuple):
-    """What a device takes that no tensor does."""
-
-    fixed: int                                                        # bytes
-    share: float                                                      # of the tensors' peak
-    what: str
-
-
 CONTEXT = 500_000_000                                                 # bytes of CUDA's, per process
-OTHER = {"cuda": Other(CONTEXT + 2**25, 0.03, "0.53 for CUDA's context and cuBLAS, 3 % for fragmentation"),
-         "cpu": Other(0, 0.0, "of torch itself nothing is counted")}
+# What a device takes that no tensor does: bytes, a share of the tensors' peak, and both in words.
+OTHER = {"cuda": (CONTEXT + 2**25, 0.03, "0.53 for CUDA's context and cuBLAS, 3 % for fragmentation"),
+         "cpu": (0, 0.0, "of torch itself nothing is counted")}
 
 
 class Rehearsal:
@@ -4867,9 +4831,8 @@ class Rehearsal:
 
     def __init__(self, cfg: Config, arch: Arch, device: str, dtype: torch.dtype, ranks: Ranks = ONE_RANK):
         self.op, wkv = find_wkv(arch.version, arch.head_size, cfg.op, device, ready=False)
-        with torch.device("meta"):
-            model = RWKV(arch, wkv, cfg.grad_cp)
-            tensors = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
+        model = without_values(arch, wkv, cfg.grad_cp)
+        tensors = {name: torch.empty_like(p, dtype=dtype) for name, p in model.named_parameters()}
         own = ADAPTER[cfg.peft].is_own
         self.device, self.base_parameters = device, sum(t.numel() for name, t in tensors.items() if not own(name))
         with Peak(elsewhere=tensors.values()) as self.peak:
@@ -4890,7 +4853,7 @@ class Rehearsal:
             optimiser = ZeroAdamW(trained, cfg, None, ranks, STAGE[cfg.strategy])
             optimiser.part = ZeroAdamW.PART[device]                   # (its tensors are on meta)
             loader = FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")      # (their place is counted when they are used)
-            self.run = Run(cfg, ranks, "meta", arch, None, loader, None, model, optimiser, {}, 1)
+            self.run = Run(cfg, ranks, "meta", dtype, arch, None, loader, None, 1, {}, model, optimiser)
         self.loading, self.held = self.peak.most, self.peak.live
 
     def memory(self, bsz: int) -> Memory:
@@ -4901,7 +4864,8 @@ class Rehearsal:
         optimiser, activations = self.run.optimiser.nbytes(), self.peak.most - self.held
         if self.run.cfg.cuda_graph and not no_graph(self.run.model, self.run.cfg, self.device, self.run.ranks):
             activations *= 2                  # the first of a shape runs eagerly, beside the graphs' memory, their own
-        other = OTHER[self.device].fixed + int(OTHER[self.device].share * max(self.peak.most, self.loading))
+        fixed, share, _ = OTHER[self.device]
+        other = fixed + int(share * max(self.peak.most, self.loading))
         return Memory(self.held - optimiser, optimiser, activations, self.loading, other)
 
     def fastest(self, bsz: int, room: int) -> str:
@@ -4945,29 +4909,24 @@ def what_fits(cfg: Config, arch: Arch, bsz: int, device: str, dtype: torch.dtype
 def dry_run(plan: Plan) -> None:
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded. Refuses
     adapters and a resume.pth that the run would refuse."""
-    cfg, ranks, device, loader, GB = plan.cfg, plan.ranks, plan.device, plan.loader, 1e9
+    cfg, ranks, device, GB = plan.cfg, plan.ranks, plan.device, 1e9
     path, state, described = newest(cfg) if cfg.resume else (Path(), {}, {})
     begun = begun_from(cfg, bool(state))
     check_adapters(without_values(plan.arch), begun, *read_adapters(begun, plan.about))
     rehearsal = Rehearsal(cfg, plan.arch, device, plan.dtype, ranks)
-    made_with = {"dtype": str(plan.dtype).removeprefix("torch."), "trained": rehearsal.run.optimiser.layout()}
-    compare(path, described, plan.about | ADAPTER[cfg.peft].layer.describe(cfg) | made_with)
-    if state and "step" not in described:
-        raise Fatal(f"{path}: not what this program writes for --resume")
-    before = described.get("epoch_steps", plan.epoch_steps)
-    first = described["step"] * plan.epoch_steps // before if state else plan.first_step
-    last = (cfg.epoch_begin + cfg.epoch_count) * plan.epoch_steps
+    compare(path, described, plan.describe() | {"trained": rehearsal.run.optimiser.layout()})
+    first = described["step"] * plan.epoch_steps // described["epoch_steps"] if state else plan.first_step
     learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
     adapters = sum(n for name, n in learning.items() if ADAPTER[cfg.peft].is_own(name))
     learnt, parts = sum(learning.values()), " ".join(parts_of(cfg)) or "the model"
-    rows, steps = loader.bsz * cfg.accumulate_grad_batches * ranks.size, max(0, last - first)
-    m, where = rehearsal.memory(loader.bsz), f"each of {ranks.size} devices" if ranks.size > 1 else f"the {device}"
+    steps = max(0, plan.steps - first)
+    m, where = rehearsal.memory(plan.loader.bsz), f"each of {ranks.size} devices" if ranks.size > 1 else f"the {device}"
     say(f"would train {learnt:,} of {rehearsal.base_parameters + adapters:,} parameters: {adapters:,} in adapters,"
         f" {learnt - adapters:,} in {parts}\n"
-        f"would make {steps:,} steps of {rows} rows: at most {steps * rows * cfg.ctx_len:,} tokens\n"
+        f"would make {steps:,} steps of {plan.rows} rows: at most {steps * plan.rows * cfg.ctx_len:,} tokens\n"
         f"would hold {m.total / GB:.2f} GB on {where}: {m.weights / GB:.2f} weights, {m.optimiser / GB:.2f}"
         f" adapters and optimiser, {m.activations / GB:.2f} activations and gradients at their peak, {m.other / GB:.2f}"
-        f" other ({OTHER[device].what}); {(m.loading + m.other) / GB:.2f} while it is loaded"
+        f" other ({OTHER[device][-1]}); {(m.loading + m.other) / GB:.2f} while it is loaded"
         + counted_with(cfg, device, rehearsal.op))
     if room := room_of(cfg, device):
         say(f"of {room / GB:.1f} GB: the largest --micro_bsz that fits is {rehearsal.largest_bsz(room)}")
@@ -5006,18 +4965,17 @@ def make_binidx(cfg: Config) -> None:
 
 
 @torch.no_grad()
-def exact_match(model: RWKV, loader: Loader, device: str) -> float:
-    """Share of a corpus's rows in which greedy decoding gives the learnt tokens, to the last one."""
-    model.eval()
-    right = 0
+def graded(run: Run) -> tuple[float, float]:
+    """Of what is held out: the loss, and the share of rows in which greedy decoding gives the learnt tokens, to the
+    last one."""
+    model, loader, right = run.model.eval(), run.held_out, 0
     for i in range(-(-loader.pass_rows // loader.bsz)):
-        batch = loader.batch(i, last=loader.pass_rows).to(device)
+        batch = loader.batch(i, last=loader.pass_rows).to(run.device)
         x, _ = model(batch.inputs)                                                        # (B,T,C)
         missed = (x.flatten(0, 1)[batch.learnt] @ model.head.weight.T).argmax(-1) != batch.targets
         rows_missed = (batch.learnt[missed] // batch.inputs.shape[1]).unique()
         right += len(batch.rows) - len(rows_missed)
-    model.train()
-    return right / loader.pass_rows
+    return evaluate(model, loader), right / loader.pass_rows
 
 
 OF_THE_DEMO = ("proj_dir", "accelerator", "precision", "op", "random_seed")  # the options it leaves to the user
@@ -5039,25 +4997,23 @@ def demo(cfg: Config) -> int:
     run = build(base)
     if stopped := train(run):
         return stopped
-    say(f"   exact answers to held-out questions: {exact_match(run.model, run.held_out, run.device):.1%}")
-    file, results = str(folder / "base" / "rwkv-0.pth"), {}
+    say(f"   exact answers to held-out questions: {graded(run)[1]:.1%}")
+    file, runs, rows = str(folder / "base" / "rwkv-0.pth"), {}, {}
     for number, peft, more in ((2, "pissa", dict(auto_merge=True)), (3, "lora", dict(lora_alpha=8.0))):
         say(f"\n{number}. {peft} of rank 8 adapts it to the same questions in other words.")
-        run = build(replace(common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5,
-                            lr_init=3e-3, lr_final=3e-4, proj_dir=str(folder / peft), **more))
-        before = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
+        run = runs[peft] = build(replace(
+            common, peft=peft, load_model=file, data_file="shift", epoch_steps=60, warmup_steps=5, lr_init=3e-3,
+            lr_final=3e-4, proj_dir=str(folder / peft), **more))
+        rows = rows or {"base": graded(run)}                          # (LoRA starts there too)
         if stopped := train(run):
             return stopped
-        after = evaluate(run.model, run.held_out), exact_match(run.model, run.held_out, run.device)
-        results[peft] = before, after, run
-    before, _, run = results["pissa"]
-    say("\n   held out                  loss    exact answers\n"
-        f"   base                    {before[0]:6.3f}   {before[1]:6.1%}")
-    for peft, (_, after, _) in results.items():
-        say(f"   after 60 steps of {peft:<6}{after[0]:6.3f}   {after[1]:6.1%}")
+        rows[f"after 60 steps of {peft}"] = graded(run)
+    say("\n   held out                  loss    exact answers")
+    for name, (loss, exact) in rows.items():
+        say(f"   {name:<24}{loss:6.3f}   {exact:6.1%}")
     merged = str(folder / "pissa" / "rwkv-0-merged.pth")
     say(f"\n4. {merged} is an ordinary model file. Reopened:")
-    demo_merged(results["pissa"][2], merged)
+    demo_merged(runs["pissa"], merged)
     say("\nNext, your own model and data:\n"
         "   torchrun pissa_rwkv.py --load_model MODEL.pth --data_file DATA.jsonl --proj_dir out/mine --auto_merge\n"
         "Or ask questions like these yourself (it knows single ones: type /reset between two):\n"
@@ -5068,9 +5024,8 @@ def demo(cfg: Config) -> int:
 def demo_merged(run: Run, merged: str) -> None:
     """Compares the merged file with the run it comes from, and prints some of its answers."""
     tensors = read_pth(merged, "--load_model")
-    with torch.device("meta"):
-        model = RWKV(run.arch, run.model.blocks[0].att.wkv)
-    fill(model, tensors, merged, run.device, next(run.model.parameters()).dtype).eval()
+    model = without_values(run.arch, run.model.blocks[0].att.wkv)
+    fill(model, tensors, merged, run.device, run.dtype).eval()
     batch = run.held_out.batch(0).to(run.device)
     with torch.no_grad():
         logits, again = (m(batch.inputs)[0] @ m.head.weight.T for m in (run.model.eval(), model))
@@ -5125,7 +5080,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if cfg.make_binidx or cfg.dry_run:                            # what one process does alone
             if is_first():
-                make_binidx(cfg) if cfg.make_binidx else dry_run(prepare(cfg))
+                make_binidx(cfg) if cfg.make_binidx else dry_run(prepare(cfg)[0])
             return 0
         if cfg.devices > 1 and "WORLD_SIZE" not in os.environ:
             launch(cfg, argv)

@@ -95,7 +95,8 @@ def ours(
     cfg = P.Config(accelerator={"cuda": "gpu"}.get(device, device), precision=dtype, peft="pissa", rank=RANK,
                    svd_niter=1, ctx_len=ctx, micro_bsz=bsz, quant=quant)
     options = changed(name.split()[1:]) | options
-    cfg, _, device, compute = P.setup(P.replace(cfg, **options))
+    cfg = P.replace(cfg, **options)
+    _, device, compute = P.setup(cfg)
     arch = vram.arch_of(model)
     with torch.device("meta"):
         wkv7 = P.load_wkv(arch.version, arch.head_size, cfg.op, device)
@@ -105,7 +106,7 @@ def ours(
     optimiser = P.ZeroAdamW(((n, p) for n, p in rwkv.named_parameters() if p.requires_grad), cfg)
     rwkv.run_block = P.compiled(rwkv.run_block, device) if cfg.compile else rwkv.run_block
     rows = RandomRows(arch.vocab_size, bsz, ctx, device)
-    run = P.Run(cfg, P.ONE_RANK, device, arch, None, rows, None, rwkv, optimiser, {}, 1)
+    run = P.Run(cfg, P.ONE_RANK, device, compute, arch, None, rows, None, 1, {}, rwkv, optimiser)
     if cfg.cuda_graph:
         run.add_gradient = P.graphs(rwkv, cfg, device, P.ONE_RANK)
     held = [*rwkv.parameters(), *rwkv.buffers(), *optimiser.buffers()]

@@ -134,7 +134,7 @@ def prepare(cfg: P.Config, device: str, dtype: torch.dtype) -> None:
 def measure(name: str, cfg: P.Config) -> dict:
     """Loads, adapts and trains on the GPU."""
     before = in_use()
-    cfg, _, device, dtype = P.setup(cfg)
+    _, device, dtype = P.setup(cfg)
     arch = arch_of(name)
     tensors = random_tensors(arch)
     torch.cuda.empty_cache()
@@ -149,7 +149,7 @@ def measure(name: str, cfg: P.Config) -> dict:
     seconds = time.perf_counter() - start
     optimiser = P.ZeroAdamW(((n, p) for n, p in model.named_parameters() if p.requires_grad), cfg)
     loader = P.FullRows(cfg.micro_bsz, cfg.ctx_len, device)
-    run = P.Run(cfg, P.ONE_RANK, device, arch, None, loader, None, model, optimiser, {}, STEPS)
+    run = P.Run(cfg, P.ONE_RANK, device, dtype, arch, None, loader, None, STEPS, {}, model, optimiser)
     loading, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     losses = [P.train_step(run, 1e-5)["loss"] for _ in range(STEPS)]

@@ -205,7 +205,8 @@ def bytes_of(path, ctx_len, step, **options):
     model = load_model(path, wkv=P.load_wkv("x070", 64, "cpu", "cpu"))
     optimiser = P.ZeroAdamW(model.named_parameters(), cfg)
     loader = P.FullRows(2, ctx_len, "cpu")
-    run = P.Run(cfg, P.ONE_RANK, "cpu", model.arch, None, loader, None, model, optimiser, {}, 1)
+    dtype = model.head.weight.dtype
+    run = P.Run(cfg, P.ONE_RANK, "cpu", dtype, model.arch, None, loader, None, 1, {}, model, optimiser)
     with P.Peak("cpu") as peak:
         step(run)
     return peak.most

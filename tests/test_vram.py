@@ -54,7 +54,7 @@ def loaded(cfg, tensors, arch, dtype):
     taken = P.add_adapters(model, cfg, {}, {})
     optimiser = P.ZeroAdamW(((n, p) for n, p in model.named_parameters() if p.requires_grad), cfg)
     loader = P.FullRows(cfg.micro_bsz, cfg.ctx_len, "cpu")
-    run = P.Run(cfg, P.ONE_RANK, "cpu", arch, None, loader, None, model, optimiser, {}, 1)
+    run = P.Run(cfg, P.ONE_RANK, "cpu", dtype, arch, None, loader, None, 1, {}, model, optimiser)
     return run, sum(t.nbytes for t in taken.values())
 
 
