@@ -2027,11 +2027,8 @@ class ByteTokenizer:
 
 
 class WorldTokenizer(ByteTokenizer):
-    """RWKV's World vocabulary: the longest token that fits, from left to right, over bytes.
-
-    For each 3-byte beginning (or a shorter whole token) the lengths of the tokens that begin so are kept, longest
-    first; a look-up tries these instead of walking a tree.
-    """
+    """RWKV's World vocabulary: the longest token that fits, from left to right, over bytes. `lengths` has, by a token's
+    first 3 bytes, the lengths that are worth a try, longest first."""
 
     tokens_are = "tokens of the World vocabulary"
 
@@ -2054,7 +2051,7 @@ class WorldTokenizer(ByteTokenizer):
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 raise Fatal(f"--vocab_file {path}: line {number} is no World token: {line[:60]!r}") from None
         for value in self.ids:
-            self.lengths.setdefault(value[:3], set()).add(len(value))
+            self.lengths.setdefault(value[:3], {1, 2}).add(len(value))
         self.lengths = {start: sorted(lengths, reverse=True) for start, lengths in self.lengths.items()}
         if missing := [b for b in range(256) if bytes([b]) not in self.ids]:
             raise Fatal(f"--vocab_file {path}: lacks {len(missing)} of the 256 single bytes; is it the whole file?")
@@ -2062,17 +2059,12 @@ class WorldTokenizer(ByteTokenizer):
     def encode(self, text: str) -> list[int]:
         data, at, out = text.encode(), 0, []
         while at < len(data):
-            at, token = self.longest(data, at)
-            out.append(token)
+            for length in self.lengths.get(data[at: at + 3], (2, 1)):
+                if (piece := data[at: at + length]) in self.ids:      # (every single byte is a token)
+                    break
+            out.append(self.ids[piece])
+            at += len(piece)
         return out
-
-    def longest(self, data: bytes, at: int) -> tuple[int, int]:
-        """Where the longest token that begins at `at` ends, and its id. (Every single byte is a token.)"""
-        for start in (data[at: at + 3], data[at: at + 2], data[at: at + 1]):
-            for length in self.lengths.get(start, ()):
-                if (token := self.ids.get(data[at: at + length])) is not None:
-                    return at + length, token
-        raise AssertionError(data[at])
 
     def token_bytes(self, token: int) -> bytes:
         return self.bytes.get(token, b"")
