@@ -2488,30 +2488,30 @@ Rows = tuple[int, Callable[[int], tuple[int, int]]]                   # rows of 
 
 def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
     """Every document once a pass, long ones cut into several rows; only rows that teach nothing are left out."""
-    ctx, length = cfg.ctx_len, np.diff(corpus.starts)
-    cuts = np.maximum(0, -(-(length - 1) // ctx))                     # rows of each document; one token has none
-    # In the example above: length 5 3 3, cuts 2 1 1, document 0 0 1 2, start 0 3 5 8, stop 4 5 8 11.
-    document = np.repeat(np.arange(len(length)), cuts)
-    start = corpus.starts[document] + ctx * (np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts))
-    stop = np.minimum(start + ctx + 1, corpus.starts[document + 1])
-    rows = progress(range(len(start)), "what is learnt")
-    keep = [i for i in rows if learnable(int(start[i]), int(stop[i]))]
-    if not keep:
+    def rows() -> Iterator[tuple[int, int]]:
+        documents = itertools.pairwise(map(int, corpus.starts))
+        for start, stop in progress(documents, "what is learnt", len(corpus.starts) - 1):
+            for at in range(start, stop - 1, cfg.ctx_len):            # (the last token of a document predicts nothing)
+                row = at, min(at + cfg.ctx_len + 1, stop)
+                if learnable(*row):
+                    yield row
+
+    spans = np.fromiter(rows(), np.dtype((np.int64, 2)))              # (rows,2)
+    if not len(spans):
         left = f" of those that --val_split {cfg.val_split:g} leaves or takes" if cfg.val_split else ""
         raise Fatal(f"--data_file {cfg.data_file}: no document{left} has two tokens, so there is nothing to predict")
-    start, stop = start[keep], stop[keep]
 
     @lru_cache(maxsize=2)
     def order(turn: int) -> np.ndarray:
         if not cfg.data_shuffle:
-            return np.arange(len(keep))
-        return np.random.default_rng([cfg.random_seed, turn]).permutation(len(keep))
+            return np.arange(len(spans))
+        return np.random.default_rng([cfg.random_seed, turn]).permutation(len(spans))
 
     def span(row: int) -> tuple[int, int]:
-        i = order(row // len(keep))[row % len(keep)]
-        return int(start[i]), int(stop[i])
+        start, stop = spans[order(row // len(spans))[row % len(spans)]].tolist()
+        return start, stop
 
-    return len(keep), span
+    return len(spans), span
 
 
 def windows(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
