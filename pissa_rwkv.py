@@ -2253,26 +2253,24 @@ def read_plain(path: str, tokenizer: ByteTokenizer, cfg: Config, encoding: str =
 
 NAMES, PLACES = "Ann Bob Eve Kim Lee Max".split(), "attic barn cellar garden hall kitchen".split()
 THINGS, COLOURS = "ball book coat cup hat lamp".split(), "black blue green red white".split()
+DUMMY = {"base": 0, "shift": 1}                                       # the same skills, asked for in two wordings
 
 
 def task(family: str, draw: random.Random) -> tuple[str, str]:
-    """One question and its answer: a sum, a spelling, or something about a sentence.
-
-    The families ask for the same skills; `shift` words questions and answers in another way than `base`.
-    """
+    """One question and its answer: a sum, a spelling, or something about a sentence."""
     a, b = draw.randrange(10), draw.randrange(10)
     word = "".join(draw.choice("bdfklmnprst" if i % 2 == 0 else "aeiou") for i in range(4))
     name, place, thing, colour = map(draw.choice, (NAMES, PLACES, THINGS, COLOURS))
     asked, named, fact = draw.choice([
         ("Who has it?", "person", name), ("Where is it?", "place", place), ("What is it?", "thing", thing),
         ("Which colour?", "colour", colour)])
-    base, shift = draw.choice([
+    wordings = draw.choice([
         ((f"{a}+{b}?", f"{a + b}"), (f"Add {a} to {b}.", f"{a + b}.")),
         ((f"Spell {word}.", " ".join(word)), (f"Letters of {word}?", "-".join(word) + ".")),
         *[((f"{name} has a {colour} {thing} in the {place}. {asked}", fact),
            (f"In the {place} a {colour} {thing} belongs to {name}. Name the {named}.", f"{fact}."))] * 3,
     ])
-    return base if family == "base" else shift
+    return wordings[DUMMY[family]]
 
 
 def dummy_tasks(family: str, count: int, seed: int) -> list[tuple[str, str]]:
@@ -2283,12 +2281,10 @@ def dummy_tasks(family: str, count: int, seed: int) -> list[tuple[str, str]]:
     return [*seen.items()]
 
 
-DUMMY = {family: partial(dummy_tasks, family) for family in ("base", "shift")}
-
-
 def read_dummy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    pairs = pick(DUMMY, "--data_file", path or "base")(4096, cfg.random_seed)
-    return from_texts((chat(q, a) for q, a in pairs), tokenizer, path)
+    family = path or "base"
+    pick(DUMMY, "--data_file", family)
+    return from_texts(itertools.starmap(chat, dummy_tasks(family, 4096, cfg.random_seed)), tokenizer, path)
 
 
 IDX_MAGIC, IDX_DTYPE = b"MMIDIDX\0\0", {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
