@@ -2131,8 +2131,6 @@ def read_text(path: str, encoding: str = "utf-8") -> str:
         text = Path(path).read_text(encoding)
     except UnicodeDecodeError as e:
         raise Fatal(f"{path}: not {encoding.upper()} text (byte {e.start}: {e.reason})") from None
-    except OSError as e:
-        raise Fatal(f"{path}: cannot be read ({e.strerror})") from None
     if "\0" in text:
         raise Fatal(f"{path}: holds the character 0, as no text does; if it is UTF-16, save it as UTF-8")
     if text.startswith("\ufffe"):                                     # the mark, its two bytes the other way round
@@ -2159,7 +2157,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
         where = f"{path}: line {number}"
         try:
             row = json.loads(line)
-            line.encode(), json.dumps(row, ensure_ascii=False).encode()
+            json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:                     # half a surrogate pair is a ValueError too
             raise Fatal(f"{where} is no JSON text ({first_line(e)}): {line[:60]}") from None
         yield where, row
@@ -2190,8 +2188,7 @@ BLANK_LINES = r"(?<!\s)\s*\n\s*\n"                                   # with the 
 
 
 def turn(text: str) -> str:
-    """What one says, without blank lines: in a conversation a blank line separates turns, and many programs stop there.
-    """
+    """What one says, without blank lines: such a line ends a turn, and many programs stop there."""
     return re.sub(BLANK_LINES, "\n", text.replace("\r\n", "\n").strip())
 
 
@@ -2381,9 +2378,7 @@ def images(shard: str) -> Iterator[tuple[str, bytes]]:
 
 def pixels(image: bytes, side: int) -> np.ndarray:
     """An image as tokens (side * side), row after row: cut to a square, scaled by means, in grey levels from 1 to 255.
-
-    Black, level 0, is told as 1: token 0 ends a document.
-    """
+    (Level 0 is told as 1, for token 0 ends a document.)"""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(image)) as opened:
@@ -2396,8 +2391,7 @@ def pixels(image: bytes, side: int) -> np.ndarray:
 def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     """WebDataset's tar shards: every image is a document, and the captions beside them are not read."""
     if importlib.util.find_spec("PIL") is None:
-        raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed:"
-                    " `pip install Pillow`")
+        raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed: `pip install Pillow`")
     documents = []
     for shard in progress(shards(path), "reading images"):
         for name, image in images(shard):
