@@ -2574,18 +2574,16 @@ def eighths(n: int, whole: int) -> int:
     return min(-(-n // eighth) * eighth, whole)
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """One micro-batch. `learnt` numbers the positions, of B T, whose next token is learnt."""
 
     inputs: Tensor                                                    # (B,T)
     learnt: Tensor                                                    # (M)
     targets: Tensor                                                   # (M) the tokens that follow those positions
-    rows: list[int]
 
     def to(self, device: str) -> Batch:
         """Not blocking: a copy that blocks waits for all the work that a GPU still has."""
-        return Batch(*(x.to(device, non_blocking=True) for x in (self.inputs, self.learnt, self.targets)), self.rows)
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
 
     def filled(self, ctx_len: int) -> Batch:
         """The same batch to a model, in one of few shapes: rows end in zeros, `learnt` in positions that are ignored,
@@ -2594,19 +2592,19 @@ class Batch:
         longer = eighths(T, ctx_len)
         learnt = self.learnt // T * longer + self.learnt % T
         fill = (0, eighths(M, B * longer) - M)
-        return Batch(F.pad(self.inputs, (0, longer - T)), F.pad(learnt, fill), F.pad(self.targets, fill, value=IGNORED),
-                     self.rows)
+        return Batch(F.pad(self.inputs, (0, longer - T)), F.pad(learnt, fill), F.pad(self.targets, fill, value=IGNORED))
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """The batch cut after every `size` tokens of its rows; the last piece may be shorter."""
-        if size >= self.inputs.shape[1]:
+        T = self.inputs.shape[1]
+        if size >= T:
             yield self
             return
-        row, at = self.learnt // self.inputs.shape[1], self.learnt % self.inputs.shape[1]  # (M)
-        for start in range(0, self.inputs.shape[1], size):
+        row, at = self.learnt // T, self.learnt % T                   # (M) both
+        for start in range(0, T, size):
             inputs, inside = self.inputs[:, start: start + size], (start <= at) & (at < start + size)
             learnt = row * inputs.shape[1] + at - start
-            yield Batch(inputs, learnt[inside], self.targets[inside], self.rows)
+            yield Batch(inputs, learnt[inside], self.targets[inside])
 
 
 class Loader:
@@ -2627,7 +2625,7 @@ class Loader:
 
     def learnt_of(self, document: int) -> np.ndarray:
         """Which tokens of a document are learnt: those with a byte in a span of the mask; all, where there is none."""
-        tokens = self.corpus.tokens[self.corpus.starts[document]: self.corpus.starts[document + 1]].tolist()
+        tokens = self.corpus.part(document, document + 1).tokens.tolist()
         pieces = [*map(self.tokenizer.token_bytes, tokens)]
         length = np.array([*map(len, pieces)])
         ends, learnt = np.cumsum(length), np.zeros(len(tokens), bool)
@@ -2654,17 +2652,16 @@ class Loader:
         self.barren += not teaches
         return teaches
 
-    def batch(self, number: int, last: int | None = None) -> Batch:
+    def batch(self, number: int, last: int = sys.maxsize) -> Batch:
         """The micro-batch of this number: rows number * bsz and following (below `last`), padded on the right."""
-        numbers = [n for n in range(number * self.bsz, (number + 1) * self.bsz) if last is None or n < last]
-        spans = [self.span(n) for n in numbers]
+        spans = [self.span(row) for row in range(number * self.bsz, min((number + 1) * self.bsz, last))]
         T = max(stop - start for start, stop in spans) - 1
         inputs, targets, learnt = np.zeros((3, len(spans), T), np.int64)
         for i, (start, stop) in enumerate(spans):
             tokens, n = self.corpus.tokens[start:stop].astype(np.int64), stop - start - 1
             inputs[i, :n], targets[i, :n], learnt[i, :n] = tokens[:-1], tokens[1:], self.learnt(start, stop)[1:]
         at = np.flatnonzero(learnt)
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(at), torch.from_numpy(targets.reshape(-1)[at]), numbers)
+        return Batch(*map(torch.from_numpy, (inputs, at, targets.reshape(-1)[at])))
 
     def summary(self) -> str:
         """What the corpus holds and what of it is learnt (the share is taken from 1,000 rows at most)."""
@@ -4532,13 +4529,13 @@ class Graphs:
         if not self.most:
             return add_gradient(model, batch, n, loss_scale, cfg)
         batch, device = batch.filled(cfg.ctx_len), model.head.weight.device
-        new = [batch.inputs, batch.learnt, batch.targets, torch.tensor(float(n)), torch.tensor(loss_scale)]
+        new = [*batch, torch.tensor(float(n)), torch.tensor(loss_scale)]
         shape = tuple(x.shape for x in new)
         first = shape not in self.places
         place = self.places.setdefault(shape, [torch.empty_like(x, device=device) for x in new])
         for x, there in zip(new, place, strict=True):
             there.copy_(x, non_blocking=True)                         # (or it would wait for the one before)
-        work = partial(add_gradient, model, Batch(*place[:3], batch.rows), *place[3:], cfg)
+        work = partial(add_gradient, model, Batch(*place[:3]), *place[3:], cfg)
         if not first and shape not in self.graphs and len(self.graphs) < self.most:
             self.record(shape, work, model)
         if shape not in self.graphs:
@@ -4810,7 +4807,7 @@ class FullRows:
 
     def batch(self, number: int) -> Batch:
         zeros = torch.zeros(self.bsz, self.ctx_len, dtype=torch.long, device=self.device)
-        return Batch(zeros, torch.arange(zeros.numel(), device=self.device), zeros.view(-1), [])
+        return Batch(zeros, torch.arange(zeros.numel(), device=self.device), zeros.view(-1))
 
 
 class Memory(NamedTuple):
@@ -4997,7 +4994,7 @@ def exact_match(model: RWKV, loader: Loader, device: str) -> float:
         x, _ = model(batch.inputs)                                                        # (B,T,C)
         missed = (x.flatten(0, 1)[batch.learnt] @ model.head.weight.T).argmax(-1) != batch.targets
         rows_missed = (batch.learnt[missed] // batch.inputs.shape[1]).unique()
-        right += len(batch.rows) - len(rows_missed)
+        right += len(batch.inputs) - len(rows_missed)
     model.train()
     return right / loader.pass_rows
 
