@@ -2777,13 +2777,10 @@ def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
     """One loss, whose gradient goes back through all states. Of each chunk only the states it began with are kept;
     backward computes the rest again, one chunk at a time, at the cost of one more forward pass."""
     total, states = 0.0, None
-
-    def again(weight: Tensor, *rest: Any) -> tuple[Tensor, list[BlockState]]:
-        return chunk_loss(*rest)
-
     for chunk in chunks:
-        # (The weight tells on which device random numbers are drawn: it looks for tensors, and the rest are none.)
-        loss, states = checkpoint(again, model.head.weight, model, chunk, n, states, use_reentrant=False)
+        # (The weight tells on which device random numbers are drawn: of the rest, what it sees lies on the host.)
+        loss, states = checkpoint(lambda weight, *rest: chunk_loss(*rest), model.head.weight, model, chunk, n, states,
+                                  use_reentrant=False)
         total = total + loss
     yield total
 
@@ -2798,10 +2795,7 @@ TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
 
 def batch_losses(model: RWKV, batch: Batch, n: int | Tensor, cfg: Config) -> Iterator[Tensor]:
     """A micro-batch's share in the loss of an optimiser step with n learnt tokens, as one or more summands: the caller
-    calls backward on each before it asks for the next. The sum does not depend on the chunks.
-
-    --chunk_grad makes no difference to a batch of one chunk.
-    """
+    calls backward on each before it asks for the next. The sum does not depend on the chunks."""
     chunks = [*batch.chunks(TRAIN_TYPE[cfg.train_type](cfg))]
     return CHUNK_GRAD[cfg.chunk_grad if len(chunks) > 1 else "truncated"](model, chunks, n)
 
@@ -2811,8 +2805,7 @@ def add_gradient(model: RWKV, batch: Batch, n: int | Tensor, loss_scale: float |
     share in the loss, fp64."""
     loss = torch.zeros((), dtype=torch.float64, device=model.head.weight.device)
     for share in batch_losses(model, batch, n, cfg):
-        if share.requires_grad:
-            (share * loss_scale).backward()
+        (share * loss_scale).backward()
         loss += share.detach()
     return loss
 

@@ -47,7 +47,7 @@ PLANTED = {  # what is wrong -> what stands in the module, what is put there, an
     "targets on the host": ("x in self))", "x in self[:2]), self.targets)", [""]),
     "a loss read twice": ("loss += share.detach()", "loss += share.item()", [""]),
     "tokens fetched back": ("tokens if model.emb.weight.is_cpu else chunk.", "chunk.", ["--emb_on_cpu"]),
-    "masks drawn anew": ("(again, model.head.weight, model,", "(again, None, model,", [DROPOUT]),
+    "masks drawn anew": ("rest), model.head.weight, model,", "rest), None, model,", [DROPOUT]),
     "masks not resumed": ('"rng_cuda" in state', '"rng_cuda" in {}', [DROPOUT, f"{DROPOUT} --epoch_count 2 --resume"]),
 }
 
