@@ -2935,6 +2935,12 @@ class Numbers:
     def write(self, part: slice, x: Tensor) -> None:
         pass                                                          # (they are the numbers themselves)
 
+    def put(self, part: slice, values: Tensor) -> None:
+        """Puts `values`, which may be fewer, where a part begins."""
+        x = self.read(part)
+        x[: len(values)] = values
+        self.write(part, x)
+
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.held,)
 
@@ -3086,7 +3092,7 @@ class ZeroAdamW:
             if exact and name in exact:
                 mine = overlap(self.where[name], self.own)
                 values = exact[name].reshape(-1)[shifted(mine, self.where[name].start)]
-                self.set(self.master, shifted(mine, self.own.start), values)
+                self.master.put(shifted(mine, self.own.start), values)
 
     def lay_out(self, named: list[tuple[str, nn.Parameter]], kind: Callable, slices: int, per: int) -> None:
         """Where each parameter lies, which slice is this rank's, a multiple of `per`, and which groups are in that."""
@@ -3106,13 +3112,6 @@ class ZeroAdamW:
             names = [name for name, _ in items]
             group = overlap(slice(self.where[names[0]].start, self.where[names[-1]].stop), self.own)
             self.groups.append((shifted(group, begin), scale, decay))
-
-    @staticmethod
-    def set(numbers: Numbers, part: slice, values: Tensor) -> None:
-        """Puts `values`, which may be fewer, where a part begins."""
-        x = numbers.read(part)
-        x[: len(values)] = values
-        numbers.write(part, x)
 
     def take(self, where: slice, p: nn.Parameter) -> None:
         """A parameter's gradient, as soon as there is one."""
@@ -3212,21 +3211,16 @@ class ZeroAdamW:
         for name in ("master", "m", "v"):
             saved = state[name][self.own]
             for part in self.parts():
-                self.set(getattr(self, name), part, saved[part])
+                getattr(self, name).put(part, saved[part])
         self.t = int(state["t"])
         self.publish()
 
 
-def cos_decay(left: float, warm: float, cfg: Config) -> float:
-    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * 0.5 * (1 - math.cos(math.pi * left / warm))
-
-
-def wsd(left: float, warm: float, cfg: Config) -> float:
-    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * min(1.0, left / min(cfg.decay_frac, warm))
-
-
-# What is left of the run, and was left when warm-up had ended (1: all) -> the learning rate.
-SCHEDULE = {"cos_decay": cos_decay, "cos": cos_decay, "wsd": wsd}
+# What is left of the run, and was left when warm-up had ended (1: all) -> how far above lr_final, as a share.
+SCHEDULE: dict[str, Callable[[float, float, Config], float]] = {
+    **dict.fromkeys(("cos_decay", "cos"), lambda left, warm, cfg: 0.5 * (1 - math.cos(math.pi * left / warm))),
+    "wsd": lambda left, warm, cfg: min(1.0, left / min(cfg.decay_frac, warm)),
+}
 
 
 def lr_at(step: int, steps: int, cfg: Config) -> float:
@@ -3235,7 +3229,8 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
         return cfg.lr_init * (step + 1) / cfg.warmup_steps
     whole, warm = max(1, steps - 1), max(1, steps - 1 - cfg.warmup_steps)
     left = max(0, warm + cfg.warmup_steps - step)
-    return SCHEDULE[cfg.lr_schedule](left / whole, warm / whole, cfg)
+    share = SCHEDULE[cfg.lr_schedule](left / whole, warm / whole, cfg)
+    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * share
 
 
 # ======================================================================================================================
