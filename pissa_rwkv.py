@@ -2479,8 +2479,8 @@ Rows = tuple[int, Callable[[int], tuple[int, int]]]                   # rows of 
 def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
     """Every document once a pass, long ones cut into several rows; only rows that teach nothing are left out."""
     def rows() -> Iterator[tuple[int, int]]:
-        documents = itertools.pairwise(map(int, corpus.starts))
-        for start, stop in progress(documents, "what is learnt", len(corpus.starts) - 1):
+        pairs = itertools.pairwise(map(int, corpus.starts))
+        for start, stop in progress(pairs, "what is learnt", len(corpus.starts) - 1):
             for at in range(start, stop - 1, cfg.ctx_len):            # (the last token of a document predicts nothing)
                 row = at, min(at + cfg.ctx_len + 1, stop)
                 if learnable(*row):
@@ -2563,8 +2563,6 @@ def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
 MASK: dict[str, Callable[[bytes, Config], list[tuple[int, int]]]] = {  # a document's bytes -> the spans that are learnt
     "pad": learn_all, "none": learn_all, "qa": learn_assistant, "se": learn_between,
 }
-
-
 IGNORED = -100                                                        # a target that is none, as torch writes it
 
 
@@ -2945,19 +2943,6 @@ class Numbers:
         return (self.held,)
 
 
-@once_per_device
-def signed_levels(device: torch.device) -> Tensor:
-    """256, ascending: the `dynamic_levels`, with -1 in the place of the smallest negative one."""
-    half, one = magnitudes(1), torch.ones(1)
-    return torch.cat([-one, -half[1:].flip(0), 0 * one, half, one]).to(device)
-
-
-@once_per_device
-def positive_levels(device: torch.device) -> Tensor:
-    """255, ascending, without 0."""
-    return torch.cat([magnitudes(2), torch.ones(1)]).to(device)
-
-
 class CodedNumbers(Numbers):
     """Moments in 8.125 bits: codes (S) uint8, absmax (S/256) fp32. As in 8-bit Adam (arXiv 2110.02861), but that 0, 1
     and -1 are levels: what gets no gradient stays where it is, and what was held is held as the same again.
@@ -2966,12 +2951,16 @@ class CodedNumbers(Numbers):
     """
 
     per, plain = 256, False
-    levels_on = staticmethod(signed_levels)
 
     def __init__(self, own: Tensor):
         self.codes = own.new_zeros(len(own), dtype=torch.uint8)
         self.absmax = own.new_zeros(len(own) // self.per, dtype=torch.float32)
-        self.levels = self.levels_on(own.device)
+        self.levels = self.all_levels().to(own.device)
+
+    def all_levels(self) -> Tensor:
+        """256, ascending: the `dynamic_levels`, with -1 in the place of the smallest negative one."""
+        half, one = magnitudes(1), torch.ones(1)
+        return torch.cat([-one, -half[1:].flip(0), 0 * one, half, one])
 
     def read(self, part: slice) -> Tensor:
         levels = self.levels[self.codes[part].int()]                                      # (n)
@@ -2993,7 +2982,9 @@ class CodedNumbers(Numbers):
 class CodedSquares(CodedNumbers):
     """Likewise of numbers that are not negative. 0 is no level: a small one must not become that, to be divided by."""
 
-    levels_on = staticmethod(positive_levels)
+    def all_levels(self) -> Tensor:
+        """255, ascending."""
+        return torch.cat([magnitudes(2), torch.ones(1)])
 
 
 class Same(Numbers):
