@@ -2493,12 +2493,11 @@ def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]
 
     @lru_cache(maxsize=2)
     def order(turn: int) -> np.ndarray:
-        if not cfg.data_shuffle:
-            return np.arange(len(spans))
         return np.random.default_rng([cfg.random_seed, turn]).permutation(len(spans))
 
     def span(row: int) -> tuple[int, int]:
-        start, stop = spans[order(row // len(spans))[row % len(spans)]].tolist()
+        turn, i = divmod(row, len(spans))
+        start, stop = spans[order(turn)[i] if cfg.data_shuffle else i].tolist()
         return start, stop
 
     return len(spans), span
@@ -2987,21 +2986,15 @@ class CodedSquares(CodedNumbers):
         return torch.cat([magnitudes(2), torch.ones(1)])
 
 
-class Same(Numbers):
-    """Master weights of wide parameters: they are the parameters."""
+class Wide(Numbers):
+    """Master weights in fp32, from which the parameters are rounded: those of wide parameters are these themselves."""
 
     def __init__(self, own: Tensor):
-        self.held = own
-
-
-class Beside(Numbers):
-    """Master weights in fp32, beside the parameters that are rounded from them."""
-
-    def __init__(self, own: Tensor):
-        self.own, self.held = own, own.float()
+        self.own, self.held = own, own.to(torch.promote_types(own.dtype, torch.float32))
 
     def write(self, part: slice, x: Tensor) -> None:
-        self.own[part] = x
+        if self.held is not self.own:
+            self.own[part] = x
 
 
 class LowBits(Numbers):
@@ -3029,7 +3022,6 @@ class LowBits(Numbers):
 
 MOMENTS = {"fp32": (Numbers, Numbers), "8bit": (CodedNumbers, CodedSquares)}
 STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}
-MASTER = {torch.bfloat16: LowBits, torch.float16: Beside}             # by the parameters' dtype; of others the Same
 
 
 class ZeroAdamW:
@@ -3068,7 +3060,8 @@ class ZeroAdamW:
         values = [p.detach().reshape(-1) for _, p in self.named]
         self.working = torch.cat([*values, values[0].new_zeros(slices * self.slice - self.numbers)])
         own = self.working[self.own]
-        self.master, self.m, self.v = (kind(own) for kind in (MASTER.get(own.dtype, Same), *moments))
+        master = LowBits if own.dtype == torch.bfloat16 else Wide
+        self.master, self.m, self.v = (kind(own) for kind in (master, *moments))
         self.part = self.PART[own.device.type]
         # In fp32 where gradients are added up: over ranks, or over several backward passes.
         several = ranks.size > 1 or backward_passes(cfg) > 1
