@@ -2486,7 +2486,7 @@ def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]
                 if learnable(*row):
                     yield row
 
-    spans = np.fromiter(rows(), np.dtype((np.int64, 2)))              # (rows,2)
+    spans = np.fromiter(itertools.chain.from_iterable(rows()), np.int64).reshape(-1, 2)   # (rows,2)
     if not len(spans):
         left = f" of those that --val_split {cfg.val_split:g} leaves or takes" if cfg.val_split else ""
         raise Fatal(f"--data_file {cfg.data_file}: no document{left} has two tokens, so there is nothing to predict")
