@@ -2469,7 +2469,7 @@ def split(corpus: Corpus, share: float) -> tuple[Corpus, Corpus]:
     if len(corpus.starts) == 2:
         corpus = Corpus(corpus.tokens, np.array([0, at, len(corpus.tokens)]))
     last = len(corpus.starts) - 1
-    first = min(max(int(np.searchsorted(corpus.starts, at)), 1), last - 1)
+    first = int(np.clip(np.searchsorted(corpus.starts, at), 1, last - 1))
     return corpus.part(0, first), corpus.part(first, last)
 
 
