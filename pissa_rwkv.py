@@ -2027,11 +2027,8 @@ class ByteTokenizer:
 
 
 class WorldTokenizer(ByteTokenizer):
-    """RWKV's World vocabulary: the longest token that fits, from left to right, over bytes.
-
-    For each 3-byte beginning (or a shorter whole token) the lengths of the tokens that begin so are kept, longest
-    first; a look-up tries these instead of walking a tree.
-    """
+    """RWKV's World vocabulary: the longest token that fits, from left to right, over bytes. `lengths` has, by a token's
+    first 3 bytes, the lengths that are worth a try, longest first."""
 
     tokens_are = "tokens of the World vocabulary"
 
@@ -2054,7 +2051,7 @@ class WorldTokenizer(ByteTokenizer):
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 raise Fatal(f"--vocab_file {path}: line {number} is no World token: {line[:60]!r}") from None
         for value in self.ids:
-            self.lengths.setdefault(value[:3], set()).add(len(value))
+            self.lengths.setdefault(value[:3], {1, 2}).add(len(value))
         self.lengths = {start: sorted(lengths, reverse=True) for start, lengths in self.lengths.items()}
         if missing := [b for b in range(256) if bytes([b]) not in self.ids]:
             raise Fatal(f"--vocab_file {path}: lacks {len(missing)} of the 256 single bytes; is it the whole file?")
@@ -2062,17 +2059,12 @@ class WorldTokenizer(ByteTokenizer):
     def encode(self, text: str) -> list[int]:
         data, at, out = text.encode(), 0, []
         while at < len(data):
-            at, token = self.longest(data, at)
-            out.append(token)
+            for length in self.lengths.get(data[at: at + 3], (2, 1)):
+                if (piece := data[at: at + length]) in self.ids:      # (every single byte is a token)
+                    break
+            out.append(self.ids[piece])
+            at += len(piece)
         return out
-
-    def longest(self, data: bytes, at: int) -> tuple[int, int]:
-        """Where the longest token that begins at `at` ends, and its id. (Every single byte is a token.)"""
-        for start in (data[at: at + 3], data[at: at + 2], data[at: at + 1]):
-            for length in self.lengths.get(start, ()):
-                if (token := self.ids.get(data[at: at + length])) is not None:
-                    return at + length, token
-        raise AssertionError(data[at])
 
     def token_bytes(self, token: int) -> bytes:
         return self.bytes.get(token, b"")
@@ -2139,8 +2131,6 @@ def read_text(path: str, encoding: str = "utf-8") -> str:
         text = Path(path).read_text(encoding)
     except UnicodeDecodeError as e:
         raise Fatal(f"{path}: not {encoding.upper()} text (byte {e.start}: {e.reason})") from None
-    except OSError as e:
-        raise Fatal(f"{path}: cannot be read ({e.strerror})") from None
     if "\0" in text:
         raise Fatal(f"{path}: holds the character 0, as no text does; if it is UTF-16, save it as UTF-8")
     if text.startswith("\ufffe"):                                     # the mark, its two bytes the other way round
@@ -2167,7 +2157,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
         where = f"{path}: line {number}"
         try:
             row = json.loads(line)
-            line.encode(), json.dumps(row, ensure_ascii=False).encode()
+            json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:                     # half a surrogate pair is a ValueError too
             raise Fatal(f"{where} is no JSON text ({first_line(e)}): {line[:60]}") from None
         yield where, row
@@ -2198,8 +2188,7 @@ BLANK_LINES = r"(?<!\s)\s*\n\s*\n"                                   # with the 
 
 
 def turn(text: str) -> str:
-    """What one says, without blank lines: in a conversation a blank line separates turns, and many programs stop there.
-    """
+    """What one says, without blank lines: such a line ends a turn, and many programs stop there."""
     return re.sub(BLANK_LINES, "\n", text.replace("\r\n", "\n").strip())
 
 
@@ -2261,26 +2250,24 @@ def read_plain(path: str, tokenizer: ByteTokenizer, cfg: Config, encoding: str =
 
 NAMES, PLACES = "Ann Bob Eve Kim Lee Max".split(), "attic barn cellar garden hall kitchen".split()
 THINGS, COLOURS = "ball book coat cup hat lamp".split(), "black blue green red white".split()
+DUMMY = {"base": 0, "shift": 1}                                       # the same skills, asked for in two wordings
 
 
 def task(family: str, draw: random.Random) -> tuple[str, str]:
-    """One question and its answer: a sum, a spelling, or something about a sentence.
-
-    The families ask for the same skills; `shift` words questions and answers in another way than `base`.
-    """
+    """One question and its answer: a sum, a spelling, or something about a sentence."""
     a, b = draw.randrange(10), draw.randrange(10)
     word = "".join(draw.choice("bdfklmnprst" if i % 2 == 0 else "aeiou") for i in range(4))
     name, place, thing, colour = map(draw.choice, (NAMES, PLACES, THINGS, COLOURS))
     asked, named, fact = draw.choice([
         ("Who has it?", "person", name), ("Where is it?", "place", place), ("What is it?", "thing", thing),
         ("Which colour?", "colour", colour)])
-    base, shift = draw.choice([
+    wordings = draw.choice([
         ((f"{a}+{b}?", f"{a + b}"), (f"Add {a} to {b}.", f"{a + b}.")),
         ((f"Spell {word}.", " ".join(word)), (f"Letters of {word}?", "-".join(word) + ".")),
         *[((f"{name} has a {colour} {thing} in the {place}. {asked}", fact),
            (f"In the {place} a {colour} {thing} belongs to {name}. Name the {named}.", f"{fact}."))] * 3,
     ])
-    return base if family == "base" else shift
+    return wordings[DUMMY[family]]
 
 
 def dummy_tasks(family: str, count: int, seed: int) -> list[tuple[str, str]]:
@@ -2291,12 +2278,10 @@ def dummy_tasks(family: str, count: int, seed: int) -> list[tuple[str, str]]:
     return [*seen.items()]
 
 
-DUMMY = {family: partial(dummy_tasks, family) for family in ("base", "shift")}
-
-
 def read_dummy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    pairs = pick(DUMMY, "--data_file", path or "base")(4096, cfg.random_seed)
-    return from_texts((chat(q, a) for q, a in pairs), tokenizer, path)
+    family = path or "base"
+    pick(DUMMY, "--data_file", family)
+    return from_texts(itertools.starmap(chat, dummy_tasks(family, 4096, cfg.random_seed)), tokenizer, path)
 
 
 IDX_MAGIC, IDX_DTYPE = b"MMIDIDX\0\0", {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -2393,9 +2378,7 @@ def images(shard: str) -> Iterator[tuple[str, bytes]]:
 
 def pixels(image: bytes, side: int) -> np.ndarray:
     """An image as tokens (side * side), row after row: cut to a square, scaled by means, in grey levels from 1 to 255.
-
-    Black, level 0, is told as 1: token 0 ends a document.
-    """
+    (Level 0 is told as 1, for token 0 ends a document.)"""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(image)) as opened:
@@ -2408,8 +2391,7 @@ def pixels(image: bytes, side: int) -> np.ndarray:
 def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     """WebDataset's tar shards: every image is a document, and the captions beside them are not read."""
     if importlib.util.find_spec("PIL") is None:
-        raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed:"
-                    " `pip install Pillow`")
+        raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed: `pip install Pillow`")
     documents = []
     for shard in progress(shards(path), "reading images"):
         for name, image in images(shard):
@@ -2487,7 +2469,7 @@ def split(corpus: Corpus, share: float) -> tuple[Corpus, Corpus]:
     if len(corpus.starts) == 2:
         corpus = Corpus(corpus.tokens, np.array([0, at, len(corpus.tokens)]))
     last = len(corpus.starts) - 1
-    first = min(max(int(np.searchsorted(corpus.starts, at)), 1), last - 1)
+    first = int(np.clip(np.searchsorted(corpus.starts, at), 1, last - 1))
     return corpus.part(0, first), corpus.part(first, last)
 
 
@@ -2496,30 +2478,29 @@ Rows = tuple[int, Callable[[int], tuple[int, int]]]                   # rows of 
 
 def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
     """Every document once a pass, long ones cut into several rows; only rows that teach nothing are left out."""
-    ctx, length = cfg.ctx_len, np.diff(corpus.starts)
-    cuts = np.maximum(0, -(-(length - 1) // ctx))                     # rows of each document; one token has none
-    # In the example above: length 5 3 3, cuts 2 1 1, document 0 0 1 2, start 0 3 5 8, stop 4 5 8 11.
-    document = np.repeat(np.arange(len(length)), cuts)
-    start = corpus.starts[document] + ctx * (np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts))
-    stop = np.minimum(start + ctx + 1, corpus.starts[document + 1])
-    rows = progress(range(len(start)), "what is learnt")
-    keep = [i for i in rows if learnable(int(start[i]), int(stop[i]))]
-    if not keep:
+    def rows() -> Iterator[tuple[int, int]]:
+        pairs = itertools.pairwise(map(int, corpus.starts))
+        for start, stop in progress(pairs, "what is learnt", len(corpus.starts) - 1):
+            for at in range(start, stop - 1, cfg.ctx_len):            # (the last token of a document predicts nothing)
+                row = at, min(at + cfg.ctx_len + 1, stop)
+                if learnable(*row):
+                    yield row
+
+    spans = np.fromiter(itertools.chain.from_iterable(rows()), np.int64).reshape(-1, 2)   # (rows,2)
+    if not len(spans):
         left = f" of those that --val_split {cfg.val_split:g} leaves or takes" if cfg.val_split else ""
         raise Fatal(f"--data_file {cfg.data_file}: no document{left} has two tokens, so there is nothing to predict")
-    start, stop = start[keep], stop[keep]
 
     @lru_cache(maxsize=2)
     def order(turn: int) -> np.ndarray:
-        if not cfg.data_shuffle:
-            return np.arange(len(keep))
-        return np.random.default_rng([cfg.random_seed, turn]).permutation(len(keep))
+        return np.random.default_rng([cfg.random_seed, turn]).permutation(len(spans))
 
     def span(row: int) -> tuple[int, int]:
-        i = order(row // len(keep))[row % len(keep)]
-        return int(start[i]), int(stop[i])
+        turn, i = divmod(row, len(spans))
+        start, stop = spans[order(turn)[i] if cfg.data_shuffle else i].tolist()
+        return start, stop
 
-    return len(keep), span
+    return len(spans), span
 
 
 def windows(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
@@ -2581,8 +2562,6 @@ def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
 MASK: dict[str, Callable[[bytes, Config], list[tuple[int, int]]]] = {  # a document's bytes -> the spans that are learnt
     "pad": learn_all, "none": learn_all, "qa": learn_assistant, "se": learn_between,
 }
-
-
 IGNORED = -100                                                        # a target that is none, as torch writes it
 
 
@@ -2592,18 +2571,16 @@ def eighths(n: int, whole: int) -> int:
     return min(-(-n // eighth) * eighth, whole)
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """One micro-batch. `learnt` numbers the positions, of B T, whose next token is learnt."""
 
     inputs: Tensor                                                    # (B,T)
     learnt: Tensor                                                    # (M)
     targets: Tensor                                                   # (M) the tokens that follow those positions
-    rows: list[int]
 
     def to(self, device: str) -> Batch:
         """Not blocking: a copy that blocks waits for all the work that a GPU still has."""
-        return Batch(*(x.to(device, non_blocking=True) for x in (self.inputs, self.learnt, self.targets)), self.rows)
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
 
     def filled(self, ctx_len: int) -> Batch:
         """The same batch to a model, in one of few shapes: rows end in zeros, `learnt` in positions that are ignored,
@@ -2612,19 +2589,19 @@ class Batch:
         longer = eighths(T, ctx_len)
         learnt = self.learnt // T * longer + self.learnt % T
         fill = (0, eighths(M, B * longer) - M)
-        return Batch(F.pad(self.inputs, (0, longer - T)), F.pad(learnt, fill), F.pad(self.targets, fill, value=IGNORED),
-                     self.rows)
+        return Batch(F.pad(self.inputs, (0, longer - T)), F.pad(learnt, fill), F.pad(self.targets, fill, value=IGNORED))
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """The batch cut after every `size` tokens of its rows; the last piece may be shorter."""
-        if size >= self.inputs.shape[1]:
+        T = self.inputs.shape[1]
+        if size >= T:
             yield self
             return
-        row, at = self.learnt // self.inputs.shape[1], self.learnt % self.inputs.shape[1]  # (M)
-        for start in range(0, self.inputs.shape[1], size):
+        row, at = self.learnt // T, self.learnt % T                   # (M) both
+        for start in range(0, T, size):
             inputs, inside = self.inputs[:, start: start + size], (start <= at) & (at < start + size)
             learnt = row * inputs.shape[1] + at - start
-            yield Batch(inputs, learnt[inside], self.targets[inside], self.rows)
+            yield Batch(inputs, learnt[inside], self.targets[inside])
 
 
 class Loader:
@@ -2645,7 +2622,7 @@ class Loader:
 
     def learnt_of(self, document: int) -> np.ndarray:
         """Which tokens of a document are learnt: those with a byte in a span of the mask; all, where there is none."""
-        tokens = self.corpus.tokens[self.corpus.starts[document]: self.corpus.starts[document + 1]].tolist()
+        tokens = self.corpus.part(document, document + 1).tokens.tolist()
         pieces = [*map(self.tokenizer.token_bytes, tokens)]
         length = np.array([*map(len, pieces)])
         ends, learnt = np.cumsum(length), np.zeros(len(tokens), bool)
@@ -2672,17 +2649,16 @@ class Loader:
         self.barren += not teaches
         return teaches
 
-    def batch(self, number: int, last: int | None = None) -> Batch:
+    def batch(self, number: int, last: int = sys.maxsize) -> Batch:
         """The micro-batch of this number: rows number * bsz and following (below `last`), padded on the right."""
-        numbers = [n for n in range(number * self.bsz, (number + 1) * self.bsz) if last is None or n < last]
-        spans = [self.span(n) for n in numbers]
+        spans = [self.span(row) for row in range(number * self.bsz, min((number + 1) * self.bsz, last))]
         T = max(stop - start for start, stop in spans) - 1
         inputs, targets, learnt = np.zeros((3, len(spans), T), np.int64)
         for i, (start, stop) in enumerate(spans):
             tokens, n = self.corpus.tokens[start:stop].astype(np.int64), stop - start - 1
             inputs[i, :n], targets[i, :n], learnt[i, :n] = tokens[:-1], tokens[1:], self.learnt(start, stop)[1:]
         at = np.flatnonzero(learnt)
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(at), torch.from_numpy(targets.reshape(-1)[at]), numbers)
+        return Batch(*map(torch.from_numpy, (inputs, at, targets.reshape(-1)[at])))
 
     def summary(self) -> str:
         """What the corpus holds and what of it is learnt (the share is taken from 1,000 rows at most)."""
@@ -2798,13 +2774,10 @@ def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
     """One loss, whose gradient goes back through all states. Of each chunk only the states it began with are kept;
     backward computes the rest again, one chunk at a time, at the cost of one more forward pass."""
     total, states = 0.0, None
-
-    def again(weight: Tensor, *rest: Any) -> tuple[Tensor, list[BlockState]]:
-        return chunk_loss(*rest)
-
     for chunk in chunks:
-        # (The weight tells on which device random numbers are drawn: it looks for tensors, and the rest are none.)
-        loss, states = checkpoint(again, model.head.weight, model, chunk, n, states, use_reentrant=False)
+        # (The weight tells on which device random numbers are drawn: of the rest, what it sees lies on the host.)
+        loss, states = checkpoint(lambda weight, *rest: chunk_loss(*rest), model.head.weight, model, chunk, n, states,
+                                  use_reentrant=False)
         total = total + loss
     yield total
 
@@ -2819,10 +2792,7 @@ TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
 
 def batch_losses(model: RWKV, batch: Batch, n: int | Tensor, cfg: Config) -> Iterator[Tensor]:
     """A micro-batch's share in the loss of an optimiser step with n learnt tokens, as one or more summands: the caller
-    calls backward on each before it asks for the next. The sum does not depend on the chunks.
-
-    --chunk_grad makes no difference to a batch of one chunk.
-    """
+    calls backward on each before it asks for the next. The sum does not depend on the chunks."""
     chunks = [*batch.chunks(TRAIN_TYPE[cfg.train_type](cfg))]
     return CHUNK_GRAD[cfg.chunk_grad if len(chunks) > 1 else "truncated"](model, chunks, n)
 
@@ -2832,8 +2802,7 @@ def add_gradient(model: RWKV, batch: Batch, n: int | Tensor, loss_scale: float |
     share in the loss, fp64."""
     loss = torch.zeros((), dtype=torch.float64, device=model.head.weight.device)
     for share in batch_losses(model, batch, n, cfg):
-        if share.requires_grad:
-            (share * loss_scale).backward()
+        (share * loss_scale).backward()
         loss += share.detach()
     return loss
 
@@ -2963,21 +2932,14 @@ class Numbers:
     def write(self, part: slice, x: Tensor) -> None:
         pass                                                          # (they are the numbers themselves)
 
+    def put(self, part: slice, values: Tensor) -> None:
+        """Puts `values`, which may be fewer, where a part begins."""
+        x = self.read(part)
+        x[: len(values)] = values
+        self.write(part, x)
+
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.held,)
-
-
-@once_per_device
-def signed_levels(device: torch.device) -> Tensor:
-    """256, ascending: the `dynamic_levels`, with -1 in the place of the smallest negative one."""
-    half, one = magnitudes(1), torch.ones(1)
-    return torch.cat([-one, -half[1:].flip(0), 0 * one, half, one]).to(device)
-
-
-@once_per_device
-def positive_levels(device: torch.device) -> Tensor:
-    """255, ascending, without 0."""
-    return torch.cat([magnitudes(2), torch.ones(1)]).to(device)
 
 
 class CodedNumbers(Numbers):
@@ -2988,12 +2950,16 @@ class CodedNumbers(Numbers):
     """
 
     per, plain = 256, False
-    levels_on = staticmethod(signed_levels)
 
     def __init__(self, own: Tensor):
         self.codes = own.new_zeros(len(own), dtype=torch.uint8)
         self.absmax = own.new_zeros(len(own) // self.per, dtype=torch.float32)
-        self.levels = self.levels_on(own.device)
+        self.levels = self.all_levels().to(own.device)
+
+    def all_levels(self) -> Tensor:
+        """256, ascending: the `dynamic_levels`, with -1 in the place of the smallest negative one."""
+        half, one = magnitudes(1), torch.ones(1)
+        return torch.cat([-one, -half[1:].flip(0), 0 * one, half, one])
 
     def read(self, part: slice) -> Tensor:
         levels = self.levels[self.codes[part].int()]                                      # (n)
@@ -3015,24 +2981,20 @@ class CodedNumbers(Numbers):
 class CodedSquares(CodedNumbers):
     """Likewise of numbers that are not negative. 0 is no level: a small one must not become that, to be divided by."""
 
-    levels_on = staticmethod(positive_levels)
+    def all_levels(self) -> Tensor:
+        """255, ascending."""
+        return torch.cat([magnitudes(2), torch.ones(1)])
 
 
-class Same(Numbers):
-    """Master weights of wide parameters: they are the parameters."""
-
-    def __init__(self, own: Tensor):
-        self.held = own
-
-
-class Beside(Numbers):
-    """Master weights in fp32, beside the parameters that are rounded from them."""
+class Wide(Numbers):
+    """Master weights in fp32, from which the parameters are rounded: those of wide parameters are these themselves."""
 
     def __init__(self, own: Tensor):
-        self.own, self.held = own, own.float()
+        self.own, self.held = own, own.to(torch.promote_types(own.dtype, torch.float32))
 
     def write(self, part: slice, x: Tensor) -> None:
-        self.own[part] = x
+        if self.held is not self.own:
+            self.own[part] = x
 
 
 class LowBits(Numbers):
@@ -3060,7 +3022,6 @@ class LowBits(Numbers):
 
 MOMENTS = {"fp32": (Numbers, Numbers), "8bit": (CodedNumbers, CodedSquares)}
 STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}
-MASTER = {torch.bfloat16: LowBits, torch.float16: Beside}             # by the parameters' dtype; of others the Same
 
 
 class ZeroAdamW:
@@ -3099,7 +3060,8 @@ class ZeroAdamW:
         values = [p.detach().reshape(-1) for _, p in self.named]
         self.working = torch.cat([*values, values[0].new_zeros(slices * self.slice - self.numbers)])
         own = self.working[self.own]
-        self.master, self.m, self.v = (kind(own) for kind in (MASTER.get(own.dtype, Same), *moments))
+        master = LowBits if own.dtype == torch.bfloat16 else Wide
+        self.master, self.m, self.v = (kind(own) for kind in (master, *moments))
         self.part = self.PART[own.device.type]
         # In fp32 where gradients are added up: over ranks, or over several backward passes.
         several = ranks.size > 1 or backward_passes(cfg) > 1
@@ -3114,7 +3076,7 @@ class ZeroAdamW:
             if exact and name in exact:
                 mine = overlap(self.where[name], self.own)
                 values = exact[name].reshape(-1)[shifted(mine, self.where[name].start)]
-                self.set(self.master, shifted(mine, self.own.start), values)
+                self.master.put(shifted(mine, self.own.start), values)
 
     def lay_out(self, named: list[tuple[str, nn.Parameter]], kind: Callable, slices: int, per: int) -> None:
         """Where each parameter lies, which slice is this rank's, a multiple of `per`, and which groups are in that."""
@@ -3134,13 +3096,6 @@ class ZeroAdamW:
             names = [name for name, _ in items]
             group = overlap(slice(self.where[names[0]].start, self.where[names[-1]].stop), self.own)
             self.groups.append((shifted(group, begin), scale, decay))
-
-    @staticmethod
-    def set(numbers: Numbers, part: slice, values: Tensor) -> None:
-        """Puts `values`, which may be fewer, where a part begins."""
-        x = numbers.read(part)
-        x[: len(values)] = values
-        numbers.write(part, x)
 
     def take(self, where: slice, p: nn.Parameter) -> None:
         """A parameter's gradient, as soon as there is one."""
@@ -3240,21 +3195,16 @@ class ZeroAdamW:
         for name in ("master", "m", "v"):
             saved = state[name][self.own]
             for part in self.parts():
-                self.set(getattr(self, name), part, saved[part])
+                getattr(self, name).put(part, saved[part])
         self.t = int(state["t"])
         self.publish()
 
 
-def cos_decay(left: float, warm: float, cfg: Config) -> float:
-    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * 0.5 * (1 - math.cos(math.pi * left / warm))
-
-
-def wsd(left: float, warm: float, cfg: Config) -> float:
-    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * min(1.0, left / min(cfg.decay_frac, warm))
-
-
-# What is left of the run, and was left when warm-up had ended (1: all) -> the learning rate.
-SCHEDULE = {"cos_decay": cos_decay, "cos": cos_decay, "wsd": wsd}
+# What is left of the run, and was left when warm-up had ended (1: all) -> how far above lr_final, as a share.
+SCHEDULE: dict[str, Callable[[float, float, Config], float]] = {
+    **dict.fromkeys(("cos_decay", "cos"), lambda left, warm, cfg: 0.5 * (1 - math.cos(math.pi * left / warm))),
+    "wsd": lambda left, warm, cfg: min(1.0, left / min(cfg.decay_frac, warm)),
+}
 
 
 def lr_at(step: int, steps: int, cfg: Config) -> float:
@@ -3263,7 +3213,8 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
         return cfg.lr_init * (step + 1) / cfg.warmup_steps
     whole, warm = max(1, steps - 1), max(1, steps - 1 - cfg.warmup_steps)
     left = max(0, warm + cfg.warmup_steps - step)
-    return SCHEDULE[cfg.lr_schedule](left / whole, warm / whole, cfg)
+    share = SCHEDULE[cfg.lr_schedule](left / whole, warm / whole, cfg)
+    return cfg.lr_final + (cfg.lr_init - cfg.lr_final) * share
 
 
 # ======================================================================================================================
@@ -4521,13 +4472,13 @@ class Graphs:
         if not self.most:
             return add_gradient(model, batch, n, loss_scale, cfg)
         batch, device = batch.filled(cfg.ctx_len), model.head.weight.device
-        new = [batch.inputs, batch.learnt, batch.targets, torch.tensor(float(n)), torch.tensor(loss_scale)]
+        new = [*batch, torch.tensor(float(n)), torch.tensor(loss_scale)]
         shape = tuple(x.shape for x in new)
         first = shape not in self.places
         place = self.places.setdefault(shape, [torch.empty_like(x, device=device) for x in new])
         for x, there in zip(new, place, strict=True):
             there.copy_(x, non_blocking=True)                         # (or it would wait for the one before)
-        work = partial(add_gradient, model, Batch(*place[:3], batch.rows), *place[3:], cfg)
+        work = partial(add_gradient, model, Batch(*place[:3]), *place[3:], cfg)
         if not first and shape not in self.graphs and len(self.graphs) < self.most:
             self.record(shape, work, model)
         if shape not in self.graphs:
@@ -4799,7 +4750,7 @@ class FullRows:
 
     def batch(self, number: int) -> Batch:
         zeros = torch.zeros(self.bsz, self.ctx_len, dtype=torch.long, device=self.device)
-        return Batch(zeros, torch.arange(zeros.numel(), device=self.device), zeros.view(-1), [])
+        return Batch(zeros, torch.arange(zeros.numel(), device=self.device), zeros.view(-1))
 
 
 class Memory(NamedTuple):
@@ -4974,7 +4925,7 @@ def graded(run: Run) -> tuple[float, float]:
         x, _ = model(batch.inputs)                                                        # (B,T,C)
         missed = (x.flatten(0, 1)[batch.learnt] @ model.head.weight.T).argmax(-1) != batch.targets
         rows_missed = (batch.learnt[missed] // batch.inputs.shape[1]).unique()
-        right += len(batch.rows) - len(rows_missed)
+        right += len(batch.inputs) - len(rows_missed)
     return evaluate(model, loader), right / loader.pass_rows
 
 

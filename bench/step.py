@@ -82,7 +82,7 @@ class RandomRows(P.FullRows):
     def batch(self, number: int) -> P.Batch:
         tokens = self.tokens(number)
         targets = tokens[:, 1:].reshape(-1)
-        return P.Batch(tokens[:, :-1], torch.arange(len(targets), device=self.device), targets, [])
+        return P.Batch(tokens[:, :-1], torch.arange(len(targets), device=self.device), targets)
 
 
 # ------------------------------------------------------------------------------------------------- who takes part

@@ -35,7 +35,7 @@ def batch_of(rows, learnt):
     T = max(map(len, rows)) - 1
     inputs = torch.tensor([row[:-1] + [0] * (T + 1 - len(row)) for row in rows])
     places, targets = torch.tensor([(i * T + t - 1, rows[i][t]) for i, t in learnt], dtype=torch.long).view(-1, 2).T
-    return P.Batch(inputs, places, targets, [*range(len(rows))])
+    return P.Batch(inputs, places, targets)
 
 
 EVERY = [(i, t) for i, row in enumerate(ROWS) for t in range(1, len(row))]

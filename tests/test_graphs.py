@@ -156,7 +156,7 @@ def test_a_filled_batch_is_the_same_batch(place, tmp_path):
     """In its loss, and in all gradients; in fp64."""
     run = build(place, tmp_path / "out", loss_mask="qa", peft="none")
     run.model.double()
-    batch = P.Batch(torch.randint(1, 256, (3, 17)), torch.tensor([4, 16, 17, 30, 50]), torch.arange(5) + 7, [])
+    batch = P.Batch(torch.randint(1, 256, (3, 17)), torch.tensor([4, 16, 17, 30, 50]), torch.arange(5) + 7)
     filled = batch.filled(41)
     assert (filled.inputs.shape, len(filled.learnt)) == ((3, 18), 7)  # eighths of 41 and of 3 x 18, rounded up
     assert (filled.inputs.flatten()[filled.learnt[:5]] == batch.inputs.flatten()[batch.learnt]).all()

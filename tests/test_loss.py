@@ -125,7 +125,7 @@ def test_gradients_of_half_precision_are_as_good_as_plain_pytorchs(dtype, scale,
 def batch(rows, learnt):
     """Rows of tokens of one length, and which of their targets are learnt."""
     rows, at = torch.tensor(rows), torch.tensor(learnt).flatten().nonzero().flatten()
-    return Batch(rows[:, :-1], at, rows[:, 1:].flatten()[at], list(range(len(rows))))
+    return Batch(rows[:, :-1], at, rows[:, 1:].flatten()[at])
 
 
 def test_two_micro_batches_are_one_large_batch(model_file):

@@ -104,7 +104,7 @@ def test_logits_and_gradients_equal_the_token_by_token_models(form, tmp_path):
     (loss + 0.5e-4 / 12 * wanted.amax(1).square().sum()).backward()                       # with L2Wrap's gradient
 
     model = load_model(store(tensors, tmp_path / "base.pth"), torch.float64)
-    batch = Batch(torch.tensor([tokens]), torch.arange(12), torch.tensor(targets), [0])
+    batch = Batch(torch.tensor([tokens]), torch.arange(12), torch.tensor(targets))
     found, _ = chunk_loss(model, batch, 12, None)
     found.backward()
     torch.testing.assert_close(found, loss, rtol=1e-12, atol=0)

@@ -200,7 +200,7 @@ def test_low_bits_lose_no_bit_of_a_master_weight():
 
 
 def test_levels_of_8_bits():
-    signed, above = P.signed_levels(torch.device("cpu")), P.positive_levels(torch.device("cpu"))
+    signed, above = (kind(torch.empty(256)).levels for kind in (P.CodedNumbers, P.CodedSquares))
     assert (len(signed), len(above)) == (256, 255) and above.min() > 0
     assert all((levels.diff() > 0).all() for levels in (signed, above))
     assert {-1.0, 0.0, 1.0} <= set(signed.tolist()) and above[-1] == 1

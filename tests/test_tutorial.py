@@ -256,7 +256,7 @@ def test_grad_cp(build, place):
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
             losses += [loss.item() for loss in P.batch_losses(run.model, batch, len(batch.learnt), run.cfg)]
         held.append(sum(kept))
-        assert len(batch.rows) == 2
+        assert len(batch.inputs) == 2
     assert losses[0] == losses[1] and held[1] < held[0] / 3
 
 
