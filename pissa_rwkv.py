@@ -137,7 +137,7 @@ def pick(table: dict[str, Any], flag: str, name: str) -> Any:
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """`; did you mean X?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
+    near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
@@ -163,16 +163,13 @@ def opt(default: Any, help: str, also: str = "", within: str = "[0,1e9]") -> Any
     return field(default=default, metadata={"help": help, "also": also, "within": within})
 
 
-def is_within(x: float, interval: str) -> bool:
-    """Whether x is in an interval like [0,1), which has 0 and lacks 1."""
-    low, high = map(float, interval[1:-1].split(","))
-    return low < x < high or (interval[0] == "[" and x == low) or (interval[-1] == "]" and x == high)
-
-
-def in_words(interval: str) -> str:
+def check_within(flag: str, x: float, interval: str) -> None:
+    """Refuses an x outside of an interval like [0,1), which has 0 and lacks 1. (NaN is in none.)"""
+    has_low, has_high = interval[0] == "[", interval[-1] == "]"
     low, high = interval[1:-1].split(",")
-    lower = f"a number {'from' if interval[0] == '[' else 'above'} {low}"
-    return f"{lower} to {'below ' * (interval[-1] == ')')}{high}"
+    if not (float(low) < x < float(high) or (has_low and x == float(low)) or (has_high and x == float(high))):
+        raise Fatal(f"{flag} {x}: a number {'from' if has_low else 'above'} {low} to {'below ' * (not has_high)}{high}"
+                    " is wanted")
 
 
 @dataclass
@@ -305,12 +302,10 @@ def parser() -> Parser:
     Config's. (Options are spelt out in full: torchrun takes abbreviations for its own.)"""
     p = Parser("torchrun pissa_rwkv.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                description="Without options it runs a demonstration.")
+    a_switch = dict(type=switch, nargs="?", const=True)
     for f in fields(Config):
-        kind = dict(type=type(f.default))
-        if isinstance(f.default, bool):
-            kind = dict(type=switch, nargs="?", const=True, metavar="0|1")
-        elif isinstance(f.default, tuple):
-            kind = dict(nargs="*")
+        kinds = {bool: a_switch | {"metavar": "0|1"}, tuple: dict(nargs="*")}
+        kind = kinds.get(type(f.default), dict(type=type(f.default)))
         help = f.metadata["help"]
         if f.default != "" and "default: " not in help:
             help += f" (default: {f.default})"
@@ -318,13 +313,12 @@ def parser() -> Parser:
         p.add_argument(*names, dest=f.name, help=help, **kind)
     for name in WITHOUT_EFFECT:
         p.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
-    p.add_argument("--fla", type=switch, nargs="?", const=True, help=argparse.SUPPRESS)
+    p.add_argument("--fla", **a_switch, help=argparse.SUPPRESS)
     return p
 
 
 def options_given(argv: list[str]) -> set[str]:
-    """The options that a command line names, with whatever value, also inside the JSON of --pissa_config and its like.
-    """
+    """The options that a command line names, also those inside the JSON of --pissa_config and its like."""
     given = vars(parser().parse_known_args(argv)[0])
     option = f"{given.get('peft', Config.peft)}_config"
     keys = JSON_OPTIONS.get(option, {})
@@ -352,10 +346,10 @@ def parse(argv: list[str]) -> Config:
     """The command line as a Config. Raises Fatal at an unknown flag, a wrong type, or JSON with a typo."""
     named, unknown = parser().parse_known_args(argv)
     given = asdict(Config()) | vars(named)
-    for flag in unknown:
+    if unknown:
         known = [*given, "fla", *WITHOUT_EFFECT, *(f.metadata["also"] for f in fields(Config))]
-        name = flag.lstrip("-").partition("=")[0]
-        raise Fatal(f"unknown option {flag}{nearest(name, known, '--')}; --help lists them all")
+        name = unknown[0].lstrip("-").partition("=")[0]
+        raise Fatal(f"unknown option {unknown[0]}{nearest(name, known, '--')}; --help lists them all")
     if given.pop("fla", False):  # the tutorial's word for it
         if given["op"] not in ("", "fla"):
             raise Fatal(f"--fla is short for --op fla, and --op {given['op']} is given too: give one of them")
@@ -390,13 +384,11 @@ def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
             continue
         usual = given[keys[key]]
         try:
-            values[keys[key]] = type(usual)(value)
-            exact = isinstance(usual, str) or (
-                not isinstance(value, bool) and float(value or 0) == values[keys[key]])
+            values[keys[key]] = typed = type(usual)(value)
+            if not isinstance(usual, str) and (isinstance(value, bool) or float(value) != typed):
+                raise ValueError
         except (TypeError, ValueError, OverflowError):
-            exact = False
-        if not exact:
-            raise Fatal(f"--{option}: {key} is {value!r}; a value like {usual!r} is wanted")
+            raise Fatal(f"--{option}: {key} is {value!r}; a value like {usual!r} is wanted") from None
     return values
 
 
@@ -423,10 +415,8 @@ def read_json(option: str, text: str) -> dict[str, Any]:
 
     try:
         value = json.loads(text, object_pairs_hook=once) if text else {}
-    except json.JSONDecodeError as e:
-        raise Fatal(f"--{option}: not valid JSON ({e.msg} at character {e.pos}): {text}") from None
-    except (ValueError, RecursionError) as e:                         # numbers of 5000 digits, brackets in brackets
-        raise Fatal(f"--{option}: {first_line(e)}: {text[:60]}") from None
+    except (ValueError, RecursionError) as e:                         # (also of 5000 digits, or brackets in brackets)
+        raise Fatal(f"--{option}: not valid JSON ({first_line(e)}): {text[:200]}") from None
     if not isinstance(value, dict):
         raise Fatal(f'--{option}: an object like {{"key": 1}} is wanted, this is {text}')
     return value
@@ -462,13 +452,13 @@ def of_gloo(error: RuntimeError) -> str:
     return re.sub(r"\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
 
 
-def in_time(seconds: float, action: Callable[[], str], otherwise: str) -> str:
-    """What action() returns, or `otherwise` if it takes longer: then nobody waits for it any more."""
-    found: list[str] = []
+def in_time(seconds: float, action: Callable[[], Any]) -> Any:
+    """What action() returns, or None if it takes longer: then nobody waits for it any more."""
+    found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else otherwise
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -495,13 +485,13 @@ class Ranks:
     def who_is_lost(self, patience: float = 5.0) -> str:
         """A collective has failed. Says which rank is lost, or that the store is, which on a host that has stopped does
         not answer at all."""
-        late = f"rank {self.rank}: the host of rank 0 stopped, or does not answer"
-        return in_time(patience + 2, partial(self.ask_all, patience), late)
+        found = in_time(patience + 2, partial(self.ask_all, patience))
+        return found or f"rank {self.rank}: the host of rank 0 stopped, or does not answer"
 
     def ask_all(self, patience: float) -> str:
         """The ranks that are there say so, for `patience` seconds; the others are lost. Where a rank has said that it
         fails, it is that one: others may still wait for a rank that has found out."""
-        ranks, deadline = set(range(self.size)), time.monotonic() + patience
+        ranks, deadline = range(self.size), time.monotonic() + patience
         try:
             self.store.set(f"{self.rank} is there", "")
             while time.monotonic() < deadline:
@@ -517,14 +507,13 @@ class Ranks:
 
     def tell_failure(self) -> None:
         """Before this rank ends: says in the store that it fails, unless it ends because another one has."""
-        def tell() -> str:
+        def tell() -> None:
             with contextlib.suppress(RuntimeError):                   # (the store may be lost)
                 if not self.store.check([f"{self.rank} is there"]):
                     self.store.set(f"{self.rank} failed", "")
-            return ""
 
         if self.size > 1:
-            in_time(2, tell, "")
+            in_time(2, tell)
 
     def sum(self, x: Tensor) -> Tensor:
         """All-reduce, in place: x summed over the ranks."""
@@ -535,8 +524,6 @@ class Ranks:
     def totals(self, *numbers: float) -> list[float]:
         """Each number summed over the ranks, in fp64, on the host even where there are GPUs: there gloo notices at once
         that a rank is lost. (A step begins with such a sum, and makes another after backward, before NCCL is used.)"""
-        if self.size == 1:
-            return [*numbers]
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def first(self, action: Callable[[], Any]) -> Any:
@@ -546,8 +533,7 @@ class Ranks:
         return result if self.rank == 0 else action()
 
     def each(self, question: str, own: str) -> list[str]:
-        """What every rank answers to a question, in their order: short texts, over the store. A question is asked once.
-        """
+        """What every rank answers to a question, in their order, over the store. A question is asked once."""
         if self.size == 1:
             return [own]
         self.call(self.store.set, f"{question} {self.rank}", own)
@@ -591,8 +577,7 @@ class Ranks:
 
 
 class Unheard(Ranks):
-    """One of several ranks that sends nothing and leaves every tensor as it is: to count bytes, where no value matters.
-    """
+    """One of several ranks that sends nothing and leaves tensors as they are: to count bytes, not values."""
 
     def call(self, collective: Callable, *inputs: Any) -> Any:
         return self                                                   # as an asynchronous collective: with a `wait`
@@ -654,10 +639,10 @@ def wkv6_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tenso
 
 
 RECURRENCE = {"x070": ("wkv7", wkv7_ref), "x060": ("wkv6", wkv6_ref), "x052": ("wkv6", wkv6_ref)}
-WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what loads it
-    (version, op): partial(wkv7_cuda.load, op, name)
-    for version, (name, _) in RECURRENCE.items() for op in wkv7_cuda.OPS[name]
-} | {(version, "torch"): lambda ref=ref: ref for version, (_, ref) in RECURRENCE.items()}
+WKV: dict[str, dict[str, Callable[[], Callable]]] = {  # version -> op -> what loads it
+    version: {op: partial(wkv7_cuda.load, op, name) for op in wkv7_cuda.OPS[name]} | {"torch": lambda ref=ref: ref}
+    for version, (name, ref) in RECURRENCE.items()
+}
 FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
 COUNTED = ("cuda", "cuda_precise", "chunk")                           # their bytes can be, unbuilt and without a GPU
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
@@ -669,11 +654,9 @@ def find_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
     Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded without being built.
     For triton's and fla's, whose kernels would run all the same, the fastest other one stands in.
     """
-    ops = {o: load for (v, o), load in WKV.items() if v == version}
-    if head_size != 64:
-        if op in FOR_HEADS_OF_64:
-            raise Fatal(f"--op {op}: it is made for heads of 64 channels, this model's have {head_size}; take chunk")
-        ops = {o: load for o, load in ops.items() if o not in FOR_HEADS_OF_64}
+    if head_size != 64 and op in FOR_HEADS_OF_64:
+        raise Fatal(f"--op {op}: it is made for heads of 64 channels, this model's have {head_size}; take chunk")
+    ops = {o: load for o, load in WKV[version].items() if head_size == 64 or o not in FOR_HEADS_OF_64}
     if not ready:
         op = "" if op in ops and op in ("triton", "fla") and device == "cuda" else op
         ops |= {o: partial(ops[o], ready=False) for o in COUNTED if o in ops}
@@ -3575,8 +3558,7 @@ def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, T
         if said is None:
             raise Fatal(f"{path} does not say by what LoRA was scaled; give --lora_alpha")
         return said
-    if not is_within(alpha, "(0,1e9]"):
-        raise Fatal(f"--lora_alpha {alpha:g}: {in_words('(0,1e9]')} is wanted")
+    check_within("--lora_alpha", alpha, "(0,1e9]")
     ranks = [t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2]
     given = alpha / max([1, *ranks[:1]])
     if said not in (None, given):
@@ -4427,9 +4409,9 @@ def check(cfg: Config) -> None:
     """Refuses options that are wrong by themselves, before any file is touched."""
     check_choices(cfg)
     for f in fields(cfg):
-        value, within = getattr(cfg, f.name), f.metadata["within"]
-        if isinstance(value, (int, float)) and not is_within(value, within):
-            raise Fatal(f"--{f.name} {value}: {in_words(within)} is wanted")
+        value = getattr(cfg, f.name)
+        if isinstance(value, (int, float)):
+            check_within(f"--{f.name}", value, f.metadata["within"])
     check_together(cfg)
     if not cfg.chat:
         hint(cfg)
