@@ -3255,39 +3255,35 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
 # ======================================================================================================================
 
 NOT_A_PTH = {  # how a file begins -> what it is
-    b"<": "a web page: the download failed", b"{": "JSON",
-    b"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
-    b"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
+    rb"\Z": "an empty file", rb"<": "a web page: the download failed", rb"\{": "JSON",
+    rb"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
+    rb"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
+    rb"(?s:.{8})\{": "safetensors, made for other programs; the .pth beside it is wanted",
 }
 
 
-def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, Tensor]:
-    """The flat dict of tensors in a .pth, memory-mapped. Runs no code from it; checks the zip's checksums first, unless
-    another process has.
+def read_pth(path: str | Path, what: str, checks: bool = True) -> dict[str, Tensor]:
+    """The flat dict of tensors in a .pth, memory-mapped; anything else is refused, and no code in it is run.
 
-    Raises Fatal, in one line, for anything else: no file, another format, truncation, flipped bits, objects.
+    checks: also the zip's checksums, unless another process does.
     """
     path = Path(path)
     refuse_device(path, what)
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.pth"))[:4]) if path.parent.is_dir() else ""
+        beside = some(p.name for p in path.parent.glob("*.pth"))
         raise Fatal(f"{what} {path}: {'this is a folder' if path.is_dir() else 'no such file'}"
-                    + (f"; beside it: {there}" if there else ""))
+                    + f"; beside it: {beside}" * bool(beside))
     try:
         with open(path, "rb") as file:
             head = file.read(9)
     except OSError as e:
         raise Fatal(f"{what} {path}: cannot be read ({e.strerror})") from None
-    if not head:
-        raise Fatal(f"{what} {path}: this is an empty file")
     for start, kind in NOT_A_PTH.items():
-        if head.startswith(start):
+        if re.match(start, head):
             raise Fatal(f"{what} {path}: this is {kind}")
-    if head[8:] == b"{":
-        raise Fatal(f"{what} {path}: this is safetensors, made for other programs; the .pth beside it is wanted")
-    pickled = pickles_of(path, what, checksums)
+    pickles = pickles_of(path, what, checks)
     try:
-        check_names(pickled)
+        check_names(pickles)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                           # of kinds of tensors that are refused below
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -3300,21 +3296,21 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
     return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
 
 
-def pickles_of(path: Path, what: str, checksums: bool) -> list[bytes]:
+def pickles_of(path: Path, what: str, checks: bool) -> list[bytes]:
     """The pickles of a .pth, a zip that is whole and not compressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             items = archive.infolist()
             packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
-            damaged = archive.testzip() if checksums and not packed else None
-            pickled = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
+            damaged = archive.testzip() if checks and not packed else None
+            pickles = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
     except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
         raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
     if damaged:
         raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
     if packed:                                                        # what is mapped must lie in the file as it is
         raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
-    return pickled
+    return pickles
 
 
 def check_names(pickles: list[bytes]) -> None:
@@ -3355,16 +3351,18 @@ def is_finite(x: Tensor) -> bool:
     return all(piece.isfinite().all() for piece in x.reshape(-1).split(2**20))
 
 
-def read_described(path: str | Path, what: str, looks: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now. looks: whether all
-    of it is whole; unless another process has."""
-    held = read_pth(path, what, looks)
+def read_described(path: str | Path, what: str, checks: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a .pth of ours or RWKV-PEFT's, by the bare names in use now, and its description (there {}).
+
+    checks: whether all numbers are finite too, unless another process does.
+    """
+    held = read_pth(path, what, checks)
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in held.items()}
     with zipfile.ZipFile(path) as archive:
         about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
     if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
         about = old.to(torch.uint8).numpy().tobytes()
-    bad = [name for name, t in tensors.items() if looks and not is_finite(t)]
+    bad = [name for name, t in tensors.items() if checks and not is_finite(t)]
     if bad:
         raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
     described = read_description(about, f"{what} {path}")
@@ -3374,20 +3372,16 @@ def read_described(path: str | Path, what: str, looks: bool = True) -> tuple[dic
     return tensors, described
 
 
-def is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and 0 <= x < 1e30
-
-
-def is_count(x: Any) -> bool:
-    return is_number(x) and isinstance(x, int)
+def a_number(*types: type, least: float = 0) -> Callable[[Any], bool]:
+    """Whether something is such a number."""
+    return lambda x: isinstance(x, types) and least <= x < 1e30
 
 
 DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
-    "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
-    "epoch_loss": is_number, "loss_scale": lambda x: is_number(x) and x > 0,
-    "scaled_at": is_count, "rows": is_count, "scale": is_number,
-    "dtype": "float32 bfloat16 float16".split().__contains__,
-    "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text, "tensors": is_count,
+    **dict.fromkeys(("step", "epoch_good", "scaled_at", "rows", "tensors"), a_number(int)),
+    **dict.fromkeys(("epoch_steps", "rank"), a_number(int, least=1)),
+    **dict.fromkeys(("epoch_loss", "scale"), a_number(int, float)), "loss_scale": a_number(int, float, least=1e-30),
+    **dict.fromkeys(("peft", "mode", "quant"), is_text), "dtype": "float32 bfloat16 float16".split().__contains__,
     "config": lambda x: isinstance(x, dict),
 }
 
@@ -3395,12 +3389,11 @@ DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not on
 def read_description(about: bytes, file: str) -> dict[str, Any]:
     try:
         described = json.loads(about)
-        odd = [item for item, fits in DESCRIBED.items() if item in described and not fits(described[item])]
+        odd = [f"{item} {x!r}" for item, x in dict.items(described) if item in DESCRIBED and not DESCRIBED[item](x)]
     except (ValueError, TypeError, RecursionError):
-        described, odd = None, []
-    if odd or not isinstance(described, dict):
-        found = f"{odd[0]} {described[odd[0]]!r}" if odd else "no JSON object"
-        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {found}; the file is of no use")
+        odd = ["no JSON object"]
+    if odd:
+        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {odd[0]}; the file is of no use")
     return described
 
 
@@ -4164,7 +4157,7 @@ def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], d
     path, state, described = newest(cfg) if ranks.rank == 0 else (Path(cfg.proj_dir), {}, {})
     name = ranks.each("newest", path.name if state else "")[0]
     if ranks.rank > 0 and name and (path / name).exists():
-        return path / name, *read_described(path / name, "--resume", looks=False)
+        return path / name, *read_described(path / name, "--resume", checks=False)
     return path, state, described
 
 
