@@ -3496,19 +3496,17 @@ def merge(
     what other programs read a model from; but a time_state that was trained comes to the base's.
     """
     unused, merged, layer = dict(trained), {}, method.layer
-    for name, W in progress(base.items(), "merging"):
+    tensors = dict(with_states(base, trained)) if method.state else base
+    for name, W in progress(tensors.items(), "merging"):
         module, new = name.removesuffix(".weight"), W
-        state = name.replace("att.receptance.weight", "att.time_state")
-        if method.state and state not in base:                        # in a file it stands before receptance
-            merged[state] = merged_state(unused, state, W)
         if name in unused:
             new = unused.pop(name)
         elif is_matrix(name, W):
             own = {x: unused.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in unused}
-            taken = {}
             if own:
                 check_fit(module, W.shape, own, layer)
-                taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float() for x in layer.taken}
+            taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float()
+                     for x in layer.taken if x in own}
             new = held(layer.residual(W.float(), taken)).float()
             new = new + layer.delta(new, scale, **own) if own else new
         if new.numel() != W.numel():
@@ -3523,16 +3521,18 @@ def merge(
     return merged
 
 
-def merged_state(unused: dict[str, Tensor], name: str, receptance: Tensor) -> Tensor:
-    """Takes a block's time_state (H,N,N) from a checkpoint; the matrix (H N,C) tells size and dtype."""
-    if name not in unused:
-        raise Fatal(f"it lacks {name}")
-    S = unused.pop(name)
-    if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(receptance):
-        raise Fatal(f"its {name} is {list(S.shape)}; the base's attention is {len(receptance)} wide")
-    if not (S := S.to(receptance.dtype).contiguous()).isfinite().all():
-        raise Fatal(f"{name} would hold NaN or infinity, in {receptance.dtype}")
-    return S
+def with_states(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The base's tensors; where a block has no time_state (H,N,N), the checkpoint's, before receptance (H N,C)."""
+    for name, W in base.items():
+        state = name.replace("att.receptance.weight", "att.time_state")
+        if state not in base:
+            if state not in trained:
+                raise Fatal(f"it lacks {state}")
+            S = trained[state]
+            if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(W):
+                raise Fatal(f"its {state} is {list(S.shape)}; the base's attention is {len(W)} wide")
+            yield state, S.to(W.dtype)
+        yield name, W
 
 
 def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
@@ -3552,29 +3552,27 @@ def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, T
             raise Fatal(f"{path} does not say by what LoRA was scaled; give --lora_alpha")
         return said
     check_within("--lora_alpha", alpha, "(0,1e9]")
-    ranks = [t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2]
-    given = alpha / max([1, *ranks[:1]])
+    rank = next((t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2), 1)
+    given = alpha / max(1, rank)
     if said not in (None, given):
         raise Fatal(f"--lora_alpha {alpha:g}: {path} was scaled by {said:g}; leave the flag out")
     return given
 
 
 def merge_files(
-    kind: str, base: str, init: str, checkpoint: str, output: str, alpha: float | None = None, write: Callable = save,
-    quant: str = "", formats: dict[str, Quant] = QUANT,
-) -> None:
-    """`merge` from files to a file, for the methods whose files are no whole models. Refuses a base that was not
-    trained on.
+    kind: str, base: str, init: str, checkpoint: str, alpha: float | None = None, quant: str = "",
+    formats: dict[str, Quant] = QUANT,
+) -> dict[str, Tensor]:
+    """`merge` of files, for the methods whose files are no whole models. Refuses a base that was not trained on.
 
-    alpha is LoRA's, and quant, of formats, what the base was held as: both only where the checkpoint does not say;
-    `write(path, tensors)` makes the file.
+    alpha is LoRA's, and quant, of formats, what the base was held as: both only where the checkpoint does not say.
     """
     tensors, method = read_pth(base, "--base_model"), ADAPTER[kind]
     trained, about = read_described(checkpoint, "--lora_checkpoint")
     taken, about_init = read_described(init, "--lora_init") if method.layer.taken else ({}, {})
-    for path, found in ((checkpoint, about), (init, about_init)):
-        compare(path, found, {"peft": kind, "base": fingerprint(tensors)})
-    compare(init, about_init, {"init": about["init"]} if "init" in about else {})
+    wanted = {"peft": kind, "base": fingerprint(tensors)}
+    compare(checkpoint, about, wanted)
+    compare(init, about_init, wanted | ({"init": about["init"]} if "init" in about else {}))
     if not about:
         say(f"{checkpoint} has no description (like those of RWKV-PEFT and pissa2lora): that it is of {base} cannot be"
             " checked")
@@ -3585,14 +3583,13 @@ def merge_files(
         raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
     # (RWKV-PEFT, which describes nothing, computes in bf16.)
     held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
-    try:
-        merged = merge(tensors, taken, trained, method, scale, held)
-    except Fatal as e:
-        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
-    write(Path(output), merged)
     if method.state:
         say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there its"
             f" state is a list, for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
+    try:
+        return merge(tensors, taken, trained, method, scale, held)
+    except Fatal as e:
+        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
 
 
 # ======================================================================================================================
@@ -4034,7 +4031,7 @@ def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
         else:
             save(path, masters, run.about)
     if last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
-        merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
+        save(merged, merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path)))
         say(f"merged: {merged}")
 
 
