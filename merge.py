@@ -27,14 +27,13 @@ from pissa_rwkv import Fatal, Parser, merge_files, pick, save, write_whole
 # What web-rwkv wants otherwise than a .pth has it: names, all in lower case, and the two last dims of these swapped: it
 # reads every matrix as (out,in), and the low-rank factors are stored (in,out), a state as (value,key).
 RENAMED = {"time_faaaa": "time_first", "time_maa": "time_mix"}
-SWAPPED = {"x070": ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2"),
-           "x060": ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"),
-           "state tuning": ("time_state",)}
+SWAPPED = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2",                                # x070
+           "time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state")  # x060; state tuning
 
 
 def for_web_rwkv(name: str, t: Tensor) -> tuple[str, Tensor]:
     """A tensor of a .pth by its name in a .st, in fp16 and that layout."""
-    if name.endswith(tuple(f".{leaf}" for leaves in SWAPPED.values() for leaf in leaves)):
+    if name.rpartition(".")[2] in SWAPPED:
         t = t.transpose(-2, -1)
     for old, new in RENAMED.items():
         name = name.replace(f".{old}", f".{new}")

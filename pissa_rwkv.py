@@ -303,14 +303,13 @@ def parser() -> Parser:
     p = Parser("torchrun pissa_rwkv.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                description="Without options it runs a demonstration.")
     a_switch = dict(type=switch, nargs="?", const=True)
+    kinds = {t: dict(type=t) for t in (str, int, float)} | {bool: a_switch | {"metavar": "0|1"}, tuple: {"nargs": "*"}}
     for f in fields(Config):
-        kinds = {bool: a_switch | {"metavar": "0|1"}, tuple: dict(nargs="*")}
-        kind = kinds.get(type(f.default), dict(type=type(f.default)))
         help = f.metadata["help"]
         if f.default != "" and "default: " not in help:
             help += f" (default: {f.default})"
         names = [f"--{name}" for name in (f.name, f.metadata["also"]) if name]
-        p.add_argument(*names, dest=f.name, help=help, **kind)
+        p.add_argument(*names, dest=f.name, help=help, **kinds[type(f.default)])
     for name in WITHOUT_EFFECT:
         p.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
     p.add_argument("--fla", **a_switch, help=argparse.SUPPRESS)
@@ -326,8 +325,7 @@ def options_given(argv: list[str]) -> set[str]:
 
 
 def is_text(x: Any) -> bool:
-    """Whether it is a string of whole characters. (Python passes other bytes of a command line on as lone surrogates.)
-    """
+    """Whether it is a string of whole characters. (A command line's other bytes come as lone surrogates.)"""
     try:
         return isinstance(x, str) and x.encode() is not None
     except UnicodeEncodeError:
@@ -414,7 +412,7 @@ def read_json(option: str, text: str) -> dict[str, Any]:
         return dict(items)
 
     try:
-        value = json.loads(text, object_pairs_hook=once) if text else {}
+        value = json.loads(text or "{}", object_pairs_hook=once)
     except (ValueError, RecursionError) as e:                         # (also of 5000 digits, or brackets in brackets)
         raise Fatal(f"--{option}: not valid JSON ({first_line(e)}): {text[:200]}") from None
     if not isinstance(value, dict):
@@ -678,8 +676,8 @@ def load_wkv(version: str, head_size: int, op: str, device: str) -> Callable:
     """The operator that a run computes with; one that was chosen for it is named in a line."""
     name, wkv = find_wkv(version, head_size, op, device)
     if not op:
-        say(f"WKV operator: {name}" + (f" (faster ones are for heads of 64, these have {head_size})"
-                                       if head_size != 64 else ""))
+        why = f" (faster ones are for heads of 64, these have {head_size})" * (head_size != 64)
+        say(f"WKV operator: {name}{why}")
     return wkv
 
 
@@ -3341,8 +3339,7 @@ def describe(value: Any) -> str:
     return f"a dict with {name!r}: {kind}"
 
 
-# A .pth is a zip. In it, beside what torch writes, lies what the file says of itself: no tensor, for some programs take
-# or count all the tensors there are.
+# A .pth is a zip. What it says of itself is one more part of that: no tensor, for some programs take all there are.
 DESCRIPTION = "archive/pissa_rwkv.json"
 
 
@@ -3362,8 +3359,7 @@ def read_described(path: str | Path, what: str, checks: bool = True) -> tuple[di
         about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
     if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
         about = old.to(torch.uint8).numpy().tobytes()
-    bad = [name for name, t in tensors.items() if checks and not is_finite(t)]
-    if bad:
+    if bad := [name for name, t in tensors.items() if checks and not is_finite(t)]:
         raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
     described = read_description(about, f"{what} {path}")
     if described.get("tensors", len(tensors)) != len(tensors):
@@ -3413,7 +3409,7 @@ def aged(path: Path, age: int) -> Path:
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) -> None:
     """`write(file)` into a neighbour of `path`, flush to disk, rename: readers see the old file or the new one.
 
-    keep: of how many files, the new one included, the older are called path.1, path.2 and so on.
+    keep: so many versions stay, the new one included; the older ones are called path.1, path.2 and so on.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -3489,11 +3485,11 @@ def merge(
     held: Callable[[Tensor], Tensor] = lambda W: W,
 ) -> dict[str, Tensor]:
     """The full model: W' = held(residual of W) + delta in fp32, rounded once to W's dtype; for PiSSA, with q what
-    quantising does, q(W - B0 A0) + B A. Other trained parts as such.
+    quantising does, q(W - B0 A0) + B A. What else was trained takes the place of the base's.
 
-    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of the
-    residual what training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is
-    what other programs read a model from; but a time_state that was trained comes to the base's.
+    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of a residual
+    what training multiplied with. Names, order, shapes and dtypes are the base's, by which other programs know a model;
+    a trained time_state is added to them.
     """
     unused, merged, layer = dict(trained), {}, method.layer
     tensors = dict(with_states(base, trained)) if method.state else base
@@ -3537,8 +3533,7 @@ def with_states(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator
 
 def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
     """An adapter that a checkpoint has for a matrix (out,in) has to be whole, and of its size."""
-    missing = [f"{module}.{x}" for x in layer.names if x not in own]
-    if missing:
+    if missing := [f"{module}.{x}" for x in layer.names if x not in own]:
         raise Fatal(f"it lacks {some(missing)}")
     if not layer.fits(shape, **own):
         found = ", ".join(f"{x} {list(t.shape)}" for x, t in own.items())
