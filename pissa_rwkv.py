@@ -3289,8 +3289,8 @@ def read_pth(path: str | Path, what: str, checks: bool = True) -> dict[str, Tens
         raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
     except Exception as e:             # damaged pickles end in IndexError, TypeError, AttributeError and others
         raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
-    if not isinstance(tensors, dict) or not tensors or not all(is_entry(k, t) for k, t in tensors.items()):
-        raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
+    if odd := oddity(tensors):
+        raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {odd}")
     return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
 
 
@@ -3322,21 +3322,17 @@ HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, to
                  torch.int8, torch.uint8, torch.bool)
 
 
-def is_entry(name: Any, value: Any) -> bool:
-    """Whether it is a name and an ordinary tensor, all of which is in the file."""
-    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-            and value.device.type == "cpu" and not value.is_nested and value.dtype in HELD_IN_FILES
-            and value.nbytes <= value.untyped_storage().nbytes())
-
-
-def describe(value: Any) -> str:
-    if not isinstance(value, dict):
-        return f"a {type(value).__name__}"
-    if not value:
-        return "an empty dict"
-    name, odd = next((k, v) for k, v in value.items() if not is_entry(k, v))
-    kind = f"an unusual tensor ({odd.dtype}, {odd.layout})" if isinstance(odd, Tensor) else type(odd).__name__
-    return f"a dict with {name!r}: {kind}"
+def oddity(held: Any) -> str:
+    """What it is instead of a flat dict of ordinary tensors, all of which are in the file; "" if it is that."""
+    if not isinstance(held, dict):
+        return f"a {type(held).__name__}"
+    for name, t in held.items():
+        if not isinstance(t, Tensor):
+            return f"a dict with {name!r}: {type(t).__name__}"
+        if not (isinstance(name, str) and t.layout == torch.strided and t.device.type == "cpu" and not t.is_nested
+                and t.dtype in HELD_IN_FILES and t.nbytes <= t.untyped_storage().nbytes()):
+            return f"a dict with {name!r}: an unusual tensor ({t.dtype}, {t.layout})"
+    return "" if held else "an empty dict"
 
 
 # A .pth is a zip. What it says of itself is one more part of that: no tensor, for some programs take all there are.
