@@ -27,14 +27,13 @@ from pissa_rwkv import Fatal, Parser, merge_files, pick, save, write_whole
 # What web-rwkv wants otherwise than a .pth has it: names, all in lower case, and the two last dims of these swapped: it
 # reads every matrix as (out,in), and the low-rank factors are stored (in,out), a state as (value,key).
 RENAMED = {"time_faaaa": "time_first", "time_maa": "time_mix"}
-SWAPPED = {"x070": ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2"),
-           "x060": ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"),
-           "state tuning": ("time_state",)}
+SWAPPED = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2",                                # x070
+           "time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state")  # x060; state tuning
 
 
 def for_web_rwkv(name: str, t: Tensor) -> tuple[str, Tensor]:
     """A tensor of a .pth by its name in a .st, in fp16 and that layout."""
-    if name.endswith(tuple(f".{leaf}" for leaves in SWAPPED.values() for leaf in leaves)):
+    if name.rpartition(".")[2] in SWAPPED:
         t = t.transpose(-2, -1)
     for old, new in RENAMED.items():
         name = name.replace(f".{old}", f".{new}")
@@ -97,12 +96,13 @@ def quant_of(args: argparse.Namespace) -> str:
 
 def merge_to_model(args: argparse.Namespace) -> None:
     """The full model, in the format that --output is named after."""
-    merge_files(TYPE[args.type][0], args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha,
-                pick(FORMAT, "--output ends in", Path(args.output).suffix), quant_of(args), QUANT)
+    write = pick(FORMAT, "--output ends in", Path(args.output).suffix)
+    write(Path(args.output), merge_files(TYPE[args.type][0], args.base_model, args.lora_init, args.lora_checkpoint,
+                                         args.lora_alpha, quant_of(args), QUANT))
     P.say(f"merged: {args.output}")
 
 
-def as_lora(init: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_lora(init: dict[str, Tensor], trained: dict[str, Tensor], modules: list[str]) -> dict[str, Tensor]:
     """What PiSSA changed, as a LoRA of twice its rank and scale 1; exact where W_res was not quantised:
 
         W' - W = B A - B0 A0 = B' A',   A' = [A; A0] (2r,in),   B' = [B, -B0] (out,2r)
@@ -110,7 +110,7 @@ def as_lora(init: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Te
     In fp32, for A and A0 may differ by less than bf16 can tell; trained parts go along. The names are RWKV-PEFT's.
     """
     lora = dict(trained)
-    for module in [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]:
+    for module in modules:
         A, B = (trained[f"{module}.lora_{x}"].float() for x in "AB")
         A0, B0 = (init[f"{module}.init_lora_{x}"].float() for x in "AB")
         lora |= {f"{module}.lora_A": torch.cat([A, A0]), f"{module}.lora_B": torch.cat([B, -B0], 1)}
@@ -124,31 +124,26 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 
 def write_lora(args: argparse.Namespace) -> None:
     """`as_lora` from files to a file, without a description, as RWKV-PEFT's are. Says how near the model that it gives
-    is to that of `merge_files`, which also checks that the files belong together.
+    is to that of `merge_files`, which also checks that the files hold adapters and belong together.
 
     A quantised base is refused: there W' - W holds what quantising changed as well, and that is of full rank.
     """
     pick({".pth": save}, "--type pissa2lora: --output ends in", Path(args.output).suffix)
     trained, about = P.read_described(args.lora_checkpoint, "--lora_checkpoint")
-    modules = [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]
-    if not modules:
-        raise Fatal(f"--lora_checkpoint {args.lora_checkpoint}: holds no adapters, whose names end in .lora_A")
     quant = about.get("quant", args.quant or "none")
     if pick(QUANT, "--quant", quant).lossy:
         raise Fatal(f"--type pissa2lora: {args.lora_checkpoint} was trained on a base held as {quant}, and what that"
                     " changed is no LoRA; --type pissa merges it")
-
-    def write(path: Path, merged: dict[str, Tensor]) -> None:
-        lora = as_lora(P.read_described(args.lora_init, "--lora_init")[0], trained)
-        again = P.merge(P.read_pth(args.base_model, "--base_model"), {}, lora, P.ADAPTER["lora"])
-        off = max(apart(again[f"{module}.weight"], merged[f"{module}.weight"]) for module in modules)
-        save(path, lora)
-        rank, dtype = len(lora[f"{modules[0]}.lora_A"]), merged[f"{modules[0]}.weight"].dtype
-        P.say(f"LoRA of rank {rank}, to be used with alpha {rank}: {path}\nMerged it is the model of --type pissa,"
-              f" but for {off:.0e} of a matrix's largest number, by rounding to {dtype}")
-
-    merge_files("pissa", args.base_model, args.lora_init, args.lora_checkpoint, args.output, args.lora_alpha, write,
-                args.quant, QUANT)
+    merged = merge_files("pissa", args.base_model, args.lora_init, args.lora_checkpoint, args.lora_alpha, args.quant,
+                         QUANT)
+    modules = [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]
+    lora = as_lora(P.read_described(args.lora_init, "--lora_init")[0], trained, modules)
+    again = P.merge(P.read_pth(args.base_model, "--base_model"), {}, lora, P.ADAPTER["lora"])
+    off = max(apart(again[f"{module}.weight"], merged[f"{module}.weight"]) for module in modules)
+    save(Path(args.output), lora)
+    rank, dtype = len(lora[f"{modules[0]}.lora_A"]), merged[f"{modules[0]}.weight"].dtype
+    P.say(f"LoRA of rank {rank}, to be used with alpha {rank}: {args.output}\nMerged it is the model of --type pissa,"
+          f" but for {off:.0e} of a matrix's largest number, by rounding to {dtype}")
 
 
 # --type -> what was trained, what makes the file

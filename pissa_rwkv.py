@@ -137,7 +137,7 @@ def pick(table: dict[str, Any], flag: str, name: str) -> Any:
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """`; did you mean X?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
+    near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
@@ -163,16 +163,13 @@ def opt(default: Any, help: str, also: str = "", within: str = "[0,1e9]") -> Any
     return field(default=default, metadata={"help": help, "also": also, "within": within})
 
 
-def is_within(x: float, interval: str) -> bool:
-    """Whether x is in an interval like [0,1), which has 0 and lacks 1."""
-    low, high = map(float, interval[1:-1].split(","))
-    return low < x < high or (interval[0] == "[" and x == low) or (interval[-1] == "]" and x == high)
-
-
-def in_words(interval: str) -> str:
+def check_within(flag: str, x: float, interval: str) -> None:
+    """Refuses an x outside of an interval like [0,1), which has 0 and lacks 1. (NaN is in none.)"""
+    has_low, has_high = interval[0] == "[", interval[-1] == "]"
     low, high = interval[1:-1].split(",")
-    lower = f"a number {'from' if interval[0] == '[' else 'above'} {low}"
-    return f"{lower} to {'below ' * (interval[-1] == ')')}{high}"
+    if not (float(low) < x < float(high) or (has_low and x == float(low)) or (has_high and x == float(high))):
+        raise Fatal(f"{flag} {x}: a number {'from' if has_low else 'above'} {low} to {'below ' * (not has_high)}{high}"
+                    " is wanted")
 
 
 @dataclass
@@ -305,26 +302,22 @@ def parser() -> Parser:
     Config's. (Options are spelt out in full: torchrun takes abbreviations for its own.)"""
     p = Parser("torchrun pissa_rwkv.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                description="Without options it runs a demonstration.")
+    a_switch = dict(type=switch, nargs="?", const=True)
+    kinds = {t: dict(type=t) for t in (str, int, float)} | {bool: a_switch | {"metavar": "0|1"}, tuple: {"nargs": "*"}}
     for f in fields(Config):
-        kind = dict(type=type(f.default))
-        if isinstance(f.default, bool):
-            kind = dict(type=switch, nargs="?", const=True, metavar="0|1")
-        elif isinstance(f.default, tuple):
-            kind = dict(nargs="*")
         help = f.metadata["help"]
         if f.default != "" and "default: " not in help:
             help += f" (default: {f.default})"
         names = [f"--{name}" for name in (f.name, f.metadata["also"]) if name]
-        p.add_argument(*names, dest=f.name, help=help, **kind)
+        p.add_argument(*names, dest=f.name, help=help, **kinds[type(f.default)])
     for name in WITHOUT_EFFECT:
         p.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
-    p.add_argument("--fla", type=switch, nargs="?", const=True, help=argparse.SUPPRESS)
+    p.add_argument("--fla", **a_switch, help=argparse.SUPPRESS)
     return p
 
 
 def options_given(argv: list[str]) -> set[str]:
-    """The options that a command line names, with whatever value, also inside the JSON of --pissa_config and its like.
-    """
+    """The options that a command line names, also those inside the JSON of --pissa_config and its like."""
     given = vars(parser().parse_known_args(argv)[0])
     option = f"{given.get('peft', Config.peft)}_config"
     keys = JSON_OPTIONS.get(option, {})
@@ -332,8 +325,7 @@ def options_given(argv: list[str]) -> set[str]:
 
 
 def is_text(x: Any) -> bool:
-    """Whether it is a string of whole characters. (Python passes other bytes of a command line on as lone surrogates.)
-    """
+    """Whether it is a string of whole characters. (A command line's other bytes come as lone surrogates.)"""
     try:
         return isinstance(x, str) and x.encode() is not None
     except UnicodeEncodeError:
@@ -352,10 +344,10 @@ def parse(argv: list[str]) -> Config:
     """The command line as a Config. Raises Fatal at an unknown flag, a wrong type, or JSON with a typo."""
     named, unknown = parser().parse_known_args(argv)
     given = asdict(Config()) | vars(named)
-    for flag in unknown:
+    if unknown:
         known = [*given, "fla", *WITHOUT_EFFECT, *(f.metadata["also"] for f in fields(Config))]
-        name = flag.lstrip("-").partition("=")[0]
-        raise Fatal(f"unknown option {flag}{nearest(name, known, '--')}; --help lists them all")
+        name = unknown[0].lstrip("-").partition("=")[0]
+        raise Fatal(f"unknown option {unknown[0]}{nearest(name, known, '--')}; --help lists them all")
     if given.pop("fla", False):  # the tutorial's word for it
         if given["op"] not in ("", "fla"):
             raise Fatal(f"--fla is short for --op fla, and --op {given['op']} is given too: give one of them")
@@ -390,13 +382,11 @@ def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
             continue
         usual = given[keys[key]]
         try:
-            values[keys[key]] = type(usual)(value)
-            exact = isinstance(usual, str) or (
-                not isinstance(value, bool) and float(value or 0) == values[keys[key]])
+            values[keys[key]] = typed = type(usual)(value)
+            if not isinstance(usual, str) and (isinstance(value, bool) or float(value) != typed):
+                raise ValueError
         except (TypeError, ValueError, OverflowError):
-            exact = False
-        if not exact:
-            raise Fatal(f"--{option}: {key} is {value!r}; a value like {usual!r} is wanted")
+            raise Fatal(f"--{option}: {key} is {value!r}; a value like {usual!r} is wanted") from None
     return values
 
 
@@ -422,11 +412,9 @@ def read_json(option: str, text: str) -> dict[str, Any]:
         return dict(items)
 
     try:
-        value = json.loads(text, object_pairs_hook=once) if text else {}
-    except json.JSONDecodeError as e:
-        raise Fatal(f"--{option}: not valid JSON ({e.msg} at character {e.pos}): {text}") from None
-    except (ValueError, RecursionError) as e:                         # numbers of 5000 digits, brackets in brackets
-        raise Fatal(f"--{option}: {first_line(e)}: {text[:60]}") from None
+        value = json.loads(text or "{}", object_pairs_hook=once)
+    except (ValueError, RecursionError) as e:                         # (also of 5000 digits, or brackets in brackets)
+        raise Fatal(f"--{option}: not valid JSON ({first_line(e)}): {text[:200]}") from None
     if not isinstance(value, dict):
         raise Fatal(f'--{option}: an object like {{"key": 1}} is wanted, this is {text}')
     return value
@@ -462,13 +450,13 @@ def of_gloo(error: RuntimeError) -> str:
     return re.sub(r"\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
 
 
-def in_time(seconds: float, action: Callable[[], str], otherwise: str) -> str:
-    """What action() returns, or `otherwise` if it takes longer: then nobody waits for it any more."""
-    found: list[str] = []
+def in_time(seconds: float, action: Callable[[], Any]) -> Any:
+    """What action() returns, or None if it takes longer: then nobody waits for it any more."""
+    found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else otherwise
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -495,13 +483,13 @@ class Ranks:
     def who_is_lost(self, patience: float = 5.0) -> str:
         """A collective has failed. Says which rank is lost, or that the store is, which on a host that has stopped does
         not answer at all."""
-        late = f"rank {self.rank}: the host of rank 0 stopped, or does not answer"
-        return in_time(patience + 2, partial(self.ask_all, patience), late)
+        found = in_time(patience + 2, partial(self.ask_all, patience))
+        return found or f"rank {self.rank}: the host of rank 0 stopped, or does not answer"
 
     def ask_all(self, patience: float) -> str:
         """The ranks that are there say so, for `patience` seconds; the others are lost. Where a rank has said that it
         fails, it is that one: others may still wait for a rank that has found out."""
-        ranks, deadline = set(range(self.size)), time.monotonic() + patience
+        ranks, deadline = range(self.size), time.monotonic() + patience
         try:
             self.store.set(f"{self.rank} is there", "")
             while time.monotonic() < deadline:
@@ -517,14 +505,13 @@ class Ranks:
 
     def tell_failure(self) -> None:
         """Before this rank ends: says in the store that it fails, unless it ends because another one has."""
-        def tell() -> str:
+        def tell() -> None:
             with contextlib.suppress(RuntimeError):                   # (the store may be lost)
                 if not self.store.check([f"{self.rank} is there"]):
                     self.store.set(f"{self.rank} failed", "")
-            return ""
 
         if self.size > 1:
-            in_time(2, tell, "")
+            in_time(2, tell)
 
     def sum(self, x: Tensor) -> Tensor:
         """All-reduce, in place: x summed over the ranks."""
@@ -535,8 +522,6 @@ class Ranks:
     def totals(self, *numbers: float) -> list[float]:
         """Each number summed over the ranks, in fp64, on the host even where there are GPUs: there gloo notices at once
         that a rank is lost. (A step begins with such a sum, and makes another after backward, before NCCL is used.)"""
-        if self.size == 1:
-            return [*numbers]
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def first(self, action: Callable[[], Any]) -> Any:
@@ -546,8 +531,7 @@ class Ranks:
         return result if self.rank == 0 else action()
 
     def each(self, question: str, own: str) -> list[str]:
-        """What every rank answers to a question, in their order: short texts, over the store. A question is asked once.
-        """
+        """What every rank answers to a question, in their order, over the store. A question is asked once."""
         if self.size == 1:
             return [own]
         self.call(self.store.set, f"{question} {self.rank}", own)
@@ -591,8 +575,7 @@ class Ranks:
 
 
 class Unheard(Ranks):
-    """One of several ranks that sends nothing and leaves every tensor as it is: to count bytes, where no value matters.
-    """
+    """One of several ranks that sends nothing and leaves tensors as they are: to count bytes, not values."""
 
     def call(self, collective: Callable, *inputs: Any) -> Any:
         return self                                                   # as an asynchronous collective: with a `wait`
@@ -654,10 +637,10 @@ def wkv6_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tenso
 
 
 RECURRENCE = {"x070": ("wkv7", wkv7_ref), "x060": ("wkv6", wkv6_ref), "x052": ("wkv6", wkv6_ref)}
-WKV: dict[tuple[str, str], Callable[[], Callable]] = {  # (version, op) -> what loads it
-    (version, op): partial(wkv7_cuda.load, op, name)
-    for version, (name, _) in RECURRENCE.items() for op in wkv7_cuda.OPS[name]
-} | {(version, "torch"): lambda ref=ref: ref for version, (_, ref) in RECURRENCE.items()}
+WKV: dict[str, dict[str, Callable[[], Callable]]] = {  # version -> op -> what loads it
+    version: {op: partial(wkv7_cuda.load, op, name) for op in wkv7_cuda.OPS[name]} | {"torch": lambda ref=ref: ref}
+    for version, (name, ref) in RECURRENCE.items()
+}
 FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
 COUNTED = ("cuda", "cuda_precise", "chunk")                           # their bytes can be, unbuilt and without a GPU
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
@@ -669,11 +652,9 @@ def find_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
     Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded without being built.
     For triton's and fla's, whose kernels would run all the same, the fastest other one stands in.
     """
-    ops = {o: load for (v, o), load in WKV.items() if v == version}
-    if head_size != 64:
-        if op in FOR_HEADS_OF_64:
-            raise Fatal(f"--op {op}: it is made for heads of 64 channels, this model's have {head_size}; take chunk")
-        ops = {o: load for o, load in ops.items() if o not in FOR_HEADS_OF_64}
+    if head_size != 64 and op in FOR_HEADS_OF_64:
+        raise Fatal(f"--op {op}: it is made for heads of 64 channels, this model's have {head_size}; take chunk")
+    ops = {o: load for o, load in WKV[version].items() if head_size == 64 or o not in FOR_HEADS_OF_64}
     if not ready:
         op = "" if op in ops and op in ("triton", "fla") and device == "cuda" else op
         ops |= {o: partial(ops[o], ready=False) for o in COUNTED if o in ops}
@@ -695,8 +676,8 @@ def load_wkv(version: str, head_size: int, op: str, device: str) -> Callable:
     """The operator that a run computes with; one that was chosen for it is named in a line."""
     name, wkv = find_wkv(version, head_size, op, device)
     if not op:
-        say(f"WKV operator: {name}" + (f" (faster ones are for heads of 64, these have {head_size})"
-                                       if head_size != 64 else ""))
+        why = f" (faster ones are for heads of 64, these have {head_size})" * (head_size != 64)
+        say(f"WKV operator: {name}{why}")
     return wkv
 
 
@@ -3223,39 +3204,35 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
 # ======================================================================================================================
 
 NOT_A_PTH = {  # how a file begins -> what it is
-    b"<": "a web page: the download failed", b"{": "JSON",
-    b"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
-    b"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
+    rb"\Z": "an empty file", rb"<": "a web page: the download failed", rb"\{": "JSON",
+    rb"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
+    rb"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
+    rb"(?s:.{8})\{": "safetensors, made for other programs; the .pth beside it is wanted",
 }
 
 
-def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, Tensor]:
-    """The flat dict of tensors in a .pth, memory-mapped. Runs no code from it; checks the zip's checksums first, unless
-    another process has.
+def read_pth(path: str | Path, what: str, checks: bool = True) -> dict[str, Tensor]:
+    """The flat dict of tensors in a .pth, memory-mapped; anything else is refused, and no code in it is run.
 
-    Raises Fatal, in one line, for anything else: no file, another format, truncation, flipped bits, objects.
+    checks: also the zip's checksums, unless another process does.
     """
     path = Path(path)
     refuse_device(path, what)
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.pth"))[:4]) if path.parent.is_dir() else ""
+        beside = some(p.name for p in path.parent.glob("*.pth"))
         raise Fatal(f"{what} {path}: {'this is a folder' if path.is_dir() else 'no such file'}"
-                    + (f"; beside it: {there}" if there else ""))
+                    + f"; beside it: {beside}" * bool(beside))
     try:
         with open(path, "rb") as file:
             head = file.read(9)
     except OSError as e:
         raise Fatal(f"{what} {path}: cannot be read ({e.strerror})") from None
-    if not head:
-        raise Fatal(f"{what} {path}: this is an empty file")
     for start, kind in NOT_A_PTH.items():
-        if head.startswith(start):
+        if re.match(start, head):
             raise Fatal(f"{what} {path}: this is {kind}")
-    if head[8:] == b"{":
-        raise Fatal(f"{what} {path}: this is safetensors, made for other programs; the .pth beside it is wanted")
-    pickled = pickles_of(path, what, checksums)
+    pickles = pickles_of(path, what, checks)
     try:
-        check_names(pickled)
+        check_names(pickles)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                           # of kinds of tensors that are refused below
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -3263,26 +3240,26 @@ def read_pth(path: str | Path, what: str, checksums: bool = True) -> dict[str, T
         raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
     except Exception as e:             # damaged pickles end in IndexError, TypeError, AttributeError and others
         raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
-    if not isinstance(tensors, dict) or not tensors or not all(is_entry(k, t) for k, t in tensors.items()):
-        raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {describe(tensors)}")
+    if odd := oddity(tensors):
+        raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {odd}")
     return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
 
 
-def pickles_of(path: Path, what: str, checksums: bool) -> list[bytes]:
+def pickles_of(path: Path, what: str, checks: bool) -> list[bytes]:
     """The pickles of a .pth, a zip that is whole and not compressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             items = archive.infolist()
             packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
-            damaged = archive.testzip() if checksums and not packed else None
-            pickled = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
+            damaged = archive.testzip() if checks and not packed else None
+            pickles = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
     except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
         raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
     if damaged:
         raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
     if packed:                                                        # what is mapped must lie in the file as it is
         raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
-    return pickled
+    return pickles
 
 
 def check_names(pickles: list[bytes]) -> None:
@@ -3296,25 +3273,20 @@ HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, to
                  torch.int8, torch.uint8, torch.bool)
 
 
-def is_entry(name: Any, value: Any) -> bool:
-    """Whether it is a name and an ordinary tensor, all of which is in the file."""
-    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-            and value.device.type == "cpu" and not value.is_nested and value.dtype in HELD_IN_FILES
-            and value.nbytes <= value.untyped_storage().nbytes())
+def oddity(held: Any) -> str:
+    """What it is instead of a flat dict of ordinary tensors, all of which are in the file; "" if it is that."""
+    if not isinstance(held, dict):
+        return f"a {type(held).__name__}"
+    for name, t in held.items():
+        if not isinstance(t, Tensor):
+            return f"a dict with {name!r}: {type(t).__name__}"
+        if not (isinstance(name, str) and t.layout == torch.strided and t.device.type == "cpu" and not t.is_nested
+                and t.dtype in HELD_IN_FILES and t.nbytes <= t.untyped_storage().nbytes()):
+            return f"a dict with {name!r}: an unusual tensor ({t.dtype}, {t.layout})"
+    return "" if held else "an empty dict"
 
 
-def describe(value: Any) -> str:
-    if not isinstance(value, dict):
-        return f"a {type(value).__name__}"
-    if not value:
-        return "an empty dict"
-    name, odd = next((k, v) for k, v in value.items() if not is_entry(k, v))
-    kind = f"an unusual tensor ({odd.dtype}, {odd.layout})" if isinstance(odd, Tensor) else type(odd).__name__
-    return f"a dict with {name!r}: {kind}"
-
-
-# A .pth is a zip. In it, beside what torch writes, lies what the file says of itself: no tensor, for some programs take
-# or count all the tensors there are.
+# A .pth is a zip. What it says of itself is one more part of that: no tensor, for some programs take all there are.
 DESCRIPTION = "archive/pissa_rwkv.json"
 
 
@@ -3323,17 +3295,18 @@ def is_finite(x: Tensor) -> bool:
     return all(piece.isfinite().all() for piece in x.reshape(-1).split(2**20))
 
 
-def read_described(path: str | Path, what: str, looks: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A .pth of ours, or of RWKV-PEFT (whose description is {}), with bare names, those in use now. looks: whether all
-    of it is whole; unless another process has."""
-    held = read_pth(path, what, looks)
+def read_described(path: str | Path, what: str, checks: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a .pth of ours or RWKV-PEFT's, by the bare names in use now, and its description (there {}).
+
+    checks: whether all numbers are finite too, unless another process does.
+    """
+    held = read_pth(path, what, checks)
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in held.items()}
     with zipfile.ZipFile(path) as archive:
         about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
     if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
         about = old.to(torch.uint8).numpy().tobytes()
-    bad = [name for name, t in tensors.items() if looks and not is_finite(t)]
-    if bad:
+    if bad := [name for name, t in tensors.items() if checks and not is_finite(t)]:
         raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
     described = read_description(about, f"{what} {path}")
     if described.get("tensors", len(tensors)) != len(tensors):
@@ -3342,20 +3315,16 @@ def read_described(path: str | Path, what: str, looks: bool = True) -> tuple[dic
     return tensors, described
 
 
-def is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and 0 <= x < 1e30
-
-
-def is_count(x: Any) -> bool:
-    return is_number(x) and isinstance(x, int)
+def a_number(*types: type, least: float = 0) -> Callable[[Any], bool]:
+    """Whether something is such a number."""
+    return lambda x: isinstance(x, types) and least <= x < 1e30
 
 
 DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
-    "step": is_count, "epoch_steps": lambda x: is_count(x) and x > 0, "epoch_good": is_count,
-    "epoch_loss": is_number, "loss_scale": lambda x: is_number(x) and x > 0,
-    "scaled_at": is_count, "rows": is_count, "scale": is_number,
-    "dtype": "float32 bfloat16 float16".split().__contains__,
-    "rank": lambda x: is_count(x) and x > 0, "peft": is_text, "mode": is_text, "quant": is_text, "tensors": is_count,
+    **dict.fromkeys(("step", "epoch_good", "scaled_at", "rows", "tensors"), a_number(int)),
+    **dict.fromkeys(("epoch_steps", "rank"), a_number(int, least=1)),
+    **dict.fromkeys(("epoch_loss", "scale"), a_number(int, float)), "loss_scale": a_number(int, float, least=1e-30),
+    **dict.fromkeys(("peft", "mode", "quant"), is_text), "dtype": "float32 bfloat16 float16".split().__contains__,
     "config": lambda x: isinstance(x, dict),
 }
 
@@ -3363,12 +3332,11 @@ DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not on
 def read_description(about: bytes, file: str) -> dict[str, Any]:
     try:
         described = json.loads(about)
-        odd = [item for item, fits in DESCRIBED.items() if item in described and not fits(described[item])]
+        odd = [f"{item} {x!r}" for item, x in dict.items(described) if item in DESCRIBED and not DESCRIBED[item](x)]
     except (ValueError, TypeError, RecursionError):
-        described, odd = None, []
-    if odd or not isinstance(described, dict):
-        found = f"{odd[0]} {described[odd[0]]!r}" if odd else "no JSON object"
-        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {found}; the file is of no use")
+        odd = ["no JSON object"]
+    if odd:
+        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {odd[0]}; the file is of no use")
     return described
 
 
@@ -3388,7 +3356,7 @@ def aged(path: Path, age: int) -> Path:
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) -> None:
     """`write(file)` into a neighbour of `path`, flush to disk, rename: readers see the old file or the new one.
 
-    keep: of how many files, the new one included, the older are called path.1, path.2 and so on.
+    keep: so many versions stay, the new one included; the older ones are called path.1, path.2 and so on.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -3464,26 +3432,24 @@ def merge(
     held: Callable[[Tensor], Tensor] = lambda W: W,
 ) -> dict[str, Tensor]:
     """The full model: W' = held(residual of W) + delta in fp32, rounded once to W's dtype; for PiSSA, with q what
-    quantising does, q(W - B0 A0) + B A. Other trained parts as such.
+    quantising does, q(W - B0 A0) + B A. What else was trained takes the place of the base's.
 
-    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of the
-    residual what training multiplied with, if it was quantised. Names, order, shapes and dtypes are the base's: that is
-    what other programs read a model from; but a time_state that was trained comes to the base's.
+    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of a residual
+    what training multiplied with. Names, order, shapes and dtypes are the base's, by which other programs know a model;
+    a trained time_state is added to them.
     """
     unused, merged, layer = dict(trained), {}, method.layer
-    for name, W in progress(base.items(), "merging"):
+    tensors = dict(with_states(base, trained)) if method.state else base
+    for name, W in progress(tensors.items(), "merging"):
         module, new = name.removesuffix(".weight"), W
-        state = name.replace("att.receptance.weight", "att.time_state")
-        if method.state and state not in base:                        # in a file it stands before receptance
-            merged[state] = merged_state(unused, state, W)
         if name in unused:
             new = unused.pop(name)
         elif is_matrix(name, W):
             own = {x: unused.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in unused}
-            taken = {}
             if own:
                 check_fit(module, W.shape, own, layer)
-                taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float() for x in layer.taken}
+            taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float()
+                     for x in layer.taken if x in own}
             new = held(layer.residual(W.float(), taken)).float()
             new = new + layer.delta(new, scale, **own) if own else new
         if new.numel() != W.numel():
@@ -3498,22 +3464,23 @@ def merge(
     return merged
 
 
-def merged_state(unused: dict[str, Tensor], name: str, receptance: Tensor) -> Tensor:
-    """Takes a block's time_state (H,N,N) from a checkpoint; the matrix (H N,C) tells size and dtype."""
-    if name not in unused:
-        raise Fatal(f"it lacks {name}")
-    S = unused.pop(name)
-    if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(receptance):
-        raise Fatal(f"its {name} is {list(S.shape)}; the base's attention is {len(receptance)} wide")
-    if not (S := S.to(receptance.dtype).contiguous()).isfinite().all():
-        raise Fatal(f"{name} would hold NaN or infinity, in {receptance.dtype}")
-    return S
+def with_states(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The base's tensors; where a block has no time_state (H,N,N), the checkpoint's, before receptance (H N,C)."""
+    for name, W in base.items():
+        state = name.replace("att.receptance.weight", "att.time_state")
+        if state not in base:
+            if state not in trained:
+                raise Fatal(f"it lacks {state}")
+            S = trained[state]
+            if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(W):
+                raise Fatal(f"its {state} is {list(S.shape)}; the base's attention is {len(W)} wide")
+            yield state, S.to(W.dtype)
+        yield name, W
 
 
 def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
     """An adapter that a checkpoint has for a matrix (out,in) has to be whole, and of its size."""
-    missing = [f"{module}.{x}" for x in layer.names if x not in own]
-    if missing:
+    if missing := [f"{module}.{x}" for x in layer.names if x not in own]:
         raise Fatal(f"it lacks {some(missing)}")
     if not layer.fits(shape, **own):
         found = ", ".join(f"{x} {list(t.shape)}" for x, t in own.items())
@@ -3526,31 +3493,28 @@ def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, T
         if said is None:
             raise Fatal(f"{path} does not say by what LoRA was scaled; give --lora_alpha")
         return said
-    if not is_within(alpha, "(0,1e9]"):
-        raise Fatal(f"--lora_alpha {alpha:g}: {in_words('(0,1e9]')} is wanted")
-    ranks = [t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2]
-    given = alpha / max([1, *ranks[:1]])
+    check_within("--lora_alpha", alpha, "(0,1e9]")
+    rank = next((t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2), 1)
+    given = alpha / max(1, rank)
     if said not in (None, given):
         raise Fatal(f"--lora_alpha {alpha:g}: {path} was scaled by {said:g}; leave the flag out")
     return given
 
 
 def merge_files(
-    kind: str, base: str, init: str, checkpoint: str, output: str, alpha: float | None = None, write: Callable = save,
-    quant: str = "", formats: dict[str, Quant] = QUANT,
-) -> None:
-    """`merge` from files to a file, for the methods whose files are no whole models. Refuses a base that was not
-    trained on.
+    kind: str, base: str, init: str, checkpoint: str, alpha: float | None = None, quant: str = "",
+    formats: dict[str, Quant] = QUANT,
+) -> dict[str, Tensor]:
+    """`merge` of files, for the methods whose files are no whole models. Refuses a base that was not trained on.
 
-    alpha is LoRA's, and quant, of formats, what the base was held as: both only where the checkpoint does not say;
-    `write(path, tensors)` makes the file.
+    alpha is LoRA's, and quant, of formats, what the base was held as: both only where the checkpoint does not say.
     """
     tensors, method = read_pth(base, "--base_model"), ADAPTER[kind]
     trained, about = read_described(checkpoint, "--lora_checkpoint")
     taken, about_init = read_described(init, "--lora_init") if method.layer.taken else ({}, {})
-    for path, found in ((checkpoint, about), (init, about_init)):
-        compare(path, found, {"peft": kind, "base": fingerprint(tensors)})
-    compare(init, about_init, {"init": about["init"]} if "init" in about else {})
+    wanted = {"peft": kind, "base": fingerprint(tensors)}
+    compare(checkpoint, about, wanted)
+    compare(init, about_init, wanted | ({"init": about["init"]} if "init" in about else {}))
     if not about:
         say(f"{checkpoint} has no description (like those of RWKV-PEFT and pissa2lora): that it is of {base} cannot be"
             " checked")
@@ -3561,14 +3525,13 @@ def merge_files(
         raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
     # (RWKV-PEFT, which describes nothing, computes in bf16.)
     held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
-    try:
-        merged = merge(tensors, taken, trained, method, scale, held)
-    except Fatal as e:
-        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
-    write(Path(output), merged)
     if method.state:
         say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there its"
             f" state is a list, for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
+    try:
+        return merge(tensors, taken, trained, method, scale, held)
+    except Fatal as e:
+        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
 
 
 # ======================================================================================================================
@@ -3990,7 +3953,7 @@ def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
         else:
             save(path, masters, run.about)
     if masters and last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
-        merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path), str(merged))
+        save(merged, merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path)))
         say(f"merged: {merged}")
 
 
@@ -4110,7 +4073,7 @@ def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], d
     name = ranks.each("newest", path.name if state else "")[0]
     if ranks.rank > 0 and name and (path / name).exists():
         path = path / name
-        state, described = read_described(path, "--resume", looks=False)
+        state, described = read_described(path, "--resume", checks=False)
     ranks.agree("resume", {"the step in resume.pth": described.get("step")},
                 f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
     return path, state, described
@@ -4360,9 +4323,8 @@ def check(cfg: Config) -> None:
     for part in cfg.train_parts:
         pick(dict.fromkeys(("auto", "emb", "head", "time", "ln")), "--train_parts", part)
     for f in fields(cfg):
-        value, within = getattr(cfg, f.name), f.metadata["within"]
-        if isinstance(value, (int, float)) and not is_within(value, within):
-            raise Fatal(f"--{f.name} {value}: {in_words(within)} is wanted")
+        if isinstance(value := getattr(cfg, f.name), (int, float)):
+            check_within(f"--{f.name}", value, f.metadata["within"])
     check_together(cfg)
     if not cfg.chat:
         hint(cfg)

@@ -48,7 +48,7 @@ def main() -> None:
     steps = args.steps
     device = "cuda" if torch.cuda.is_available() else "cpu"
     modes = {"cuda": ("cuda_precise", "cuda"), "cpu": ("cpu", "chunk_rounded")}[device]
-    P.WKV["x070", "chunk_rounded"] = rounded_chunks
+    P.WKV["x070"]["chunk_rounded"] = rounded_chunks
     with tempfile.TemporaryDirectory() as folder:
         common = P.Config(data_type="dummy", tokenizer="byte", vocab_size=128, ctx_len=96, micro_bsz=16, grad_cp="0",
                           rank=8, precision="bf16")

@@ -138,7 +138,7 @@ def load_model(
     tensors = read_pth(path, "--load_model")
     arch = detect(tensors, str(path))
     with torch.device("meta"):
-        model = RWKV(arch, wkv or WKV[arch.version, "torch"](), grad_cp)
+        model = RWKV(arch, wkv or WKV[arch.version]["torch"](), grad_cp)
     return fill(model, tensors, str(path), "cpu", dtype)
 
 

@@ -35,7 +35,7 @@ def finished(folder, base, **options):
 def merged(run, **changed):
     """The tensors of the merged file."""
     run = SimpleNamespace(**vars(run) | changed)
-    merge_files(run.kind, str(run.base), str(run.init), str(run.checkpoint), str(run.output))
+    save(run.output, merge_files(run.kind, str(run.base), str(run.init), str(run.checkpoint)))
     return torch.load(run.output, weights_only=True)
 
 

@@ -282,7 +282,7 @@ def test_a_block_without_a_memory_has_no_state(tmp_path):
 
 
 def merged_state(run, folder):
-    P.merge_files("state", run.cfg.load_model, "", str(run.folder / "rwkv-0.pth"), str(folder / "merged.pth"))
+    P.save(folder / "merged.pth", P.merge_files("state", run.cfg.load_model, "", str(run.folder / "rwkv-0.pth")))
     return folder / "merged.pth"
 
 
@@ -327,7 +327,7 @@ def test_states_that_do_not_fit_are_not_merged(spoil, words, tmp_path):
     base = random_model(tmp_path / "base.pth")
     torch.save(spoil({n: torch.ones(1, 64, 64) for n in STATES}), tmp_path / "state.pth")
     with pytest.raises(P.Fatal) as error:
-        P.merge_files("state", str(base), "", str(tmp_path / "state.pth"), str(tmp_path / "merged.pth"))
+        P.merge_files("state", str(base), "", str(tmp_path / "state.pth"))
     assert all(word in str(error.value) for word in words.split("|"))
 
 

@@ -406,7 +406,7 @@ def test_the_blocks_of_a_new_model_add_nothing_yet(version):
     """Their output matrices are zero: the logits are the head's view of the embedding."""
     arch, tensors = new_arch(Config(version=version, n_layer=L, n_embd=C, vocab_size=V)), new(version)
     with torch.device("meta"):
-        model = RWKV(arch, WKV[version, "torch"]())
+        model = RWKV(arch, WKV[version]["torch"]())
     fill(model, tensors, "new.pth", "cpu", torch.float64)
     e = tensors["emb.weight"][TOKENS[:5]]
     normed = torch.nn.functional.layer_norm(torch.nn.functional.layer_norm(e, (C,)), (C,))

@@ -97,7 +97,7 @@ def test_products_are_computed_once(place):
     """What `products` keeps: a second forward pass makes no product with a matrix, and does not ask the operator."""
 
     def made(way):
-        model = load_model(place / "x070.pth", wkv=P.WKV["x070", "chunk"](), grad_cp=way)
+        model = load_model(place / "x070.pth", wkv=P.WKV["x070"]["chunk"](), grad_cp=way)
         with Count() as count:
             x, _ = model(torch.tensor([[3, 1, 4, 1, 5]]))
             x.sum().backward()

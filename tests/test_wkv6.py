@@ -112,8 +112,8 @@ def test_the_bonus_is_checked(op):
 
 def test_versions_5_and_6_share_their_operators(capsys):
     """The table and the choice among its rows."""
-    assert {op for version, op in WKV if version == "x060"} == {*wkv7_cuda.OPS["wkv6"], "torch"}
-    assert {op for version, op in WKV if version == "x070"} == {*wkv7_cuda.OPS["wkv7"], "torch"}
+    assert {*WKV["x060"]} == {*wkv7_cuda.OPS["wkv6"], "torch"}
+    assert {*WKV["x070"]} == {*wkv7_cuda.OPS["wkv7"], "torch"}
     for op in ("cpu", "chunk", "torch"):
         assert load_wkv("x060", 64, op, "cpu") is load_wkv("x052", 64, op, "cpu") is not load_wkv("x070", 64, op, "cpu")
     assert load_wkv("x052", 64, "", "cpu") is wkv7_cuda.load("cpu", "wkv6")
