@@ -316,10 +316,9 @@ def parser() -> Parser:
     return p
 
 
-def options_given(argv: list[str]) -> set[str]:
+def options_given(argv: list[str], peft: str) -> set[str]:
     """The options that a command line names, also those inside the JSON of --pissa_config and its like."""
-    given = vars(parser().parse_known_args(argv)[0])
-    option = f"{given.get('peft', Config.peft)}_config"
+    given, option = vars(parser().parse_known_args(argv)[0]), f"{peft}_config"
     keys = JSON_OPTIONS.get(option, {})
     return {*given, *(keys[key] for key in read_json(option, given.get(option, "")) if key in keys)}
 
@@ -4989,7 +4988,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Fatal(f"RANK={rank} and WORLD_SIZE={world} in the environment: torchrun sets both, from 0 on")
         cfg = parse(argv)
         if cfg.chat:
-            talk(cfg, options_given(argv))
+            talk(cfg, options_given(argv, cfg.peft))
             return 0
         if cfg.make_binidx or cfg.dry_run:                            # what one process does alone
             if is_first():

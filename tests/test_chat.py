@@ -199,7 +199,7 @@ def place(tmp_path_factory):
 
 
 def loaded(argv):
-    return P.load_chat(P.chat_config(P.parse(argv), P.options_given(argv)))
+    return P.load_chat(P.chat_config(cfg := P.parse(argv), P.options_given(argv, cfg.peft)))
 
 
 def test_a_scale_that_no_short_alpha_gives(place, tmp_path):
@@ -269,12 +269,14 @@ def test_lines_come_in_and_answers_go_out(place, tmp_path, monkeypatch, capsys):
     assert P.main(argv) == 0                                          # Ctrl-D
 
 
-@pytest.mark.parametrize("words", ["--rank 32", "--pissa_config '{\"pissa_r\": 32}'", "--peft lora"])
-def test_what_contradicts_the_adapters_is_refused(words, place, capsys):
+@pytest.mark.parametrize("kind, words", [
+    ("pissa", "--rank 32"), ("pissa", "--pissa_config '{\"pissa_r\": 32}'"), ("pissa", "--peft lora"),
+    ("bone", "--peft disha --disha_config '{\"bone_r\": 32}'")])
+def test_what_contradicts_the_adapters_is_refused(kind, words, place, capsys):
     """Also where it is the default."""
-    argv = ["--load_model", f"{place}/m.pth", "--adapter_load", f"{place}/pissa/rwkv-0.pth", "--chat", "--op", "torch"]
+    argv = ["--load_model", f"{place}/m.pth", "--adapter_load", f"{place}/{kind}/rwkv-0.pth", "--chat", "--op", "torch"]
     assert P.main([*argv, *shlex.split(words)]) == 2
-    assert "pissa/rwkv-0.pth was made with " in (said := capsys.readouterr().err) and "leave the flag out" in said
+    assert f"{kind}/rwkv-0.pth was made with " in (said := capsys.readouterr().err) and "leave the flag out" in said
 
 
 def test_bytes_that_are_no_text(place, monkeypatch, capsys):
