@@ -717,7 +717,7 @@ class Arch:
     dim_ffn: int                                                      # F
     head_size: int                                                    # N
     vocab_size: int                                                   # V
-    ranks: tuple[tuple[str, int], ...]                                # of the built-in low-rank maps
+    ranks: dict[str, int]                                             # of the built-in low-rank maps
     pre_ffn: bool = False                                             # a channel mixing is block 0's time mixing
     head_qk: int = 0                                                  # Q, the width of the copying head
     time_state: bool = False                                          # blocks know with which memory a text begins
@@ -762,9 +762,6 @@ def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None
 class Linear(nn.Linear):
     """y = x W^T. W may still lie in the file it came from until it gets adapters; then each use fetches it."""
 
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x))
 
@@ -789,7 +786,7 @@ class TimeMix(nn.Module):
         self.register_parameter("time_state", None)                   # (H,N value,N key): S_0, where it is not zero
         parameters_of(self, self.shapes() | ({"time_state": (H, N, N)} if arch.time_state else {}))
         for name in self.maps:
-            self.add_module(name, Linear(A, C) if name == "output" else Linear(C, A))
+            self.add_module(name, Linear(A if name == "output" else C, C if name == "output" else A, bias=False))
         self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)           # (RWKV-LM: 1e-5, of y / 8: the same)
 
     def heads(self, x: Tensor) -> Tensor:
@@ -807,7 +804,6 @@ class TimeMix(nn.Module):
         y = self.heads(self.ln_x(y.view(B * T, -1)).view(B, T, -1)) + self.bonus(*inputs)
         return self.output(y.flatten(-2) * g), v_first, S
 
-    @torch.no_grad()
     def initialise(self) -> None:
         """A new model's weights, as RWKV-LM draws them; a version adds its own."""
         for name in self.maps:
@@ -845,7 +841,6 @@ class TimeMix_x052(TimeMix):
         w = self.decay(*x_w).expand_as(r)                                                 # raw decay logit
         return [r, w, k, v, self.time_faaaa], F.silu(self.gate(x_g)), v_first
 
-    @torch.no_grad()
     def initialise(self) -> None:
         super().initialise()
         A, (rho, _) = self.arch.dim_att, self.arch.depth(self.layer)
@@ -875,7 +870,7 @@ class TimeMix_x060(TimeMix_x052):
         return dict(decay=128, mix=64) if C >= 4096 else dict(decay=64, mix=32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        C, A, D = self.arch.n_embd, self.arch.dim_att, dict(self.arch.ranks)
+        C, A, D = self.arch.n_embd, self.arch.dim_att, self.arch.ranks
         mix = {f"time_maa_{i}": (1, 1, C) for i in "xwkvrg"}
         mix |= {"time_maa_w1": (C, 5 * D["mix"]), "time_maa_w2": (5, D["mix"], C)}
         decay = {"time_decay": (1, 1, A), "time_decay_w1": (C, D["decay"]), "time_decay_w2": (D["decay"], A)}
@@ -892,7 +887,6 @@ class TimeMix_x060(TimeMix_x052):
     def decay(self, x_w: Tensor) -> Tensor:
         return self.heads(self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2)
 
-    @torch.no_grad()
     def initialise(self) -> None:
         super().initialise()
         for i, m in self.new_mix().items():
@@ -914,14 +908,12 @@ class TimeMix_x070(TimeMix):
         return {m: max(32, 32 * round(f * math.sqrt(C) / 32)) for m, f in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        C, D = self.arch.n_embd, dict(self.arch.ranks)
-        mix = {f"x_{i}": (1, 1, C) for i in "rwkvag"}
+        C, D = self.arch.n_embd, self.arch.ranks
+        shapes = {f"x_{i}": (1, 1, C) for i in "rwkvag"}
         # The first layer's value is v_first itself: it has nothing to mix with, and v0 v1 v2 there would never be used.
-        low_rank = {m: D[m] for m in "wavg" if m != "v" or self.layer > 0}
-        factors = {}
-        for m, rank in low_rank.items():
-            factors |= {f"{m}1": (C, rank), f"{m}2": (rank, C)} | ({f"{m}0": (1, 1, C)} if m != "g" else {})
-        return mix | factors | {"k_k": (1, 1, C), "k_a": (1, 1, C), "r_k": (self.arch.n_head, self.arch.head_size)}
+        for m in "wavg" if self.layer > 0 else "wag":
+            shapes |= {f"{m}1": (C, D[m]), f"{m}2": (D[m], C)} | ({f"{m}0": (1, 1, C)} if m != "g" else {})
+        return shapes | {"k_k": (1, 1, C), "k_a": (1, 1, C), "r_k": (self.arch.n_head, self.arch.head_size)}
 
     def project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor]:
         x_r, x_w, x_k, x_v, x_a, x_g = (
@@ -942,14 +934,12 @@ class TimeMix_x070(TimeMix):
     def bonus(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return (r * k * self.r_k).sum(-1, keepdim=True) * v                               # (B,T,H,N)
 
-    @torch.no_grad()
     def initialise(self) -> None:
-        """Since May 2025."""
-        arch, C = self.arch, self.arch.n_embd
-        rho, tau = arch.depth(self.layer)
+        """As RWKV-LM does since May 2025."""
+        C, N, (rho, tau) = self.arch.n_embd, self.arch.head_size, self.arch.depth(self.layer)
         c = torch.arange(C)
         linear, delta = c / (C - 1) - 0.5, c / C
-        z = (c % arch.head_size - (arch.head_size - 1) / 2) / ((arch.head_size - 1) / 2)
+        z = (c % N - (N - 1) / 2) / ((N - 1) / 2)
         zigzag = z * z.abs()
         for name, e in dict(x_r=0.2, x_w=0.9, x_k=0.7, x_v=0.7, x_a=0.9, x_g=0.2).items():
             self.get_parameter(name)[:] = 1 - delta ** (e * tau)
@@ -976,12 +966,11 @@ class ChannelMix(nn.Module):
         C, width = arch.n_embd, arch.dim_ffn
         parameters_of(self, {name: (1, 1, C) for name in self.mixes})
         for name in self.maps:
-            self.add_module(name, Linear(width if name == "value" else C, width if name == "key" else C))
+            self.add_module(name, Linear(width if name == "value" else C, width if name == "key" else C, bias=False))
 
     def recall(self, x_k: Tensor) -> Tensor:
         return self.value(torch.relu(self.key(x_k)) ** 2)                                 # (B,T,F) in between
 
-    @torch.no_grad()
     def initialise(self) -> None:
         delta, (_, tau) = torch.arange(self.arch.n_embd) / self.arch.n_embd, self.arch.depth(self.layer)
         for name in self.mixes:
@@ -1057,11 +1046,6 @@ class Block(nn.Module):
             self.att = TIME_MIX[arch.version](arch, layer, wkv)
         self.ffn = CHANNEL_MIX[arch.version](arch, layer)
 
-    def first_state(self, zeros: BlockState) -> BlockState:
-        """The state at the beginning of a text: zeros, or the memory that was learnt."""
-        S = self.att.time_state if hasattr(self, "att") else None
-        return zeros if S is None else replace(zeros, wkv=S.to(zeros.wkv).expand_as(zeros.wkv))
-
     def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor, BlockState]:
         """x (B,T,C) -> x (B,T,C), v_first (B,T,A), the state after the last token."""
         h, S = self.ln1(x), state.wkv
@@ -1075,20 +1059,16 @@ class Block(nn.Module):
         return x, v_first, BlockState(h[:, -1].clone(), S, h2[:, -1].clone())  # (a view would keep all of h)
 
 
-# What --grad_cp keeps of a block for backward. First torch's policies, asked of every operation whether its result is
-# saved: what is made from codes (a quantised matrix) never is.
+# What --grad_cp keeps of a block for backward: first torch's policies, asked whether an operation's result is saved.
 
 
-def from_codes(op: Any) -> bool:
-    return op.name().startswith("pissa_rwkv::read")
+def policy(usual: CheckpointPolicy, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    """The usual answer; but what is made from codes, a quantised matrix, is never saved."""
+    return CheckpointPolicy.MUST_RECOMPUTE if op.name().startswith("pissa_rwkv::read") else usual
 
 
-def save_all(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_RECOMPUTE if from_codes(op) else CheckpointPolicy.PREFER_SAVE
-
-
-def save_nothing(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_RECOMPUTE if from_codes(op) else CheckpointPolicy.PREFER_RECOMPUTE
+save_all = partial(policy, CheckpointPolicy.PREFER_SAVE)
+save_nothing = partial(policy, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def save_products(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
@@ -1155,9 +1135,10 @@ class RWKV(nn.Module):
         return self.ln_out(x), after
 
     def first_states(self, B: int, like: Tensor) -> list[BlockState]:
-        """The states of B texts at their beginning."""
+        """The states of B texts at their beginning: zeros, or the memory that was learnt."""
         zeros = BlockState.zeros(self.arch, B, like)
-        return [block.first_state(zeros) for block in self.blocks]
+        learnt = [block.att.time_state if hasattr(block, "att") else None for block in self.blocks]
+        return [zeros if S is None else replace(zeros, wkv=S.to(zeros.wkv).expand_as(zeros.wkv)) for S in learnt]
 
     def votes(self, x: Tensor) -> Tensor:
         """head_qk: what each position adds to the logits of the tokens up to its own, (B,T,T); without it (B,T,0).
@@ -1180,8 +1161,8 @@ class RWKV(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        for mix in (m for m in self.modules() if isinstance(m, (TimeMix, ChannelMix))):
-            mix.initialise()
+            elif isinstance(module, (TimeMix, ChannelMix)):
+                module.initialise()
         self.emb.weight.uniform_(-1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, 0.5 * math.sqrt(max(V / C, 1)))
         if self.arch.head_qk:
@@ -1192,9 +1173,9 @@ class RWKV(nn.Module):
 
 NOT_OURS = {  # a key that ends so -> what the file is
     "att.time_first": "RWKV-4 or an early RWKV-5", "att.gate_w1": "x060a, an experiment",
-    "att.time_maa_rkvw_w1": "x060b or x060c, experiments", "ffn.s_emb.weight": "x070a (DeepEmbed)",
-    "qkv.q.weight": "x070b (with attention)", "pos_emb_x": "a model with --my_pos_emb", "tiny_q.weight": "a model with"
-    " --tiny_att_dim",
+    "att.time_maa_rkvw_w1": "x060b or x060c, experiments",
+    "ffn.s_emb.weight": "x070a (DeepEmbed)", "qkv.q.weight": "x070b (with attention)",
+    "pos_emb_x": "a model with --my_pos_emb", "tiny_q.weight": "a model with --tiny_att_dim",
     **dict.fromkeys((".lora_A", ".disha"), "a run's adapters, which --adapter_load takes, beside the base they are of"),
     "init_lora_A": "a run's init_pissa.pth, which --adapter_init takes", "master": "a run's resume.pth, for --resume",
 }
@@ -1225,14 +1206,13 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     V, C = tensors["emb.weight"].shape
     A, width = (tensors[f"{last}{part}.key.weight"].shape[0] for part in ("att", "ffn"))
     H, N = tensors[f"{last}att.{mix.per_head}"].shape
-    ranks = {"v": 32} if "v" in mix.low_rank else {}                  # one layer has no such map to read it from
-    ranks |= {m: tensors[factor].shape[-2] for m, factor in low_rank.items()}
     if A != H * N or not A:
         raise Fatal(f"--load_model {path}: its attention is {A} wide, but has {H} heads of {N}")
-    head_qk = len(tensors["head_q.weight"]) if "head_q.weight" in tensors else 0
-    pre_ffn = version in PRE_FFN and "blocks.0.ffnPre.key.weight" in tensors
-    time_state = f"{last}att.time_state" in tensors
-    return Arch(version, len(layers), C, A, width, N, V, tuple(sorted(ranks.items())), pre_ffn, head_qk, time_state)
+    ranks = {m: tensors[factor].shape[-2] for m, factor in low_rank.items()}
+    return Arch(version, len(layers), C, A, width, N, V, ranks,
+                pre_ffn=version in PRE_FFN and "blocks.0.ffnPre.key.weight" in tensors,
+                head_qk=len(tensors["head_q.weight"]) if "head_q.weight" in tensors else 0,
+                time_state=f"{last}att.time_state" in tensors)
 
 
 def new_arch(cfg: Config) -> Arch:
@@ -1247,13 +1227,13 @@ def new_arch(cfg: Config) -> Arch:
         raise Fatal(f"--pre_ffn 1: {version} has no such form; {' and '.join(PRE_FFN)} have")
     vocab_size = cfg.vocab_size or (65536 if cfg.tokenizer == "world" else 256)
     return Arch(version, cfg.n_layer or 12, C, C, cfg.dim_ffn or channel_mix.new_width(C), N, vocab_size,
-                tuple(sorted(time_mix.new_ranks(C).items())), cfg.pre_ffn, cfg.head_qk)
+                time_mix.new_ranks(C), cfg.pre_ffn, cfg.head_qk)
 
 
 def check_arch(cfg: Config, arch: Arch) -> None:
     """Refuses a flag that contradicts the file, and shows both."""
-    for name in ("version", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size", "vocab_size", "pre_ffn", "head_qk"):
-        flag, found = getattr(cfg, name), getattr(arch, name)
+    for name, found in vars(arch).items():
+        flag = getattr(cfg, name, None)                               # (ranks and time_state have none)
         if flag and flag != found:
             raise Fatal(f"--{name} {flag}: {cfg.load_model} has {name} {found}; leave the flag out")
 
