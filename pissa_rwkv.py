@@ -1331,11 +1331,11 @@ def in_blocks(x: Tensor, size: int) -> Tensor:
     return (F.pad(flat, (0, -len(flat) % size)) if len(flat) % size else flat).view(-1, size)
 
 
-def in_slabs(out: Tensor, rows_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Fills `out` with rows_of(rows of the inputs), an eighth at a time: on the way there is never a second matrix."""
-    height = -(-len(out) // SLABS)
-    for rows in (slice(i, i + height) for i in range(0, len(out), height)):
-        out[rows] = rows_of(*(x[rows] for x in inputs))
+def in_slabs(width: int, dtype: torch.dtype, rows_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """rows_of(rows of the inputs), (rows,width), an eighth at a time: on the way there is never a second matrix."""
+    out = inputs[0].new_empty(len(inputs[0]), width, dtype=dtype)
+    for rows, *parts in zip(out.chunk(SLABS), *(x.chunk(SLABS) for x in inputs), strict=True):
+        rows.copy_(rows_of(*parts))
     return out
 
 
@@ -1372,14 +1372,14 @@ def hold_int8(W: Tensor, dtype: torch.dtype) -> Parts:
     def whole(w: Tensor, s: Tensor) -> Tensor:
         return (w / torch.where(s > 0, s.float(), 1)[:, None]).round_().clamp_(-127, 127)
 
-    codes = in_slabs(torch.empty_like(blocks, dtype=torch.int8), whole, blocks, scale)
+    codes = in_slabs(BLOCK, torch.int8, whole, blocks, scale)
     return {"codes": codes.view(-1)[:W.numel()], "scale": scale}
 
 
 def read_int8(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    codes, scale = in_blocks(parts["codes"], BLOCK), parts["scale"]
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    return in_slabs(out, lambda c, s: c * s.float()[:, None], codes, scale).view(-1)[:shape.numel()].view(shape)
+    codes = in_blocks(parts["codes"], BLOCK)                                              # (n/64,64)
+    W = in_slabs(BLOCK, dtype, lambda c, s: c * s.float()[:, None], codes, parts["scale"])
+    return W.view(-1)[:shape.numel()].view(shape)
 
 
 def hold_nf4(W: Tensor, dtype: torch.dtype) -> Parts:
@@ -1397,18 +1397,18 @@ def hold_nf4(W: Tensor, dtype: torch.dtype) -> Parts:
         code = nearest_level(w.float(), m, levels)
         return code[:, ::2] << 4 | code[:, 1::2]                                          # (n/64,32)
 
-    codes = in_slabs(torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=W.device), pairs, blocks, absmax)
+    codes = in_slabs(BLOCK // 2, torch.uint8, pairs, blocks, absmax)
     return {"codes": codes.view(-1)[:-(-W.numel() // 2)], "absmax": absmax}
 
 
 def read_nf4(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     codes = in_blocks(parts["codes"], BLOCK // 2)                                         # (n/64,32)
-    out, (_, pairs) = torch.empty(len(codes), BLOCK, dtype=dtype, device=codes.device), nf4_levels(codes.device)
+    _, pairs = nf4_levels(codes.device)
 
     def weights(c: Tensor, m: Tensor) -> Tensor:
         return pairs.index_select(0, c.reshape(-1).int()).view(-1, BLOCK).mul_(m[:, None])
 
-    return in_slabs(out, weights, codes, parts["absmax"]).view(-1)[:shape.numel()].view(shape)
+    return in_slabs(BLOCK, dtype, weights, codes, parts["absmax"]).view(-1)[:shape.numel()].view(shape)
 
 
 def hold_nf4dq(W: Tensor, dtype: torch.dtype) -> Parts:
@@ -1672,7 +1672,7 @@ class PiSSALinear(LowRank):
         if not taken:
             return W
         A0, B0 = taken["lora_A"].double(), taken["lora_B"]
-        return in_slabs(torch.empty_like(W), lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
+        return in_slabs(W.shape[1], W.dtype, lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
 
 
 BONE_MODES = ("bone", "bat")                                          # the forms that its update has
@@ -1861,7 +1861,7 @@ def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: st
     frozen = adapter.frozen
 
     def lost(held: Tensor) -> Tensor:
-        return in_slabs(torch.empty_like(W), torch.sub, W, held)
+        return in_slabs(W.shape[1], W.dtype, torch.sub, W, held)
 
     left = adapter.residual(lost(frozen.weight), start.trained).norm()
     plain = lost(QUANT[quant].through(W, frozen.dtype)).norm()
