@@ -1535,7 +1535,6 @@ class Adapter(nn.Module):
     names: tuple[str, ...] = ()                                       # of its parameters
     taken: tuple[str, ...] = ()                                       # those whose start is taken out of W
     unsaid_scale: float | None = 1.0                                  # of delta; None: a file has to say it
-    high_lr = math.inf
     dropout = 0.0
 
     def __init__(self, cfg: Config, frozen: FrozenLinear, **trained: Tensor):
@@ -1547,8 +1546,8 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.frozen(x)
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
+    @staticmethod
+    def describe(cfg: Config) -> dict[str, Any]:
         """What a file of these says of itself, to be computed with again; --resume wants all of it again."""
         return {}
 
@@ -1590,10 +1589,6 @@ class LowRank(Adapter):
     names = ("lora_A", "lora_B")
     scale = 1.0
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
-        return {"rank": cfg.rank, "scale": cls.scale}
-
     @staticmethod
     def ranks(shape: torch.Size, cfg: Config) -> Sequence[int]:
         return range(1, min(shape) + 1)
@@ -1604,9 +1599,8 @@ class LowRank(Adapter):
 
     @staticmethod
     def fits(shape: torch.Size, lora_A: Tensor, lora_B: Tensor) -> bool:
-        if lora_A.dim() != 2 or lora_B.dim() != 2 or not len(lora_A):
-            return False
-        return (lora_B.shape[0], lora_A.shape[1]) == shape and lora_A.shape[0] == lora_B.shape[1]
+        r = lora_A.shape[:1]
+        return lora_A.shape == (*r, shape[1]) and lora_B.shape == (shape[0], *r) and lora_A.numel() > 0
 
     @staticmethod
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
@@ -1614,8 +1608,7 @@ class LowRank(Adapter):
         return {"lora_A": A.to(W), "lora_B": W.new_zeros(W.shape[0], cfg.rank)}
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        y = F.linear(F.linear(h, self.lora_A), self.lora_B)
+        y = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
         return self.frozen(x) + (y if self.scale == 1 else self.scale * y)
 
     @staticmethod
@@ -1632,9 +1625,9 @@ class LoRALinear(LowRank):
         super().__init__(cfg, frozen, **trained)
         self.scale, self.dropout = cfg.lora_alpha / cfg.rank, cfg.lora_dropout
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
-        return super().describe(cfg) | {"scale": cfg.lora_alpha / cfg.rank}
+    @staticmethod
+    def describe(cfg: Config) -> dict[str, Any]:
+        return {"rank": cfg.rank, "scale": cfg.lora_alpha / cfg.rank}
 
 
 class PiSSALinear(LowRank):
@@ -1646,12 +1639,11 @@ class PiSSALinear(LowRank):
     """
 
     taken = ("lora_A", "lora_B")
-    high_lr = 1e-4                                                    # it moves the main directions of a matrix
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
-        return super().describe(cfg) | {"svd_niter": cfg.svd_niter, "qpissa_iters": cfg.qpissa_iters,
-                                        "seed": cfg.random_seed}
+    @staticmethod
+    def describe(cfg: Config) -> dict[str, Any]:
+        return {"rank": cfg.rank, "scale": 1.0, "svd_niter": cfg.svd_niter, "qpissa_iters": cfg.qpissa_iters,
+                "seed": cfg.random_seed}
 
     @staticmethod
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
@@ -1692,15 +1684,14 @@ class BoneLinear(Adapter):
 
     names = ("disha",)
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
+    @staticmethod
+    def describe(cfg: Config) -> dict[str, Any]:
         return {"rank": cfg.rank, "mode": cfg.bone_mode}
 
     @staticmethod
     def ranks(shape: torch.Size, cfg: Config) -> Sequence[int]:
-        common = math.gcd(*shape)
-        fitting = {"bone": range(1, shape[1] + 1), "bat": [r for r in range(1, common + 1) if common % r == 0]}
-        return fitting[cfg.bone_mode]
+        fitting = range(1, shape[1] + 1)
+        return fitting if cfg.bone_mode == "bone" else [r for r in fitting if shape[0] % r == shape[1] % r == 0]
 
     @staticmethod
     def shapes(shape: torch.Size, cfg: Config) -> dict[str, tuple[int, ...]]:
@@ -1709,12 +1700,11 @@ class BoneLinear(Adapter):
 
     @staticmethod
     def fits(shape: torch.Size, disha: Tensor) -> bool:
-        if disha.dim() not in (2, 3) or 0 in disha.shape:
+        if disha.dim() < 2 or 0 in disha.shape:
             return False
-        if disha.dim() == 2:
-            return disha.shape[1] == shape[0]
-        pieces, r = disha.shape[:2]
-        return disha.shape == (shape[1] // r, r, r) and pieces * r == shape[1] and shape[0] % r == 0
+        r = disha.shape[-2]
+        bone, bat = (r, shape[0]), (shape[1] // r, r, r)
+        return disha.shape == bone or disha.shape == bat and shape[0] % r == shape[1] % r == 0
 
     @staticmethod
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
@@ -1747,6 +1737,7 @@ class Method(NamedTuple):
     state: bool = False                                               # blocks are given a time_state, and it is trained
     whole: bool = False                                               # its files are whole models
     low_lr: float = 0.0                                               # below this rate hardly anything is learnt
+    high_lr: float = math.inf                                         # a higher one is unusual: it moves the main part
 
     def is_own(self, name: str) -> bool:
         """Whether a parameter is the method's, and so trained whatever --train_parts says."""
@@ -1754,7 +1745,7 @@ class Method(NamedTuple):
 
 
 EVERYTHING = ""                                                       # a part that every name contains
-ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln")),
+ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln"), high_lr=1e-4),
            "lora": Method(LoRALinear, ("time", "ln")),
            "bone": Method(BoneLinear, ("time", "ln")),
            "state": Method(Adapter, (), state=True, low_lr=1e-3),
@@ -1776,15 +1767,6 @@ def adapted(model: RWKV) -> dict[str, Linear]:
     return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, Linear)}
 
 
-def with_time_state(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tuple[Arch, dict[str, Tensor]]:
-    """The model to be adapted and its tensors: the base's, and for state tuning zeros where it has no time_state."""
-    arch = replace(arch, time_state=arch.time_state or ADAPTER[cfg.peft].state)
-    layers = range(arch.pre_ffn, arch.n_layer) if ADAPTER[cfg.peft].state else ()
-    names = [f"blocks.{i}.att.time_state" for i in layers]
-    zeros = torch.zeros(arch.n_head, arch.head_size, arch.head_size)
-    return arch, tensors | {name: zeros for name in names if name not in tensors}
-
-
 def to_freeze(model: RWKV, cfg: Config) -> dict[str, Linear]:
     """The adapted matrices that are frozen: all of them, or none where everything is trained."""
     return {} if EVERYTHING in parts_of(cfg) else adapted(model)
@@ -1793,6 +1775,32 @@ def to_freeze(model: RWKV, cfg: Config) -> dict[str, Linear]:
 def left_in_file(model: RWKV, cfg: Config) -> set[str]:
     """The modules whose weights stay in the file at first and are fetched when they are needed."""
     return {*to_freeze(model, cfg)} | ({"emb"} if cfg.emb_on_cpu else set())
+
+
+def is_trained(name: str, cfg: Config) -> bool:
+    """Whether a parameter is: those of --train_parts are, and what is the method's own."""
+    return ADAPTER[cfg.peft].is_own(name) or any(part in name for part in parts_of(cfg))
+
+
+def freeze(model: RWKV, cfg: Config) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_trained(name, cfg))
+
+
+def with_time_state(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tuple[Arch, dict[str, Tensor]]:
+    """The model to be adapted and its tensors: the base's, and for state tuning zeros where it has no time_state."""
+    if not ADAPTER[cfg.peft].state:
+        return arch, tensors
+    zeros = torch.zeros(arch.n_head, arch.head_size, arch.head_size)
+    states = {f"blocks.{i}.att.time_state": zeros for i in range(arch.pre_ffn, arch.n_layer)}
+    return replace(arch, time_state=True), states | tensors
+
+
+def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
+    fitting = ADAPTER[cfg.peft].layer.ranks(shape, cfg)
+    if cfg.rank not in fitting:
+        choice = f"from 1 to {fitting[-1]}" if isinstance(fitting, range) else f"of {', '.join(map(str, fitting))}"
+        raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; take a rank {choice}")
 
 
 def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str) -> Tensor:
@@ -1804,13 +1812,6 @@ def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: s
     return tensors[name]
 
 
-def from_file(
-    tensors: dict[str, Tensor], prefix: str, shapes: dict[str, tuple[int, ...]], W: Tensor, path: str
-) -> dict[str, Tensor]:
-    """What an adapter file has for W (out,in)."""
-    return {x: entry(tensors, prefix + x, shape, path).to(W) for x, shape in shapes.items()}
-
-
 class Start(NamedTuple):
     """For a matrix (out,in): what is taken out of it, and where training starts, both by the parameters' names."""
 
@@ -1819,9 +1820,8 @@ class Start(NamedTuple):
 
     def named(self, name: str) -> dict[str, Tensor]:
         """As init_pissa.pth has them: init_lora_A and B; start_lora_A and B where training starts elsewhere."""
-        start = {x: self.trained[x] for x in self.taken}
-        elsewhere = not all(torch.equal(t, start[x]) for x, t in self.taken.items())
-        sets = {"init": self.taken} | ({"start": start} if elsewhere else {})
+        elsewhere = not all(torch.equal(t, self.trained[x]) for x, t in self.taken.items())
+        sets = {"init": self.taken} | ({"start": self.trained} if elsewhere else {})
         return {f"{name}.{when}_{x}": t.cpu() for when, tensors in sets.items() for x, t in tensors.items()}
 
 
@@ -1847,12 +1847,52 @@ def new_start(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generator)
 
 def saved_start(W: Tensor, name: str, cfg: Config, init: dict[str, Tensor]) -> Start:
     """The start of an earlier run, from its init_pissa.pth."""
-    layer = ADAPTER[cfg.peft].layer
-    shapes = {x: shape for x, shape in layer.shapes(W.shape, cfg).items() if x in layer.taken}
-    taken = start = from_file(init, f"{name}.init_", shapes, W, cfg.adapter_init)
-    if any(f"{name}.start_{x}" in init for x in shapes):
-        start = from_file(init, f"{name}.start_", shapes, W, cfg.adapter_init)
+    taken = start = {x: init[f"{name}.init_{x}"].to(W) for x in ADAPTER[cfg.peft].layer.taken}
+    if any(f"{name}.start_{x}" in init for x in taken):
+        start = {x: entry(init, f"{name}.start_{x}", t.shape, cfg.adapter_init).to(W) for x, t in taken.items()}
     return Start(taken, start)
+
+
+def in_memory(model: RWKV, name: str) -> Tensor:
+    """A matrix (out,in), fetched to the device in at least fp32."""
+    weight = model.get_submodule(name).weight
+    W = weight.to(model.head.weight.device)                           # as it is in the file: 16 bits are sent, not 32
+    # (A copy, where it is still the file's memory: something of it will be kept.)
+    return W.to(torch.promote_types(W.dtype, torch.float32), copy=W is weight)
+
+
+def seeded(name: str, cfg: Config) -> torch.Generator:
+    digest = hashlib.sha256(f"{cfg.random_seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))  # (it takes seeds below 2^63)
+
+
+@torch.no_grad()
+def starts(
+    model: RWKV, names: list[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
+) -> Iterator[tuple[str, Start]]:
+    """The start of one matrix after another. New ones are shared out: each rank decomposes one matrix in `ranks.size`
+    and sends its numbers to the others. A matrix's random numbers depend on its name and the seed alone."""
+    device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
+    for name in names:
+        check_rank(name, model.get_submodule(name).weight.shape, cfg)
+    if init:
+        yield from ((name, saved_start(in_memory(model, name), name, cfg, init)) for name in names)
+        return
+
+    def room(name: str) -> Start:
+        W = model.get_submodule(name).weight
+        empty = {x: torch.empty(shape, dtype=torch.promote_types(W.dtype, torch.float32), device=device)
+                 for x, shape in layer.shapes(W.shape, cfg).items()}
+        return Start({x: empty[x].clone() for x in layer.taken}, empty)
+
+    for at in range(0, len(names), ranks.size):
+        group, mine = names[at: at + ranks.size], None
+        if ranks.rank < len(group):
+            name = group[ranks.rank]
+            mine = new_start(in_memory(model, name), dtype, cfg, seeded(name, cfg))
+        for owner, name in enumerate(group):
+            start = mine if owner == ranks.rank else room(name)
+            yield name, Start(*({x: ranks.copy_from(owner, t.contiguous()) for x, t in part.items()} for part in start))
 
 
 def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: str) -> Tensor:
@@ -1871,68 +1911,6 @@ def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: st
     return torch.stack([left, plain, W.norm()]).double().square()
 
 
-def is_trained(name: str, cfg: Config) -> bool:
-    """Whether a parameter is: those of --train_parts are, and what is the method's own."""
-    return ADAPTER[cfg.peft].is_own(name) or any(part in name for part in parts_of(cfg))
-
-
-def freeze(model: RWKV, cfg: Config) -> None:
-    for name, p in model.named_parameters():
-        p.requires_grad_(is_trained(name, cfg))
-
-
-def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
-    fitting = ADAPTER[cfg.peft].layer.ranks(shape, cfg)
-    if cfg.rank not in fitting:
-        choice = f"from 1 to {fitting[-1]}" if isinstance(fitting, range) else f"of {', '.join(map(str, fitting))}"
-        raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; take a rank {choice}")
-
-
-def in_memory(model: RWKV, name: str) -> Tensor:
-    """A matrix (out,in), fetched to the device in at least fp32."""
-    weight = model.get_submodule(name).weight
-    W = weight.to(model.head.weight.device)                           # as it is in the file: 16 bits are sent, not 32
-    # (A copy, where it is still the file's memory: something of it will be kept.)
-    return W.to(torch.promote_types(W.dtype, torch.float32), copy=W is weight)
-
-
-@torch.no_grad()
-def starts(
-    model: RWKV, names: list[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
-) -> Iterator[tuple[str, Start]]:
-    """The start of one matrix after another. New ones are shared out: each rank decomposes one matrix in `ranks.size`
-    and sends its numbers to the others. A matrix's random numbers depend on its name and the seed alone."""
-    device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
-    for name in names:
-        check_rank(name, model.get_submodule(name).weight.shape, cfg)
-    if init and layer.taken:
-        yield from ((name, saved_start(in_memory(model, name), name, cfg, init)) for name in names)
-        return
-
-    def room(name: str) -> Start:
-        W = model.get_submodule(name).weight
-        empty = {x: torch.empty(shape, dtype=torch.promote_types(W.dtype, torch.float32))
-                 for x, shape in layer.shapes(W.shape, cfg).items()}
-        return Start({x: empty[x].clone() for x in layer.taken}, empty)
-
-    def received(owner: int, part: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {x: ranks.copy_from(owner, t.to(device).contiguous()) for x, t in part.items()}
-
-    for at in range(0, len(names), ranks.size):
-        group, mine = names[at: at + ranks.size], None
-        if ranks.rank < len(group):
-            name = group[ranks.rank]
-            mine = new_start(in_memory(model, name), dtype, cfg, seeded(name, cfg))
-        for owner, name in enumerate(group):
-            start = mine if owner == ranks.rank else room(name)
-            yield name, Start(received(owner, start.taken), received(owner, start.trained))
-
-
-def seeded(name: str, cfg: Config) -> torch.Generator:
-    digest = hashlib.sha256(f"{cfg.random_seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))  # (it takes seeds below 2^63)
-
-
 @torch.no_grad()
 def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[str, Tensor]) -> Tensor:
     """Brings one matrix to the device, puts what is left of it, held as cfg.quant says, and its adapter in its place,
@@ -1944,7 +1922,7 @@ def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[st
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     W = in_memory(model, name)
     frozen = FrozenLinear(layer.residual(W, start.taken), dtype, cfg.quant)
-    first = from_file(load, f"{name}.", layer.shapes(W.shape, cfg), W, cfg.adapter_load) if load else start.trained
+    first = {x: load[f"{name}.{x}"] for x in layer.names} if load else start.trained
     adapter = layer(cfg, frozen, **{x: t.to(device, dtype, copy=True) for x, t in first.items()})
     model.set_submodule(name, adapter)
     model.blocks[int(name.split(".")[1])].draws = adapter.dropout > 0
@@ -4492,9 +4470,9 @@ def hint_rate(cfg: Config, width: int) -> None:
     method = ADAPTER[cfg.peft]
     if cfg.lr_init < method.low_lr:
         say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
-    if cfg.lr_init > method.layer.high_lr and width >= 512:
+    if cfg.lr_init > method.high_lr and width >= 512:
         say(f"--lr_init {cfg.lr_init:g} is high for --peft {cfg.peft}, which moves the main directions of a matrix;"
-            f" {method.layer.high_lr:g} is usual")
+            f" {method.high_lr:g} is usual")
 
 
 # ----------------------------------------------------------------------------------- a step as one launch: --cuda_graph
