@@ -739,12 +739,6 @@ class BlockState:
     wkv: Tensor                                                       # (B,H,N value,N key), fp32
     ffn: Tensor                                                       # (B,C) the last input of the channel mixing
 
-    @staticmethod
-    def zeros(arch: Arch, B: int, like: Tensor) -> BlockState:
-        H, N, C = arch.n_head, arch.head_size, arch.n_embd
-        S = like.new_zeros(B, H, N, N, dtype=torch.promote_types(like.dtype, torch.float32))
-        return BlockState(like.new_zeros(B, C), S, like.new_zeros(B, C))
-
     def detach(self) -> BlockState:
         return BlockState(self.att.detach(), self.wkv.detach(), self.ffn.detach())
 
@@ -1136,9 +1130,11 @@ class RWKV(nn.Module):
 
     def first_states(self, B: int, like: Tensor) -> list[BlockState]:
         """The states of B texts at their beginning: zeros, or the memory that was learnt."""
-        zeros = BlockState.zeros(self.arch, B, like)
+        H, N, C = self.arch.n_head, self.arch.head_size, self.arch.n_embd
+        S = like.new_zeros(B, H, N, N, dtype=torch.promote_types(like.dtype, torch.float32))
+        zeros = BlockState(like.new_zeros(B, C), S, like.new_zeros(B, C))
         learnt = [block.att.time_state if hasattr(block, "att") else None for block in self.blocks]
-        return [zeros if S is None else replace(zeros, wkv=S.to(zeros.wkv).expand_as(zeros.wkv)) for S in learnt]
+        return [zeros if S_0 is None else replace(zeros, wkv=S_0.to(S).expand_as(S)) for S_0 in learnt]
 
     def votes(self, x: Tensor) -> Tensor:
         """head_qk: what each position adds to the logits of the tokens up to its own, (B,T,T); without it (B,T,0).
