@@ -697,7 +697,7 @@ class Arch:
     dim_ffn: int                                                      # F
     head_size: int                                                    # N
     vocab_size: int                                                   # V
-    ranks: tuple[tuple[str, int], ...]                                # of the built-in low-rank maps
+    ranks: dict[str, int]                                             # of the built-in low-rank maps
     pre_ffn: bool = False                                             # a channel mixing is block 0's time mixing
     head_qk: int = 0                                                  # Q, the width of the copying head
     time_state: bool = False                                          # blocks know with which memory a text begins
@@ -719,12 +719,6 @@ class BlockState:
     wkv: Tensor                                                       # (B,H,N value,N key), fp32
     ffn: Tensor                                                       # (B,C) the last input of the channel mixing
 
-    @staticmethod
-    def zeros(arch: Arch, B: int, like: Tensor) -> BlockState:
-        H, N, C = arch.n_head, arch.head_size, arch.n_embd
-        S = like.new_zeros(B, H, N, N, dtype=torch.promote_types(like.dtype, torch.float32))
-        return BlockState(like.new_zeros(B, C), S, like.new_zeros(B, C))
-
     def detach(self) -> BlockState:
         return BlockState(self.att.detach(), self.wkv.detach(), self.ffn.detach())
 
@@ -741,9 +735,6 @@ def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None
 
 class Linear(nn.Linear):
     """y = x W^T. W may still lie in the file it came from until it gets adapters; then each use fetches it."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x))
@@ -769,7 +760,7 @@ class TimeMix(nn.Module):
         self.register_parameter("time_state", None)                   # (H,N value,N key): S_0, where it is not zero
         parameters_of(self, self.shapes() | ({"time_state": (H, N, N)} if arch.time_state else {}))
         for name in self.maps:
-            self.add_module(name, Linear(A, C) if name == "output" else Linear(C, A))
+            self.add_module(name, Linear(A if name == "output" else C, C if name == "output" else A, bias=False))
         self.ln_x = nn.GroupNorm(arch.n_head, A, eps=64e-5)           # (RWKV-LM: 1e-5, of y / 8: the same)
 
     def heads(self, x: Tensor) -> Tensor:
@@ -787,7 +778,6 @@ class TimeMix(nn.Module):
         y = self.heads(self.ln_x(y.view(B * T, -1)).view(B, T, -1)) + self.bonus(*inputs)
         return self.output(y.flatten(-2) * g), v_first, S
 
-    @torch.no_grad()
     def initialise(self) -> None:
         """A new model's weights, as RWKV-LM draws them; a version adds its own."""
         for name in self.maps:
@@ -825,7 +815,6 @@ class TimeMix_x052(TimeMix):
         w = self.decay(*x_w).expand_as(r)                                                 # raw decay logit
         return [r, w, k, v, self.time_faaaa], F.silu(self.gate(x_g)), v_first
 
-    @torch.no_grad()
     def initialise(self) -> None:
         super().initialise()
         A, (rho, _) = self.arch.dim_att, self.arch.depth(self.layer)
@@ -855,7 +844,7 @@ class TimeMix_x060(TimeMix_x052):
         return dict(decay=128, mix=64) if C >= 4096 else dict(decay=64, mix=32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        C, A, D = self.arch.n_embd, self.arch.dim_att, dict(self.arch.ranks)
+        C, A, D = self.arch.n_embd, self.arch.dim_att, self.arch.ranks
         mix = {f"time_maa_{i}": (1, 1, C) for i in "xwkvrg"}
         mix |= {"time_maa_w1": (C, 5 * D["mix"]), "time_maa_w2": (5, D["mix"], C)}
         decay = {"time_decay": (1, 1, A), "time_decay_w1": (C, D["decay"]), "time_decay_w2": (D["decay"], A)}
@@ -872,7 +861,6 @@ class TimeMix_x060(TimeMix_x052):
     def decay(self, x_w: Tensor) -> Tensor:
         return self.heads(self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2)
 
-    @torch.no_grad()
     def initialise(self) -> None:
         super().initialise()
         for i, m in self.new_mix().items():
@@ -894,14 +882,12 @@ class TimeMix_x070(TimeMix):
         return {m: max(32, 32 * round(f * math.sqrt(C) / 32)) for m, f in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        C, D = self.arch.n_embd, dict(self.arch.ranks)
-        mix = {f"x_{i}": (1, 1, C) for i in "rwkvag"}
+        C, D = self.arch.n_embd, self.arch.ranks
+        shapes = {f"x_{i}": (1, 1, C) for i in "rwkvag"}
         # The first layer's value is v_first itself: it has nothing to mix with, and v0 v1 v2 there would never be used.
-        low_rank = {m: D[m] for m in "wavg" if m != "v" or self.layer > 0}
-        factors = {}
-        for m, rank in low_rank.items():
-            factors |= {f"{m}1": (C, rank), f"{m}2": (rank, C)} | ({f"{m}0": (1, 1, C)} if m != "g" else {})
-        return mix | factors | {"k_k": (1, 1, C), "k_a": (1, 1, C), "r_k": (self.arch.n_head, self.arch.head_size)}
+        for m in "wavg" if self.layer > 0 else "wag":
+            shapes |= {f"{m}1": (C, D[m]), f"{m}2": (D[m], C)} | ({f"{m}0": (1, 1, C)} if m != "g" else {})
+        return shapes | {"k_k": (1, 1, C), "k_a": (1, 1, C), "r_k": (self.arch.n_head, self.arch.head_size)}
 
     def project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor]:
         x_r, x_w, x_k, x_v, x_a, x_g = (
@@ -922,14 +908,12 @@ class TimeMix_x070(TimeMix):
     def bonus(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return (r * k * self.r_k).sum(-1, keepdim=True) * v                               # (B,T,H,N)
 
-    @torch.no_grad()
     def initialise(self) -> None:
-        """Since May 2025."""
-        arch, C = self.arch, self.arch.n_embd
-        rho, tau = arch.depth(self.layer)
+        """As RWKV-LM does since May 2025."""
+        C, N, (rho, tau) = self.arch.n_embd, self.arch.head_size, self.arch.depth(self.layer)
         c = torch.arange(C)
         linear, delta = c / (C - 1) - 0.5, c / C
-        z = (c % arch.head_size - (arch.head_size - 1) / 2) / ((arch.head_size - 1) / 2)
+        z = (c % N - (N - 1) / 2) / ((N - 1) / 2)
         zigzag = z * z.abs()
         for name, e in dict(x_r=0.2, x_w=0.9, x_k=0.7, x_v=0.7, x_a=0.9, x_g=0.2).items():
             self.get_parameter(name)[:] = 1 - delta ** (e * tau)
@@ -956,12 +940,11 @@ class ChannelMix(nn.Module):
         C, width = arch.n_embd, arch.dim_ffn
         parameters_of(self, {name: (1, 1, C) for name in self.mixes})
         for name in self.maps:
-            self.add_module(name, Linear(width if name == "value" else C, width if name == "key" else C))
+            self.add_module(name, Linear(width if name == "value" else C, width if name == "key" else C, bias=False))
 
     def recall(self, x_k: Tensor) -> Tensor:
         return self.value(torch.relu(self.key(x_k)) ** 2)                                 # (B,T,F) in between
 
-    @torch.no_grad()
     def initialise(self) -> None:
         delta, (_, tau) = torch.arange(self.arch.n_embd) / self.arch.n_embd, self.arch.depth(self.layer)
         for name in self.mixes:
@@ -1037,11 +1020,6 @@ class Block(nn.Module):
             self.att = TIME_MIX[arch.version](arch, layer, wkv)
         self.ffn = CHANNEL_MIX[arch.version](arch, layer)
 
-    def first_state(self, zeros: BlockState) -> BlockState:
-        """The state at the beginning of a text: zeros, or the memory that was learnt."""
-        S = self.att.time_state if hasattr(self, "att") else None
-        return zeros if S is None else replace(zeros, wkv=S.to(zeros.wkv).expand_as(zeros.wkv))
-
     def forward(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor, BlockState]:
         """x (B,T,C) -> x (B,T,C), v_first (B,T,A), the state after the last token."""
         h, S = self.ln1(x), state.wkv
@@ -1055,20 +1033,16 @@ class Block(nn.Module):
         return x, v_first, BlockState(h[:, -1].clone(), S, h2[:, -1].clone())  # (a view would keep all of h)
 
 
-# What --grad_cp keeps of a block for backward. First torch's policies, asked of every operation whether its result is
-# saved: what is made from codes (a quantised matrix) never is.
+# What --grad_cp keeps of a block for backward: first torch's policies, asked whether an operation's result is saved.
 
 
-def from_codes(op: Any) -> bool:
-    return op.name().startswith("pissa_rwkv::read")
+def policy(usual: CheckpointPolicy, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    """The usual answer; but what is made from codes, a quantised matrix, is never saved."""
+    return CheckpointPolicy.MUST_RECOMPUTE if op.name().startswith("pissa_rwkv::read") else usual
 
 
-def save_all(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_RECOMPUTE if from_codes(op) else CheckpointPolicy.PREFER_SAVE
-
-
-def save_nothing(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_RECOMPUTE if from_codes(op) else CheckpointPolicy.PREFER_RECOMPUTE
+save_all = partial(policy, CheckpointPolicy.PREFER_SAVE)
+save_nothing = partial(policy, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def save_products(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
@@ -1135,9 +1109,12 @@ class RWKV(nn.Module):
         return self.ln_out(x), after
 
     def first_states(self, B: int, like: Tensor) -> list[BlockState]:
-        """The states of B texts at their beginning."""
-        zeros = BlockState.zeros(self.arch, B, like)
-        return [block.first_state(zeros) for block in self.blocks]
+        """The states of B texts at their beginning: zeros, or the memory that was learnt."""
+        H, N, C = self.arch.n_head, self.arch.head_size, self.arch.n_embd
+        S = like.new_zeros(B, H, N, N, dtype=torch.promote_types(like.dtype, torch.float32))
+        zeros = BlockState(like.new_zeros(B, C), S, like.new_zeros(B, C))
+        learnt = [block.att.time_state if hasattr(block, "att") else None for block in self.blocks]
+        return [zeros if S_0 is None else replace(zeros, wkv=S_0.to(S).expand_as(S)) for S_0 in learnt]
 
     def votes(self, x: Tensor) -> Tensor:
         """head_qk: what each position adds to the logits of the tokens up to its own, (B,T,T); without it (B,T,0).
@@ -1160,8 +1137,8 @@ class RWKV(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        for mix in (m for m in self.modules() if isinstance(m, (TimeMix, ChannelMix))):
-            mix.initialise()
+            elif isinstance(module, (TimeMix, ChannelMix)):
+                module.initialise()
         self.emb.weight.uniform_(-1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, 0.5 * math.sqrt(max(V / C, 1)))
         if self.arch.head_qk:
@@ -1172,9 +1149,9 @@ class RWKV(nn.Module):
 
 NOT_OURS = {  # a key that ends so -> what the file is
     "att.time_first": "RWKV-4 or an early RWKV-5", "att.gate_w1": "x060a, an experiment",
-    "att.time_maa_rkvw_w1": "x060b or x060c, experiments", "ffn.s_emb.weight": "x070a (DeepEmbed)",
-    "qkv.q.weight": "x070b (with attention)", "pos_emb_x": "a model with --my_pos_emb", "tiny_q.weight": "a model with"
-    " --tiny_att_dim",
+    "att.time_maa_rkvw_w1": "x060b or x060c, experiments",
+    "ffn.s_emb.weight": "x070a (DeepEmbed)", "qkv.q.weight": "x070b (with attention)",
+    "pos_emb_x": "a model with --my_pos_emb", "tiny_q.weight": "a model with --tiny_att_dim",
     **dict.fromkeys((".lora_A", ".disha"), "a run's adapters, which --adapter_load takes, beside the base they are of"),
     "init_lora_A": "a run's init_pissa.pth, which --adapter_init takes", "master": "a run's resume.pth, for --resume",
 }
@@ -1205,14 +1182,13 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     V, C = tensors["emb.weight"].shape
     A, width = (tensors[f"{last}{part}.key.weight"].shape[0] for part in ("att", "ffn"))
     H, N = tensors[f"{last}att.{mix.per_head}"].shape
-    ranks = {"v": 32} if "v" in mix.low_rank else {}                  # one layer has no such map to read it from
-    ranks |= {m: tensors[factor].shape[-2] for m, factor in low_rank.items()}
     if A != H * N or not A:
         raise Fatal(f"--load_model {path}: its attention is {A} wide, but has {H} heads of {N}")
-    head_qk = len(tensors["head_q.weight"]) if "head_q.weight" in tensors else 0
-    pre_ffn = version in PRE_FFN and "blocks.0.ffnPre.key.weight" in tensors
-    time_state = f"{last}att.time_state" in tensors
-    return Arch(version, len(layers), C, A, width, N, V, tuple(sorted(ranks.items())), pre_ffn, head_qk, time_state)
+    ranks = {m: tensors[factor].shape[-2] for m, factor in low_rank.items()}
+    return Arch(version, len(layers), C, A, width, N, V, ranks,
+                pre_ffn=version in PRE_FFN and "blocks.0.ffnPre.key.weight" in tensors,
+                head_qk=len(tensors["head_q.weight"]) if "head_q.weight" in tensors else 0,
+                time_state=f"{last}att.time_state" in tensors)
 
 
 def new_arch(cfg: Config) -> Arch:
@@ -1227,13 +1203,13 @@ def new_arch(cfg: Config) -> Arch:
         raise Fatal(f"--pre_ffn 1: {version} has no such form; {' and '.join(PRE_FFN)} have")
     vocab_size = cfg.vocab_size or (65536 if cfg.tokenizer == "world" else 256)
     return Arch(version, cfg.n_layer or 12, C, C, cfg.dim_ffn or channel_mix.new_width(C), N, vocab_size,
-                tuple(sorted(time_mix.new_ranks(C).items())), cfg.pre_ffn, cfg.head_qk)
+                time_mix.new_ranks(C), cfg.pre_ffn, cfg.head_qk)
 
 
 def check_arch(cfg: Config, arch: Arch) -> None:
     """Refuses a flag that contradicts the file, and shows both."""
-    for name in ("version", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size", "vocab_size", "pre_ffn", "head_qk"):
-        flag, found = getattr(cfg, name), getattr(arch, name)
+    for name, found in vars(arch).items():
+        flag = getattr(cfg, name, None)                               # (ranks and time_state have none)
         if flag and flag != found:
             raise Fatal(f"--{name} {flag}: {cfg.load_model} has {name} {found}; leave the flag out")
 
@@ -1331,11 +1307,11 @@ def in_blocks(x: Tensor, size: int) -> Tensor:
     return (F.pad(flat, (0, -len(flat) % size)) if len(flat) % size else flat).view(-1, size)
 
 
-def in_slabs(out: Tensor, rows_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Fills `out` with rows_of(rows of the inputs), an eighth at a time: on the way there is never a second matrix."""
-    height = -(-len(out) // SLABS)
-    for rows in (slice(i, i + height) for i in range(0, len(out), height)):
-        out[rows] = rows_of(*(x[rows] for x in inputs))
+def in_slabs(width: int, dtype: torch.dtype, rows_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """rows_of(rows of the inputs), (rows,width), an eighth at a time: on the way there is never a second matrix."""
+    out = inputs[0].new_empty(len(inputs[0]), width, dtype=dtype)
+    for rows, *parts in zip(out.chunk(SLABS), *(x.chunk(SLABS) for x in inputs), strict=True):
+        rows.copy_(rows_of(*parts))
     return out
 
 
@@ -1372,14 +1348,14 @@ def hold_int8(W: Tensor, dtype: torch.dtype) -> Parts:
     def whole(w: Tensor, s: Tensor) -> Tensor:
         return (w / torch.where(s > 0, s.float(), 1)[:, None]).round_().clamp_(-127, 127)
 
-    codes = in_slabs(torch.empty_like(blocks, dtype=torch.int8), whole, blocks, scale)
+    codes = in_slabs(BLOCK, torch.int8, whole, blocks, scale)
     return {"codes": codes.view(-1)[:W.numel()], "scale": scale}
 
 
 def read_int8(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    codes, scale = in_blocks(parts["codes"], BLOCK), parts["scale"]
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    return in_slabs(out, lambda c, s: c * s.float()[:, None], codes, scale).view(-1)[:shape.numel()].view(shape)
+    codes = in_blocks(parts["codes"], BLOCK)                                              # (n/64,64)
+    W = in_slabs(BLOCK, dtype, lambda c, s: c * s.float()[:, None], codes, parts["scale"])
+    return W.view(-1)[:shape.numel()].view(shape)
 
 
 def hold_nf4(W: Tensor, dtype: torch.dtype) -> Parts:
@@ -1397,18 +1373,18 @@ def hold_nf4(W: Tensor, dtype: torch.dtype) -> Parts:
         code = nearest_level(w.float(), m, levels)
         return code[:, ::2] << 4 | code[:, 1::2]                                          # (n/64,32)
 
-    codes = in_slabs(torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=W.device), pairs, blocks, absmax)
+    codes = in_slabs(BLOCK // 2, torch.uint8, pairs, blocks, absmax)
     return {"codes": codes.view(-1)[:-(-W.numel() // 2)], "absmax": absmax}
 
 
 def read_nf4(parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     codes = in_blocks(parts["codes"], BLOCK // 2)                                         # (n/64,32)
-    out, (_, pairs) = torch.empty(len(codes), BLOCK, dtype=dtype, device=codes.device), nf4_levels(codes.device)
+    _, pairs = nf4_levels(codes.device)
 
     def weights(c: Tensor, m: Tensor) -> Tensor:
         return pairs.index_select(0, c.reshape(-1).int()).view(-1, BLOCK).mul_(m[:, None])
 
-    return in_slabs(out, weights, codes, parts["absmax"]).view(-1)[:shape.numel()].view(shape)
+    return in_slabs(BLOCK, dtype, weights, codes, parts["absmax"]).view(-1)[:shape.numel()].view(shape)
 
 
 def hold_nf4dq(W: Tensor, dtype: torch.dtype) -> Parts:
@@ -1535,7 +1511,6 @@ class Adapter(nn.Module):
     names: tuple[str, ...] = ()                                       # of its parameters
     taken: tuple[str, ...] = ()                                       # those whose start is taken out of W
     unsaid_scale: float | None = 1.0                                  # of delta; None: a file has to say it
-    high_lr = math.inf
     dropout = 0.0
 
     def __init__(self, cfg: Config, frozen: FrozenLinear, **trained: Tensor):
@@ -1547,8 +1522,8 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.frozen(x)
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
+    @staticmethod
+    def describe(cfg: Config) -> dict[str, Any]:
         """What a file of these says of itself, to be computed with again; --resume wants all of it again."""
         return {}
 
@@ -1590,10 +1565,6 @@ class LowRank(Adapter):
     names = ("lora_A", "lora_B")
     scale = 1.0
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
-        return {"rank": cfg.rank, "scale": cls.scale}
-
     @staticmethod
     def ranks(shape: torch.Size, cfg: Config) -> Sequence[int]:
         return range(1, min(shape) + 1)
@@ -1604,9 +1575,8 @@ class LowRank(Adapter):
 
     @staticmethod
     def fits(shape: torch.Size, lora_A: Tensor, lora_B: Tensor) -> bool:
-        if lora_A.dim() != 2 or lora_B.dim() != 2 or not len(lora_A):
-            return False
-        return (lora_B.shape[0], lora_A.shape[1]) == shape and lora_A.shape[0] == lora_B.shape[1]
+        r = lora_A.shape[:1]
+        return lora_A.shape == (*r, shape[1]) and lora_B.shape == (shape[0], *r) and lora_A.numel() > 0
 
     @staticmethod
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
@@ -1614,8 +1584,7 @@ class LowRank(Adapter):
         return {"lora_A": A.to(W), "lora_B": W.new_zeros(W.shape[0], cfg.rank)}
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        y = F.linear(F.linear(h, self.lora_A), self.lora_B)
+        y = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
         return self.frozen(x) + (y if self.scale == 1 else self.scale * y)
 
     @staticmethod
@@ -1632,9 +1601,9 @@ class LoRALinear(LowRank):
         super().__init__(cfg, frozen, **trained)
         self.scale, self.dropout = cfg.lora_alpha / cfg.rank, cfg.lora_dropout
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
-        return super().describe(cfg) | {"scale": cfg.lora_alpha / cfg.rank}
+    @staticmethod
+    def describe(cfg: Config) -> dict[str, Any]:
+        return {"rank": cfg.rank, "scale": cfg.lora_alpha / cfg.rank}
 
 
 class PiSSALinear(LowRank):
@@ -1646,12 +1615,11 @@ class PiSSALinear(LowRank):
     """
 
     taken = ("lora_A", "lora_B")
-    high_lr = 1e-4                                                    # it moves the main directions of a matrix
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
-        return super().describe(cfg) | {"svd_niter": cfg.svd_niter, "qpissa_iters": cfg.qpissa_iters,
-                                        "seed": cfg.random_seed}
+    @staticmethod
+    def describe(cfg: Config) -> dict[str, Any]:
+        return {"rank": cfg.rank, "scale": 1.0, "svd_niter": cfg.svd_niter, "qpissa_iters": cfg.qpissa_iters,
+                "seed": cfg.random_seed}
 
     @staticmethod
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
@@ -1672,7 +1640,7 @@ class PiSSALinear(LowRank):
         if not taken:
             return W
         A0, B0 = taken["lora_A"].double(), taken["lora_B"]
-        return in_slabs(torch.empty_like(W), lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
+        return in_slabs(W.shape[1], W.dtype, lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
 
 
 BONE_MODES = ("bone", "bat")                                          # the forms that its update has
@@ -1692,15 +1660,14 @@ class BoneLinear(Adapter):
 
     names = ("disha",)
 
-    @classmethod
-    def describe(cls, cfg: Config) -> dict[str, Any]:
+    @staticmethod
+    def describe(cfg: Config) -> dict[str, Any]:
         return {"rank": cfg.rank, "mode": cfg.bone_mode}
 
     @staticmethod
     def ranks(shape: torch.Size, cfg: Config) -> Sequence[int]:
-        common = math.gcd(*shape)
-        fitting = {"bone": range(1, shape[1] + 1), "bat": [r for r in range(1, common + 1) if common % r == 0]}
-        return fitting[cfg.bone_mode]
+        fitting = range(1, shape[1] + 1)
+        return fitting if cfg.bone_mode == "bone" else [r for r in fitting if shape[0] % r == shape[1] % r == 0]
 
     @staticmethod
     def shapes(shape: torch.Size, cfg: Config) -> dict[str, tuple[int, ...]]:
@@ -1709,12 +1676,11 @@ class BoneLinear(Adapter):
 
     @staticmethod
     def fits(shape: torch.Size, disha: Tensor) -> bool:
-        if disha.dim() not in (2, 3) or 0 in disha.shape:
+        if disha.dim() < 2 or 0 in disha.shape:
             return False
-        if disha.dim() == 2:
-            return disha.shape[1] == shape[0]
-        pieces, r = disha.shape[:2]
-        return disha.shape == (shape[1] // r, r, r) and pieces * r == shape[1] and shape[0] % r == 0
+        r = disha.shape[-2]
+        bone, bat = (r, shape[0]), (shape[1] // r, r, r)
+        return disha.shape == bone or disha.shape == bat and shape[0] % r == shape[1] % r == 0
 
     @staticmethod
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
@@ -1747,6 +1713,7 @@ class Method(NamedTuple):
     state: bool = False                                               # blocks are given a time_state, and it is trained
     whole: bool = False                                               # its files are whole models
     low_lr: float = 0.0                                               # below this rate hardly anything is learnt
+    high_lr: float = math.inf                                         # a higher one is unusual: it moves the main part
 
     def is_own(self, name: str) -> bool:
         """Whether a parameter is the method's, and so trained whatever --train_parts says."""
@@ -1754,7 +1721,7 @@ class Method(NamedTuple):
 
 
 EVERYTHING = ""                                                       # a part that every name contains
-ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln")),
+ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln"), high_lr=1e-4),
            "lora": Method(LoRALinear, ("time", "ln")),
            "bone": Method(BoneLinear, ("time", "ln")),
            "state": Method(Adapter, (), state=True, low_lr=1e-3),
@@ -1776,15 +1743,6 @@ def adapted(model: RWKV) -> dict[str, Linear]:
     return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, Linear)}
 
 
-def with_time_state(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tuple[Arch, dict[str, Tensor]]:
-    """The model to be adapted and its tensors: the base's, and for state tuning zeros where it has no time_state."""
-    arch = replace(arch, time_state=arch.time_state or ADAPTER[cfg.peft].state)
-    layers = range(arch.pre_ffn, arch.n_layer) if ADAPTER[cfg.peft].state else ()
-    names = [f"blocks.{i}.att.time_state" for i in layers]
-    zeros = torch.zeros(arch.n_head, arch.head_size, arch.head_size)
-    return arch, tensors | {name: zeros for name in names if name not in tensors}
-
-
 def to_freeze(model: RWKV, cfg: Config) -> dict[str, Linear]:
     """The adapted matrices that are frozen: all of them, or none where everything is trained."""
     return {} if EVERYTHING in parts_of(cfg) else adapted(model)
@@ -1793,6 +1751,32 @@ def to_freeze(model: RWKV, cfg: Config) -> dict[str, Linear]:
 def left_in_file(model: RWKV, cfg: Config) -> set[str]:
     """The modules whose weights stay in the file at first and are fetched when they are needed."""
     return {*to_freeze(model, cfg)} | ({"emb"} if cfg.emb_on_cpu else set())
+
+
+def is_trained(name: str, cfg: Config) -> bool:
+    """Whether a parameter is: those of --train_parts are, and what is the method's own."""
+    return ADAPTER[cfg.peft].is_own(name) or any(part in name for part in parts_of(cfg))
+
+
+def freeze(model: RWKV, cfg: Config) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_trained(name, cfg))
+
+
+def with_time_state(arch: Arch, tensors: dict[str, Tensor], cfg: Config) -> tuple[Arch, dict[str, Tensor]]:
+    """The model to be adapted and its tensors: the base's, and for state tuning zeros where it has no time_state."""
+    if not ADAPTER[cfg.peft].state:
+        return arch, tensors
+    zeros = torch.zeros(arch.n_head, arch.head_size, arch.head_size)
+    states = {f"blocks.{i}.att.time_state": zeros for i in range(arch.pre_ffn, arch.n_layer)}
+    return replace(arch, time_state=True), states | tensors
+
+
+def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
+    fitting = ADAPTER[cfg.peft].layer.ranks(shape, cfg)
+    if cfg.rank not in fitting:
+        choice = f"from 1 to {fitting[-1]}" if isinstance(fitting, range) else f"of {', '.join(map(str, fitting))}"
+        raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; take a rank {choice}")
 
 
 def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str) -> Tensor:
@@ -1804,13 +1788,6 @@ def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: s
     return tensors[name]
 
 
-def from_file(
-    tensors: dict[str, Tensor], prefix: str, shapes: dict[str, tuple[int, ...]], W: Tensor, path: str
-) -> dict[str, Tensor]:
-    """What an adapter file has for W (out,in)."""
-    return {x: entry(tensors, prefix + x, shape, path).to(W) for x, shape in shapes.items()}
-
-
 class Start(NamedTuple):
     """For a matrix (out,in): what is taken out of it, and where training starts, both by the parameters' names."""
 
@@ -1819,9 +1796,8 @@ class Start(NamedTuple):
 
     def named(self, name: str) -> dict[str, Tensor]:
         """As init_pissa.pth has them: init_lora_A and B; start_lora_A and B where training starts elsewhere."""
-        start = {x: self.trained[x] for x in self.taken}
-        elsewhere = not all(torch.equal(t, start[x]) for x, t in self.taken.items())
-        sets = {"init": self.taken} | ({"start": start} if elsewhere else {})
+        elsewhere = not all(torch.equal(t, self.trained[x]) for x, t in self.taken.items())
+        sets = {"init": self.taken} | ({"start": self.trained} if elsewhere else {})
         return {f"{name}.{when}_{x}": t.cpu() for when, tensors in sets.items() for x, t in tensors.items()}
 
 
@@ -1847,45 +1823,10 @@ def new_start(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generator)
 
 def saved_start(W: Tensor, name: str, cfg: Config, init: dict[str, Tensor]) -> Start:
     """The start of an earlier run, from its init_pissa.pth."""
-    layer = ADAPTER[cfg.peft].layer
-    shapes = {x: shape for x, shape in layer.shapes(W.shape, cfg).items() if x in layer.taken}
-    taken = start = from_file(init, f"{name}.init_", shapes, W, cfg.adapter_init)
-    if any(f"{name}.start_{x}" in init for x in shapes):
-        start = from_file(init, f"{name}.start_", shapes, W, cfg.adapter_init)
+    taken = start = {x: init[f"{name}.init_{x}"].to(W) for x in ADAPTER[cfg.peft].layer.taken}
+    if any(f"{name}.start_{x}" in init for x in taken):
+        start = {x: entry(init, f"{name}.start_{x}", t.shape, cfg.adapter_init).to(W) for x, t in taken.items()}
     return Start(taken, start)
-
-
-def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: str) -> Tensor:
-    """(3) float64, squared Frobenius norms: of what the start is off W by, of what W itself would be off by if it were
-    held like the frozen part, and of W."""
-    frozen = adapter.frozen
-
-    def lost(held: Tensor) -> Tensor:
-        return in_slabs(torch.empty_like(W), torch.sub, W, held)
-
-    left = adapter.residual(lost(frozen.weight), start.trained).norm()
-    plain = lost(QUANT[quant].through(W, frozen.dtype)).norm()
-    if not (left + plain).isfinite():
-        raise Fatal(f"--quant {quant}: {name} reaches {W.abs().max():.1e}, too much for it in {frozen.dtype};"
-                    " take nf4 and --precision bf16")
-    return torch.stack([left, plain, W.norm()]).double().square()
-
-
-def is_trained(name: str, cfg: Config) -> bool:
-    """Whether a parameter is: those of --train_parts are, and what is the method's own."""
-    return ADAPTER[cfg.peft].is_own(name) or any(part in name for part in parts_of(cfg))
-
-
-def freeze(model: RWKV, cfg: Config) -> None:
-    for name, p in model.named_parameters():
-        p.requires_grad_(is_trained(name, cfg))
-
-
-def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
-    fitting = ADAPTER[cfg.peft].layer.ranks(shape, cfg)
-    if cfg.rank not in fitting:
-        choice = f"from 1 to {fitting[-1]}" if isinstance(fitting, range) else f"of {', '.join(map(str, fitting))}"
-        raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; take a rank {choice}")
 
 
 def in_memory(model: RWKV, name: str) -> Tensor:
@@ -1894,6 +1835,11 @@ def in_memory(model: RWKV, name: str) -> Tensor:
     W = weight.to(model.head.weight.device)                           # as it is in the file: 16 bits are sent, not 32
     # (A copy, where it is still the file's memory: something of it will be kept.)
     return W.to(torch.promote_types(W.dtype, torch.float32), copy=W is weight)
+
+
+def seeded(name: str, cfg: Config) -> torch.Generator:
+    digest = hashlib.sha256(f"{cfg.random_seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))  # (it takes seeds below 2^63)
 
 
 @torch.no_grad()
@@ -1905,18 +1851,15 @@ def starts(
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     for name in names:
         check_rank(name, model.get_submodule(name).weight.shape, cfg)
-    if init and layer.taken:
+    if init:
         yield from ((name, saved_start(in_memory(model, name), name, cfg, init)) for name in names)
         return
 
     def room(name: str) -> Start:
         W = model.get_submodule(name).weight
-        empty = {x: torch.empty(shape, dtype=torch.promote_types(W.dtype, torch.float32))
+        empty = {x: torch.empty(shape, dtype=torch.promote_types(W.dtype, torch.float32), device=device)
                  for x, shape in layer.shapes(W.shape, cfg).items()}
         return Start({x: empty[x].clone() for x in layer.taken}, empty)
-
-    def received(owner: int, part: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {x: ranks.copy_from(owner, t.to(device).contiguous()) for x, t in part.items()}
 
     for at in range(0, len(names), ranks.size):
         group, mine = names[at: at + ranks.size], None
@@ -1925,12 +1868,23 @@ def starts(
             mine = new_start(in_memory(model, name), dtype, cfg, seeded(name, cfg))
         for owner, name in enumerate(group):
             start = mine if owner == ranks.rank else room(name)
-            yield name, Start(received(owner, start.taken), received(owner, start.trained))
+            yield name, Start(*({x: ranks.copy_from(owner, t.contiguous()) for x, t in part.items()} for part in start))
 
 
-def seeded(name: str, cfg: Config) -> torch.Generator:
-    digest = hashlib.sha256(f"{cfg.random_seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))  # (it takes seeds below 2^63)
+def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: str) -> Tensor:
+    """(3) float64, squared Frobenius norms: of what the start is off W by, of what W itself would be off by if it were
+    held like the frozen part, and of W."""
+    frozen = adapter.frozen
+
+    def lost(held: Tensor) -> Tensor:
+        return in_slabs(W.shape[1], W.dtype, torch.sub, W, held)
+
+    left = adapter.residual(lost(frozen.weight), start.trained).norm()
+    plain = lost(QUANT[quant].through(W, frozen.dtype)).norm()
+    if not (left + plain).isfinite():
+        raise Fatal(f"--quant {quant}: {name} reaches {W.abs().max():.1e}, too much for it in {frozen.dtype};"
+                    " take nf4 and --precision bf16")
+    return torch.stack([left, plain, W.norm()]).double().square()
 
 
 @torch.no_grad()
@@ -1944,7 +1898,7 @@ def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[st
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     W = in_memory(model, name)
     frozen = FrozenLinear(layer.residual(W, start.taken), dtype, cfg.quant)
-    first = from_file(load, f"{name}.", layer.shapes(W.shape, cfg), W, cfg.adapter_load) if load else start.trained
+    first = {x: load[f"{name}.{x}"] for x in layer.names} if load else start.trained
     adapter = layer(cfg, frozen, **{x: t.to(device, dtype, copy=True) for x, t in first.items()})
     model.set_submodule(name, adapter)
     model.blocks[int(name.split(".")[1])].draws = adapter.dropout > 0
@@ -4396,9 +4350,9 @@ def hint_rate(cfg: Config, width: int) -> None:
     method = ADAPTER[cfg.peft]
     if cfg.lr_init < method.low_lr:
         say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
-    if cfg.lr_init > method.layer.high_lr and width >= 512:
+    if cfg.lr_init > method.high_lr and width >= 512:
         say(f"--lr_init {cfg.lr_init:g} is high for --peft {cfg.peft}, which moves the main directions of a matrix;"
-            f" {method.layer.high_lr:g} is usual")
+            f" {method.high_lr:g} is usual")
 
 
 # ----------------------------------------------------------------------------------- a step as one launch: --cuda_graph

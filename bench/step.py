@@ -134,7 +134,7 @@ def fla(arch: P.Arch) -> torch.nn.Module:
 
 def hf_sizes(arch: P.Arch) -> dict[str, int]:
     """What both packages call the sizes of an RWKV-7."""
-    low_rank = {f"{dict(w='decay', g='gate').get(m, m)}_low_rank_dim": rank for m, rank in arch.ranks}
+    low_rank = {f"{dict(w='decay', g='gate').get(m, m)}_low_rank_dim": rank for m, rank in arch.ranks.items()}
     return dict(vocab_size=arch.vocab_size, hidden_size=arch.n_embd, num_hidden_layers=arch.n_layer,
                 intermediate_size=arch.dim_ffn, head_dim=arch.head_size, **low_rank)
 

@@ -83,7 +83,7 @@ LEVER_CELLS = ("RWKV7-0.4B", "RWKV7-1.5B", "RWKV7-7.2B", "RWKV7-13.3B")
 
 def arch_of(name: str) -> P.Arch:
     m = MODELS[name]
-    return P.Arch(m.version, m.n_layer, m.n_embd, m.n_embd, m.dim_ffn, 64, 65536, tuple(sorted(m.ranks.items())))
+    return P.Arch(m.version, m.n_layer, m.n_embd, m.n_embd, m.dim_ffn, 64, 65536, m.ranks)
 
 
 def setting(quant: str, options: dict) -> P.Config:

@@ -15,6 +15,7 @@ from pissa_rwkv import (
     ZeroAdamW,
     add_adapters,
     build,
+    check_adapters,
     top_singular,
     train,
 )
@@ -26,8 +27,9 @@ MATRICES = [f"blocks.{i}.{m}" for i in range(2) for m in (
 
 def adapted_model(path, dtype=torch.float32, init=None, load=None, grad_cp="0", **options):
     """A model with adapters, and what was taken out of its matrices."""
-    model = load_model(path, dtype, grad_cp=grad_cp)
-    return model, add_adapters(model, Config(**dict(rank=4) | options), init or {}, load or {})
+    model, cfg = load_model(path, dtype, grad_cp=grad_cp), Config(**dict(rank=4) | options)
+    check_adapters(model, cfg, init or {}, load or {})
+    return model, add_adapters(model, cfg, init or {}, load or {})
 
 
 def loss_of(model):

@@ -373,7 +373,7 @@ def absent(*_):
 @pytest.fixture
 def small(monkeypatch):
     """A model of two layers under the name of one of the table."""
-    arch = step.P.Arch("x070", 2, 64, 64, 128, 64, 1024, tuple((m, 32) for m in "agvw"))
+    arch = step.P.Arch("x070", 2, 64, 64, 128, 64, 1024, dict.fromkeys("agvw", 32))
     monkeypatch.setattr(vram, "arch_of", lambda name: arch)
     monkeypatch.setattr(step, "RANK", 8)
     monkeypatch.setitem(step.PROFILED, "cpu", 1)
