@@ -616,9 +616,9 @@ def which() -> str:
     versions = list(P.TIME_MIX)
     lines = [f"| op | {' | '.join(versions)} | needs | what it is |", "|---|---|---|---|---|---|"]
     for op, (needs, what) in OPS.items():
-        has = " | ".join("yes" if (version, op) in P.WKV else "" for version in versions)
+        has = " | ".join("yes" if op in P.WKV[version] else "" for version in versions)
         lines.append(f"| `{op}` | {has} | {needs} | {what} |")
-    assert {op for _, op in P.WKV} == OPS.keys()
+    assert set().union(*P.WKV.values()) == OPS.keys()
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def loaded(cfg, tensors, arch, dtype):
     (dict(micro_bsz=4, accumulate_grad_batches=2, train_parts=()), torch.bfloat16)], ids=str)
 def test_prediction_is_what_the_allocator_saw(options, dtype, tmp_path, monkeypatch):
     """Real tensors, through the same functions: held, at the peak of loading, and at the peak of a step."""
-    monkeypatch.setitem(P.WKV, ("x070", "torch"), lambda: plain)
+    monkeypatch.setitem(P.WKV["x070"], "torch", lambda: plain)
     path = random_model(tmp_path / "base.pth", n_layer=3, n_embd=192, vocab_size=2048, dtype=torch.bfloat16)
     cfg = P.Config(**dict(load_model=str(path), op="torch", ctx_len=64, micro_bsz=2, rank=8) | options)
     tensors = P.read_pth(path, "")                                    # (memory-mapped: not the allocator's)
