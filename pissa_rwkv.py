@@ -576,6 +576,9 @@ class Ranks:
 class Unheard(Ranks):
     """One of several ranks that sends nothing and leaves tensors as they are: to count bytes, not values."""
 
+    def each(self, question: str, own: str) -> list[str]:
+        return [own]
+
     def call(self, collective: Callable, *inputs: Any) -> Any:
         return self                                                   # as an asynchronous collective: with a `wait`
 
@@ -3319,7 +3322,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
             os.fsync(file.fileno())
         for age in reversed(range(keep - 1)):
             if aged(path, age).exists():
-                make_older(aged(path, age), aged(path, age + 1))
+                os.replace(aged(path, age), aged(path, age + 1))
         os.replace(part, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -3333,20 +3336,6 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
                  errno.EFBIG: "the file exceeds the size limit set here"}
         why = known.get(getattr(cause, "errno", None), first_line(cause))
         raise Fatal(f"cannot write {path}: {why}; an earlier {path.name} is left as it was") from None
-
-
-def make_older(path: Path, older: Path) -> None:
-    """Gives a file the name `older` besides its own, so that there is always a file called `path`; where the disk knows
-    no second names, renames it."""
-    if older.exists() and older.samefile(path):                       # (killed after this, before `path` was renewed)
-        return
-    link = older.with_name(f".{older.name}.{os.getpid()}.link")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:
-        link = path
-    os.replace(link, older)
 
 
 def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None, keep: int = 1) -> None:
@@ -3557,9 +3546,8 @@ class Run(Plan):
 
 
 def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
-    """Reads and checks what a run needs before any weight is loaded, but for adapters and resume.pth, cheap things
-    first; joins the other processes, and opens proj_dir. Returns also the base's tensors, in their file; none of a new
-    model."""
+    """Reads and checks what a new run needs, cheap things first; joins the other processes, and opens proj_dir. Returns
+    also the base's tensors, in their file; none of a new model."""
     cfg = from_whole_model(with_init(cfg))
     check(cfg)
     ranks, device, dtype = setup(cfg)
@@ -3590,21 +3578,44 @@ def build(cfg: Config) -> Run:
     """A run at its first step, or where it stopped."""
     plan, tensors = prepare(cfg)
     cfg, ranks, device = plan.cfg, plan.ranks, plan.device
+    earlier = read_earlier(plan)
     model = load_model(cfg, plan.arch, tensors, device, plan.dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
-    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (plan.folder, {}, {})
-    plan.about, exact = adapt(model, plan, bool(state))
+    plan.about = adapt(model, plan, earlier)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    optimiser = ZeroAdamW(trained, cfg, exact, ranks, STAGE[cfg.strategy])
+    optimiser = ZeroAdamW(trained, cfg, earlier.load, ranks, STAGE[cfg.strategy])
     model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
     loss_scale = 2.0**16 if plan.dtype == torch.float16 else 1.0      # (torch's first)
     run = Run(**vars(plan), model=model, optimiser=optimiser, step=plan.first_step, loss_scale=loss_scale,
               scaled_at=plan.first_step)
     if cfg.cuda_graph:
         run.add_gradient = graphs(model, cfg, device, ranks)
-    if state:
-        restore(run, path, state, described)
+    if earlier.state:
+        restore(run, earlier)
     return run
+
+
+class Earlier(NamedTuple):
+    """What a run begins with, or goes on from: the files of earlier ones. {}: there is none."""
+
+    cfg: Config                                                       # names the files of the adapters
+    init: dict[str, Tensor]                                           # init_pissa.pth
+    load: dict[str, Tensor]                                           # rwkv-<N>.pth
+    path: Path                                                        # resume.pth, or an older one
+    state: dict[str, Tensor]                                          # what is in it
+    described: dict[str, Any]                                         # and what it says of itself
+
+
+def read_earlier(plan: Plan) -> Earlier:
+    """Reads these files, and refuses what does not fit: all before any weight is loaded."""
+    cfg, ranks = plan.cfg, plan.ranks
+    path, state, described = newest_of_all(cfg, ranks) if cfg.resume else (plan.folder, {}, {})
+    cfg = begun_from(cfg, bool(state))
+    init, load = read_adapters(cfg, plan.about)
+    ranks.agree("adapters", {"adapter_load": fingerprint(load), "adapter_init": fingerprint(init)},
+                "give every rank the same files")
+    check_adapters(without_values(plan.arch), cfg, init, load)
+    return Earlier(cfg, init, load, path, state, described)
 
 
 def with_init(cfg: Config) -> Config:
@@ -3690,21 +3701,17 @@ def first_loss(model: RWKV, loader: Loader) -> float:
     return sum(loss.item() for loss in batch_losses(model.eval(), batch, max(1, len(batch.learnt)), loader.cfg))
 
 
-def adapt(model: RWKV, plan: Plan, resumed: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def adapt(model: RWKV, plan: Plan, earlier: Earlier) -> dict[str, Any]:
     """Freezes what is not trained, puts new adapters or an earlier run's on it, and writes init_pissa.pth. Returns what
-    describes the run's files, and what the earlier run's file holds.
+    describes the run's files.
 
     Prints the loss of one batch with and without them: a new start computes what the base does, but for quantisation.
     """
-    cfg, ranks, about = begun_from(plan.cfg, resumed), plan.ranks, plan.describe()
-    init, load = read_adapters(cfg, plan.about)
-    compares = not load and not resumed and to_freeze(model, cfg)
-    ranks.agree("adapters", {"adapter_load": fingerprint(load), "adapter_init": fingerprint(init)},
-                "give every rank the same files")
-    check_adapters(model, cfg, init, load)
+    cfg, ranks, about = earlier.cfg, plan.ranks, plan.describe()
+    compares = not earlier.load and not earlier.state and to_freeze(model, cfg)
     before = first_loss(model, plan.loader) if compares else 0.0
-    take_parts(model, load)
-    taken = add_adapters(model, cfg, init, load, ranks)
+    take_parts(model, earlier.load)
+    taken = add_adapters(model, cfg, earlier.init, earlier.load, ranks)
     if compares:
         say(f"loss of the first batch: base {before:.6f}, with adapters {first_loss(model, plan.loader):.6f}")
     if taken:
@@ -3715,7 +3722,7 @@ def adapt(model: RWKV, plan: Plan, resumed: bool) -> tuple[dict[str, Any], dict[
                 raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
                             " another one; name another --proj_dir")
             save(own, taken, about)
-    return about, load
+    return about
 
 
 def begun_from(cfg: Config, resumed: bool) -> Config:
@@ -3923,7 +3930,7 @@ def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
 OPENED_BY = ".opened_by"                                              # in proj_dir: who opened it last, an agent a line
 
 # What `write_whole` leaves where a run is killed in it.
-LEFTOVER = re.compile(r"\.(probe|\.opened_by|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.(part|link)")
+LEFTOVER = re.compile(r"\.(probe|\.opened_by|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.part")
 
 
 def open_folder(cfg: Config, ranks: Ranks) -> Config:
@@ -4032,8 +4039,9 @@ def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], d
     return path, state, described
 
 
-def restore(run: Run, path: Path, state: dict[str, Tensor], described: dict[str, Any]) -> None:
+def restore(run: Run, earlier: Earlier) -> None:
     """Sets a run to where resume.pth was written."""
+    path, state, described = earlier.path, earlier.state, earlier.described
     compare(path, described, run.about | {"trained": run.optimiser.layout()})
     shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
     whole = shapes.items() <= {name: t.shape for name, t in state.items()}.items() and 0 <= state["t"] < 2**31
@@ -4549,8 +4557,8 @@ def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
     about = {"version": arch.version, "base": fingerprint(tensors)}
     init, load = read_adapters(cfg, about)
     arch, tensors = with_time_state(arch, tensors, cfg)
+    check_adapters(without_values(arch), cfg, init, load)
     model = load_model(cfg, arch, tensors, device, dtype)
-    check_adapters(model, cfg, init, load)
     take_parts(model, load)
     add_adapters(model, cfg, init, load, ranks)
     return model.eval(), tokenizer
@@ -4776,12 +4784,11 @@ def dry_run(plan: Plan) -> None:
     """Says what a run would train, for how long and in how many bytes, from shapes alone: no weight is loaded. Refuses
     adapters and a resume.pth that the run would refuse."""
     cfg, ranks, device, GB = plan.cfg, plan.ranks, plan.device, 1e9
-    path, state, described = newest(cfg) if cfg.resume else (Path(), {}, {})
-    begun = begun_from(cfg, bool(state))
-    check_adapters(without_values(plan.arch), begun, *read_adapters(begun, plan.about))
+    earlier = read_earlier(plan)
+    described = earlier.described
     rehearsal = Rehearsal(cfg, plan.arch, device, plan.dtype, ranks)
-    compare(path, described, plan.describe() | {"trained": rehearsal.run.optimiser.layout()})
-    first = described["step"] * plan.epoch_steps // described["epoch_steps"] if state else plan.first_step
+    compare(earlier.path, described, plan.describe() | {"trained": rehearsal.run.optimiser.layout()})
+    first = described["step"] * plan.epoch_steps // described["epoch_steps"] if described else plan.first_step
     learning = {name: p.numel() for name, p in rehearsal.run.optimiser.named}
     adapters = sum(n for name, n in learning.items() if ADAPTER[cfg.peft].is_own(name))
     learnt, parts = sum(learning.values()), " ".join(parts_of(cfg)) or "the model"

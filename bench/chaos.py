@@ -36,7 +36,7 @@ VERDICTS = ("PASS", "HARD_FAIL", "SILENT_DIVERGENCE", "LOST_WORK")
 def events(point: Path) -> list[tuple[str, str]]:
     """What rank 0 did to files: how, and the file's name without the number of the process that is part of it."""
     lines = (line.split("\t") for line in (point / "events.log.rank0").read_text().splitlines())
-    return [(kind, re.sub(r"\.\d+\.(part|link)$", r".\1", name)) for _, kind, name, _ in lines]
+    return [(kind, re.sub(r"\.\d+\.part$", ".part", name)) for _, kind, name, _ in lines]
 
 
 def weights(point: Path) -> dict[str, str]:
