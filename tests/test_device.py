@@ -43,7 +43,7 @@ RUNS = {  # commands that follow each other in one folder, for the base that the
 }
 PLANTED = {  # what is wrong -> what stands in the module, what is put there, and the commands that show it
     "a sum on the host": ("loss = torch.zeros((), dtype=dtype, device=x.device)", "loss = torch.zeros(())", [""]),
-    "codes on the host": ("uint8, device=W.device), pairs", "uint8), pairs", ["--quant nf4"]),
+    "codes on the host": ("uint8, pairs, blocks, absmax)", "uint8, pairs, blocks, absmax).cpu()", ["--quant nf4"]),
     "targets on the host": ("x in self))", "x in self[:2]), self.targets)", [""]),
     "a loss read twice": ("loss += share.detach()", "loss += share.item()", [""]),
     "tokens fetched back": ("tokens if model.emb.weight.is_cpu else chunk.", "chunk.", ["--emb_on_cpu"]),
