@@ -1587,7 +1587,8 @@ class LowRank(Adapter):
         return {"lora_A": A.to(W), "lora_B": W.new_zeros(W.shape[0], cfg.rank)}
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_A), self.lora_B)
+        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        y = F.linear(F.linear(h, self.lora_A), self.lora_B)
         return self.frozen(x) + (y if self.scale == 1 else self.scale * y)
 
     @staticmethod
@@ -3312,7 +3313,8 @@ def aged(path: Path, age: int) -> Path:
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) -> None:
     """`write(file)` into a neighbour of `path`, flush to disk, rename: readers see the old file or the new one.
 
-    keep: so many versions stay, the new one included; the older ones are called path.1, path.2 and so on.
+    keep: so many versions stay, the new one included; the older are renamed to path.1, path.2 and so on, and for a
+    moment there is no `path`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -3467,13 +3469,14 @@ def merge_files(
         raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
     # (RWKV-PEFT, which describes nothing, computes in bf16.)
     held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
+    try:
+        merged = merge(tensors, taken, trained, method, scale, held)
+    except Fatal as e:
+        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
     if method.state:
         say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there its"
             f" state is a list, for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
-    try:
-        return merge(tensors, taken, trained, method, scale, held)
-    except Fatal as e:
-        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
+    return merged
 
 
 # ======================================================================================================================

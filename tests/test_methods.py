@@ -323,12 +323,13 @@ def test_a_base_that_has_states_starts_from_them_and_gives_them_back(place, tmp_
     (lambda t: t | {STATES[0]: torch.zeros(2, 64, 64)}, "time_state is [2, 64, 64]|64 wide"),
     (lambda t: t | {"blocks.2.att.time_state": torch.zeros(1, 64, 64)}, "holds blocks.2.att.time_state"),
 ])
-def test_states_that_do_not_fit_are_not_merged(spoil, words, tmp_path):
+def test_states_that_do_not_fit_are_not_merged(spoil, words, tmp_path, capsys):
     base = random_model(tmp_path / "base.pth")
     torch.save(spoil({n: torch.ones(1, 64, 64) for n in STATES}), tmp_path / "state.pth")
     with pytest.raises(P.Fatal) as error:
         P.merge_files("state", str(base), "", str(tmp_path / "state.pth"))
     assert all(word in str(error.value) for word in words.split("|"))
+    assert "the official `rwkv` package" not in capsys.readouterr().out  # of a file that is not made
 
 
 # --------------------------------------------------------------------------------------------------- RWKV-PEFT's files
