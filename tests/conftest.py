@@ -42,7 +42,6 @@ def pytest_configure(config):
     """Only `-m gpu` sees a GPU: all other tests say what happens on a CPU, also where there is one."""
     if config.option.markexpr.strip() != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA reads it when it is first asked for
-    config.option.loadscopereorder = False  # xdist would take the files of many tests first; the longest test is alone
 
 
 RANKS = dict(w=8, a=12, v=16, g=20)  # all different, so that a mix-up is an error of shapes
