@@ -4491,6 +4491,8 @@ def tokens_of(
         if model.arch.head_qk and past.seen:
             x, read = (torch.cat(both, 1) for both in zip(past.seen, (x, read), strict=True))
         p = model.next_logits(x, read)[0].float().softmax(-1).cpu()                       # (V)
+        if p.isnan().any():
+            raise Fatal("the model computes NaN, no probabilities; fp16 ends at 65504: take --precision bf16 or fp32")
         p, order = p.sort(descending=True)
         p[1:][p.cumsum(0)[:-1] >= top_p] = 0                                              # the likeliest, up to top_p
         new = order[torch.multinomial((p / p[0]) ** (1 / temperature), 1, generator=draw)].item()

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import token_by_token
 import torch
-from conftest import load_model, logits_of, random_model
+from conftest import load_model, logits_of, random_model, random_tensors
 
 import pissa_rwkv as P
 
@@ -277,6 +277,15 @@ def test_what_contradicts_the_adapters_is_refused(kind, words, place, capsys):
     argv = ["--load_model", f"{place}/m.pth", "--adapter_load", f"{place}/{kind}/rwkv-0.pth", "--chat", "--op", "torch"]
     assert P.main([*argv, *shlex.split(words)]) == 2
     assert f"{kind}/rwkv-0.pth was made with " in (said := capsys.readouterr().err) and "leave the flag out" in said
+
+
+def test_a_model_that_computes_nan(tmp_path, monkeypatch, capsys):
+    """Its numbers are finite, and what it makes of them is not."""
+    tensors = random_tensors(vocab_size=128)
+    P.save(tmp_path / "m.pth", tensors | {"head.weight": tensors["head.weight"] * 1e38})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
+    assert P.main(["--load_model", f"{tmp_path}/m.pth", "--chat", "--op", "torch", "--precision", "fp32"]) == 0
+    assert "the model computes NaN, no probabilities" in capsys.readouterr().out
 
 
 def test_bytes_that_are_no_text(place, monkeypatch, capsys):
