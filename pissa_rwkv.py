@@ -193,7 +193,7 @@ class Config:
     data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img, dummy; default: by its name")
     sft_fields: tuple = opt(("question", "answer"), "sft: question and answer, or one, a list of messages", "sft_field")
     img_side: int = opt(64, "wds_img: pixels a side of an image, cut square", "my_img_size", within="[1,1e6]")
-    tokenizer: str = opt("", "world or byte; default: world where the vocabulary has 65536 tokens")
+    tokenizer: str = opt("", "world or byte; default: world for a vocabulary of 65536 tokens, byte for up to 512")
     vocab_file: str = opt("", "the World vocabulary; default: found in the `rwkv` package")
     dataload: str = opt("", "sampler: pad, only or get; default: pad, and get where the corpus is one long document")
     loss_mask: str = opt("", "tokens learnt: pad (all), qa (the assistant's) or se; default: pad, and qa for sft")
@@ -2024,7 +2024,12 @@ TOKENIZER: dict[str, Callable[[Config, int], ByteTokenizer]] = {
 
 
 def load_tokenizer(cfg: Config, vocab_size: int) -> ByteTokenizer:
-    name = cfg.tokenizer or ("world" if vocab_size == 65536 else "byte")
+    """What --tokenizer names, or else the one that vocabularies of this size are made for."""
+    usual = "world" if vocab_size == 65536 else "byte" if vocab_size <= 512 else ""
+    if not (name := cfg.tokenizer or usual):
+        raise Fatal(f"--tokenizer is missing: a vocabulary of {vocab_size} tokens may be anyone's, and text cut up by"
+                    f" another tokenizer is noise to the model; give {' or '.join(TOKENIZER)}, or text that is tokens"
+                    f" already (--data_type {', '.join(OF_TOKENS)})")
     return pick(TOKENIZER, "--tokenizer", name)(cfg, vocab_size)
 
 
