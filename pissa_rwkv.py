@@ -1892,9 +1892,9 @@ def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: st
 
 
 @torch.no_grad()
-def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[str, Tensor]) -> Tensor:
+def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[str, Tensor]) -> Tensor | None:
     """Brings one matrix to the device, puts what is left of it, held as cfg.quant says, and its adapter in its place,
-    and lets it go. Returns `start_errors`.
+    and lets it go. Returns `start_errors` of a quantised one.
 
     The start is rounded to the compute dtype *before* it is taken out of W, so that the parts still sum to W. Only what
     is left is quantised.
@@ -1906,7 +1906,7 @@ def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[st
     adapter = layer(cfg, frozen, **{x: t.to(device, dtype, copy=True) for x, t in first.items()})
     model.set_submodule(name, adapter)
     model.blocks[int(name.split(".")[1])].draws = adapter.dropout > 0
-    return start_errors(name, W, adapter, start, cfg.quant)
+    return start_errors(name, W, adapter, start, cfg.quant) if QUANT[cfg.quant].lossy else None
 
 
 def add_adapters(
@@ -1921,15 +1921,16 @@ def add_adapters(
     names = list(to_freeze(model, cfg))
     for name, start in progress(starts(model, names, cfg, init, ranks), f"{cfg.peft}: start", len(names)):
         errors = add_adapter(model, name, start, cfg, load)
-        layer_type = name.split(".", 2)[2]                                                # att.key, ffn.value, ...
-        squares[layer_type] = squares.get(layer_type, 0) + errors.cpu()
+        if errors is not None:
+            layer_type = name.split(".", 2)[2]                                            # att.key, ffn.value, ...
+            squares[layer_type] = squares.get(layer_type, 0) + errors.cpu()
         taken |= start.named(name)
         if not all(t.any() for t in start.taken.values()):
             unsplit.append(name)
     if unsplit:
         say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
-    if QUANT[cfg.quant].lossy and shares:
+    if shares:
         say(f"{cfg.peft}, quant {cfg.quant}: what the start is off by, |W - W'| / |W| by type, in brackets if W itself"
             " were quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
