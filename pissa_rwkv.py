@@ -2564,6 +2564,11 @@ class Loader:
         self.pass_rows, self.span = pick(SAMPLER, "--dataload", self.sampler)(corpus, cfg, self.learnable)
         self.bsz = 1 if self.sampler == "only" else cfg.micro_bsz
 
+    @property
+    def one_pass(self) -> range:
+        """The micro-batches that have every row once."""
+        return range(-(-self.pass_rows // self.bsz))
+
     def learnt_of(self, document: int) -> np.ndarray:
         """Which tokens of a document are learnt: those with a byte in a span of the mask; all, where there is none."""
         tokens = self.corpus.part(document, document + 1).tokens.tolist()
@@ -3279,7 +3284,7 @@ def read_described(path: str | Path, what: str, checks: bool = True) -> tuple[di
 
 
 def a_number(*types: type, least: float = 0) -> Callable[[Any], bool]:
-    """Whether something is such a number."""
+    """A check whether something is a number of these types, from `least` on."""
     return lambda x: isinstance(x, types) and least <= x < 1e30
 
 
@@ -3896,7 +3901,7 @@ def evaluate(model: RWKV, loader: Loader, ranks: Ranks = ONE_RANK) -> float:
     """Mean loss over every learnt token of a corpus."""
     model.eval()
     total = learnt = 0
-    for i in progress(range(ranks.rank, -(-loader.pass_rows // loader.bsz), ranks.size), "validation"):
+    for i in progress(loader.one_pass[ranks.rank:: ranks.size], "validation"):
         batch = loader.batch(i, last=loader.pass_rows)
         total += sum(loss.double() for loss in batch_losses(model, batch, 1, loader.cfg))  # (read at the end, once)
         learnt += len(batch.learnt)
@@ -4853,7 +4858,7 @@ def graded(run: Run) -> tuple[float, float]:
     """Of what is held out: the loss, and the share of rows in which greedy decoding gives the learnt tokens, to the
     last one."""
     model, loader, right = run.model.eval(), run.held_out, 0
-    for i in range(-(-loader.pass_rows // loader.bsz)):
+    for i in loader.one_pass:
         batch = loader.batch(i, last=loader.pass_rows).to(run.device)
         x, _ = model(batch.inputs)                                                        # (B,T,C)
         missed = (x.flatten(0, 1)[batch.learnt] @ model.head.weight.T).argmax(-1) != batch.targets
