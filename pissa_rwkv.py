@@ -88,6 +88,7 @@ import time
 import warnings
 import weakref
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
@@ -3237,8 +3238,12 @@ def check_names(pickles: list[bytes]) -> None:
             raise pickle.UnpicklingError
 
 
-HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-                 torch.int8, torch.uint8, torch.bool)
+HELD_IN_FILES = {  # dtypes -> what a pickle calls the numbers of such a tensor
+    torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
 
 
 def oddity(held: Any) -> str:
@@ -3340,30 +3345,74 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        # torch.save wraps what the disk said; that is in the context of its own error.
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+    except OSError as error:
         free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
         known = {errno.ENOSPC: f"the disk is full ({free} MB free)", errno.EDQUOT: "the disk quota is used up",
                  errno.EFBIG: "the file exceeds the size limit set here"}
-        why = known.get(getattr(cause, "errno", None), first_line(cause))
+        why = known.get(error.errno, first_line(error))
         raise Fatal(f"cannot write {path}: {why}; an earlier {path.name} is left as it was") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None, keep: int = 1) -> None:
-    """A flat dict of tensors as a .pth; with `about`, described by it."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    for name, t in tensors.items():
-        if t.untyped_storage().nbytes() > t.nbytes:                   # a view: torch.save would write all of its buffer
-            tensors[name] = t.clone()
+class Stored(NamedTuple):
+    """The numbers of a tensor: the part data/<part> of a .pth."""
+
+    kind: type
+    part: str
+    count: int
+
+
+class TensorPickler(pickle.Pickler):
+    """Says of tensors on the meta device what torch.save says of others: the n-th has its numbers in data/n."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file, protocol=2)
+        self.number = itertools.count()
+
+    def reducer_override(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return NotImplemented
+        stored = Stored(HELD_IN_FILES[x.dtype], str(next(self.number)), x.numel())
+        return torch._utils._rebuild_tensor_v2, (stored, 0, tuple(x.shape), x.stride(), False, OrderedDict())
+
+    def persistent_id(self, x: Any) -> Any:
+        return ("storage", x.kind, x.part, "cpu", x.count) if isinstance(x, Stored) else None
+
+
+LARGE = 2**30                                                         # bytes: a part whose size a zip may write in 8
+
+
+def write_part(archive: zipfile.ZipFile, name: str, data: Any) -> None:
+    """One part of a .pth. It begins at a multiple of 64 bytes: a tensor is mapped as it lies in the file."""
+    part, large = zipfile.ZipInfo(f"archive/{name}"), memoryview(data).nbytes > LARGE     # (with no time of now)
+    header = 30 + len(part.filename) + 4 + 20 * large                 # and then padding
+    padding = -(archive.fp.tell() + header) % 64
+    part.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    with archive.open(part, "w", force_zip64=large) as file:
+        file.write(data)
+
+
+Named = dict[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def save(path: Path, tensors: Named, about: dict[str, Any] | None = None, keep: int = 1) -> None:
+    """Named tensors as a .pth; with `about`, described by it. The file is one of torch.save, but written a tensor at a
+    time: of those that are made as they are asked for no two are in memory."""
 
     def write(file: IO[bytes]) -> None:
-        torch.save(tensors, file)
-        if about is not None:
-            with zipfile.ZipFile(file, "a") as archive:
-                text = json.dumps(about | {"tensors": len(tensors)})
-                archive.writestr(zipfile.ZipInfo(DESCRIPTION), text)                      # (which has no time of now)
+        forms, pickled = {}, io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for number, (name, t) in enumerate(tensors.items() if isinstance(tensors, dict) else tensors):
+                t = t.detach().cpu().contiguous()
+                write_part(archive, f"data/{number}", t.reshape(-1).view(torch.uint8).numpy())
+                forms[name] = t.to("meta")
+            TensorPickler(pickled).dump(forms)
+            write_part(archive, "data.pkl", pickled.getvalue())
+            write_part(archive, "byteorder", sys.byteorder.encode())
+            write_part(archive, "version", b"3\n")
+            if about is not None:
+                write_part(archive, Path(DESCRIPTION).name, json.dumps(about | {"tensors": len(forms)}).encode())
 
     write_whole(path, write, keep)
 
@@ -3384,62 +3433,80 @@ def is_matrix(name: str, W: Tensor) -> bool:
 
 def merge(
     base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], method: Method, scale: float = 1.0,
-    held: Callable[[Tensor], Tensor] = lambda W: W,
-) -> dict[str, Tensor]:
+    held: Callable[[Tensor], Tensor] = lambda W: W, path: str = "",
+) -> Iterator[tuple[str, Tensor]]:
     """The full model: W' = held(residual of W) + delta in fp32, rounded once to W's dtype; for PiSSA, with q what
     quantising does, q(W - B0 A0) + B A. What else was trained takes the place of the base's.
 
-    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of a residual
-    what training multiplied with. Names, order, shapes and dtypes are the base's, by which other programs know a model;
-    a trained time_state is added to them.
+    `init` holds what was taken out of the matrices, `trained`, read from `path`, adapters and whole parameters; `held`
+    makes of a residual what training multiplied with. Names, order, shapes and dtypes are the base's, by which other
+    programs know a model; a trained time_state is added to them. All is looked at first, to see whether it fits; then
+    tensors are made one after the other, as they are asked for.
     """
-    unused, merged, layer = dict(trained), {}, method.layer
-    tensors = dict(with_states(base, trained)) if method.state else base
-    for name, W in progress(tensors.items(), "merging"):
-        module, new = name.removesuffix(".weight"), W
-        if name in unused:
-            new = unused.pop(name)
+    layer, tensors = method.layer, dict(with_states(base, trained, path)) if method.state else base
+    of_matrix = adapters_of(tensors, init, trained, layer, path)
+
+    def made(name: str, W: Tensor) -> Tensor:
+        if name not in of_matrix:
+            return trained.get(name, W)
+        own, taken = ({x: t.float() for x, t in part.items()} for part in of_matrix[name])
+        new = held(layer.residual(W.float(), taken)).float()
+        return new + layer.delta(new, scale, **own) if own else new
+
+    def as_in_base(name: str, W: Tensor) -> Tensor:
+        new = made(name, W).reshape(W.shape).to(W.dtype)
+        if name not in UNUSED and not new.isfinite().all():
+            raise Fatal(f"{path}: {name} would hold NaN or infinity, in {W.dtype}")
+        return new
+
+    return ((name, as_in_base(name, W)) for name, W in progress(tensors.items(), "merging"))
+
+
+def adapters_of(
+    tensors: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], layer: type[Adapter], path: str
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """For every matrix its adapter and what was taken out of it, {} where it has none. All that is in a checkpoint has
+    to have its place in the model."""
+    found, left = {}, dict(trained)
+    for name, W in tensors.items():
+        module = name.removesuffix(".weight")
+        if name in left:
+            if (t := left.pop(name)).numel() != W.numel():
+                raise Fatal(f"{path}: its {name} is {list(t.shape)}, that of the base {list(W.shape)}")
         elif is_matrix(name, W):
-            own = {x: unused.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in unused}
+            own = {x: left.pop(f"{module}.{x}") for x in layer.names if f"{module}.{x}" in left}
             if own:
-                check_fit(module, W.shape, own, layer)
-            taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float()
-                     for x in layer.taken if x in own}
-            new = held(layer.residual(W.float(), taken)).float()
-            new = new + layer.delta(new, scale, **own) if own else new
-        if new.numel() != W.numel():
-            raise Fatal(f"its {name} is {list(new.shape)}, that of the base {list(W.shape)}")
-        merged[name] = new.reshape(W.shape).to(W.dtype).contiguous()
-        if name not in UNUSED and not merged[name].isfinite().all():
-            raise Fatal(f"{name} would hold NaN or infinity, in {W.dtype}")
+                check_fit(module, W.shape, own, layer, path)
+            taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init") for x in layer.taken if x in own}
+            found[name] = own, taken
     if layer.names and not any(name.endswith(layer.names) for name in trained):
-        raise Fatal(f"it holds no adapters, whose names end in {' or '.join(layer.names)}")
-    if unused:
-        raise Fatal(f"it holds {some(unused)}, which the base lacks")
-    return merged
+        raise Fatal(f"{path}: it holds no adapters, whose names end in {' or '.join(layer.names)}")
+    if left:
+        raise Fatal(f"{path}: it holds {some(left)}, which the base lacks")
+    return found
 
 
-def with_states(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def with_states(base: dict[str, Tensor], trained: dict[str, Tensor], path: str) -> Iterator[tuple[str, Tensor]]:
     """The base's tensors; where a block has no time_state (H,N,N), the checkpoint's, before receptance (H N,C)."""
     for name, W in base.items():
         state = name.replace("att.receptance.weight", "att.time_state")
         if state not in base:
             if state not in trained:
-                raise Fatal(f"it lacks {state}")
+                raise Fatal(f"{path}: it lacks {state}")
             S = trained[state]
             if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(W):
-                raise Fatal(f"its {state} is {list(S.shape)}; the base's attention is {len(W)} wide")
+                raise Fatal(f"{path}: its {state} is {list(S.shape)}; the base's attention is {len(W)} wide")
             yield state, S.to(W.dtype)
         yield name, W
 
 
-def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
+def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter], path: str) -> None:
     """An adapter that a checkpoint has for a matrix (out,in) has to be whole, and of its size."""
     if missing := [f"{module}.{x}" for x in layer.names if x not in own]:
-        raise Fatal(f"it lacks {some(missing)}")
+        raise Fatal(f"{path}: it lacks {some(missing)}")
     if not layer.fits(shape, **own):
         found = ", ".join(f"{x} {list(t.shape)}" for x, t in own.items())
-        raise Fatal(f"its {found} does not fit {module}, which is {list(shape)} in the base")
+        raise Fatal(f"{path}: its {found} does not fit {module}, which is {list(shape)} in the base")
 
 
 def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, Tensor], path: str) -> float:
@@ -3459,7 +3526,7 @@ def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, T
 def merge_files(
     kind: str, base: str, init: str, checkpoint: str, alpha: float | None = None, quant: str = "",
     formats: dict[str, Quant] = QUANT,
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """`merge` of files, for the methods whose files are no whole models. Refuses a base that was not trained on.
 
     alpha is LoRA's, and quant, of formats, what the base was held as: both only where the checkpoint does not say.
@@ -3480,10 +3547,7 @@ def merge_files(
         raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
     # (RWKV-PEFT, which describes nothing, computes in bf16.)
     held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
-    try:
-        merged = merge(tensors, taken, trained, method, scale, held)
-    except Fatal as e:
-        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
+    merged = merge(tensors, taken, trained, method, scale, held, f"--lora_checkpoint {checkpoint}")
     if method.state:
         say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there its"
             f" state is a list, for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
@@ -3931,12 +3995,12 @@ def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
         say(f"merged: {merged}")
 
 
-def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole_model(run: Run, masters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The base with what was trained, as a model file."""
     cfg = run.cfg
     base = read_pth(cfg.load_model, "--load_model") if cfg.load_model else run.model.state_dict()
     held = QUANT[cfg.quant].merged_as(run.model.head.weight.dtype)
-    return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held)
+    return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held, "the trained model")
 
 
 # ----------------------------------------------------------------------------------------- going on where a run stopped
