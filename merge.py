@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         make(args)
         return 0
     except Exception as e:
-        if not (error := P.in_one_line(e, "merging takes about twice the model")):
+        if not (error := P.in_one_line(e, "a .pth takes a few matrices of it, a .st twice the model")):
             raise
         print(f"merge.py: error: {error}", file=sys.stderr)
         return 2

@@ -3403,10 +3403,11 @@ def save(path: Path, tensors: Named, about: dict[str, Any] | None = None, keep: 
     def write(file: IO[bytes]) -> None:
         forms, pickled = {}, io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
-            for number, (name, t) in enumerate(tensors.items() if isinstance(tensors, dict) else tensors):
+            for name, t in tensors.items() if isinstance(tensors, dict) else tensors:
                 t = t.detach().cpu().contiguous()
-                write_part(archive, f"data/{number}", t.reshape(-1).view(torch.uint8).numpy())
+                write_part(archive, f"data/{len(forms)}", t.reshape(-1).view(torch.uint8).numpy())
                 forms[name] = t.to("meta")
+                del t                                                 # before the next is made
             TensorPickler(pickled).dump(forms)
             write_part(archive, "data.pkl", pickled.getvalue())
             write_part(archive, "byteorder", sys.byteorder.encode())
