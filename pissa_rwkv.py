@@ -1,15 +1,15 @@
-"""pissa_rwkv: fine-tune RWKV-7, 6 and 5 with PiSSA. The whole of it, in one file to be read from top to bottom.
+"""pissa_rwkv: fine-tune RWKV-7, 6 and 5 with PiSSA, all in one file, to be read from top to bottom.
 
-A trained matrix W acts along some directions more than along others. PiSSA takes the strongest out, W = W_res + B A,
-trains A and B, and freezes the rest. The run starts exactly where the base model is; what is trained are one to three
-numbers in a hundred. In the end B A is added back, and the file is an ordinary model again.
+A trained matrix W acts more strongly along some directions than along others. PiSSA takes the strongest out,
+W = W_res + B A, trains A and B, and freezes the rest. A run starts exactly at the base model and trains one to three
+numbers in a hundred. At the end B A is added back, and the file is an ordinary model again.
 
     torchrun pissa_rwkv.py                                                       # a demonstration, 3 minutes on a CPU
     torchrun pissa_rwkv.py --load_model RWKV-x070.pth --data_file chats.jsonl    # your model, your data
     python merge.py --type pissa --base_model RWKV-x070.pth --lora_init out/init_pissa.pth \\
                     --lora_checkpoint out/rwkv-0.pth --output tuned.pth
 
-The file follows a run; a section uses only what stands above it:
+The file follows a run; a section uses only what is above it:
 
      1 configuration    the options, once: default, help; processes         Config, parse, Ranks
      2 the operator     the memory as a recurrence, two kinds of it         wkv7_ref, wkv6_ref
@@ -22,7 +22,7 @@ The file follows a run; a section uses only what stands above it:
      9 files            read and written safely; merging                    read_pth, save, merge
     10 training         the loop, resuming, talking, --dry_run, demo        build, train, generate, main
 
-Names. Parameters have the names they have in model files; locals have the papers' letters.
+Names. Parameters are named as in model files; locals use the papers' letters.
 
     code                    word                                shape           in the papers
     B T C V L               batch, time, width, vocabulary, layers
@@ -96,9 +96,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 if __name__ == "__main__":
-    # A thread that waits for others spins for some 10 us, then sleeps. (OpenMP's own measure is a hundred times
-    # that: with other programs beside it a step takes ten times as long. It reads this when torch is imported: for the
-    # command that pip installs, which imports this file, that is too late.)
+    # A waiting thread spins for some 10 us, then sleeps. (OpenMP's default is a hundred times that: with other programs
+    # running, a step takes ten times as long. It reads this when torch is imported: too late for the command that pip
+    # installs, which imports this file.)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -116,7 +116,7 @@ import wkv7_cuda
 from wkv7_cuda import dequant
 
 # ======================================================================================================================
-# 1. Configuration: every option stands once, with its default and its help. The parser, the checks, the checkpoint's
+# 1. Configuration: every option is defined once, with its default and help. The parser, the checks, the checkpoint's
 #    description and README's table of options are all made from this class.
 # ======================================================================================================================
 
@@ -124,19 +124,19 @@ __version__ = "0.1.0"
 
 
 class Fatal(Exception):
-    """Something the user can mend: one line that names the file or flag, what was found, and what to do."""
+    """Something the user can fix: one line that names the file or flag, what was found, and what to do."""
 
 
 def pick(table: dict[str, Any], flag: str, name: str) -> Any:
-    """The row `name` of a table, or an error that lists the rows there are."""
+    """The row `name` of a table, or an error that lists those it has."""
     if name not in table:
         names = [row for row in table if row]                         # ('' stands for the default)
-        raise Fatal(f"{flag} {name}: no such choice; there is {', '.join(map(repr, names))}{nearest(name, names)}")
+        raise Fatal(f"{flag} {name}: unknown; choose from {', '.join(map(repr, names))}{nearest(name, names)}")
     return table[name]
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean X?`, or nothing where no name is near."""
+    """`; did you mean X?`, or nothing if no name is close."""
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
@@ -152,30 +152,30 @@ def some(names: Iterable[str]) -> str:
 
 
 def refuse_device(path: str | Path, what: str) -> None:
-    """A pipe or a device would be read to an end that may never come."""
+    """Refuses a pipe or a device: reading one to its end may never finish."""
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
-        raise Fatal(f"{what} {path}: this is no ordinary file; write what it gives into one")
+        raise Fatal(f"{what} {path}: not a regular file; write its contents to one")
 
 
 def opt(default: Any, help: str, also: str = "", within: str = "[0,1e9]") -> Any:
-    """One option: its default, which also gives its type (0 a whole number, 0.0 any), its help, a second name, and the
-    interval that a number must lie in."""
+    """One option: its default, which also sets its type (0 an integer, 0.0 any number), its help, a second name, and
+    the interval that a number must be in."""
     return field(default=default, metadata={"help": help, "also": also, "within": within})
 
 
 def check_within(flag: str, x: float, interval: str) -> None:
-    """Refuses an x outside of an interval like [0,1), which has 0 and lacks 1. (NaN is in none.)"""
+    """Refuses an x outside an interval like [0,1), which includes 0 but not 1. (NaN is in none.)"""
     has_low, has_high = interval[0] == "[", interval[-1] == "]"
     low, high = interval[1:-1].split(",")
     if not (float(low) < x < float(high) or (has_low and x == float(low)) or (has_high and x == float(high))):
-        raise Fatal(f"{flag} {x}: a number {'from' if has_low else 'above'} {low} to {'below ' * (not has_high)}{high}"
-                    " is wanted")
+        raise Fatal(f"{flag} {x}: expected a number {'from' if has_low else 'above'} {low} to"
+                    f" {'below ' * (not has_high)}{high}")
 
 
 @dataclass
 class Config:
-    """What one run does. Where a help text names a default, that replaces the empty string or 0 written here: it comes
-    from the base file, the data or the machine."""
+    """What one run does. A default named in a help text replaces the empty string or 0 given here: it comes from the
+    base file, the data or the machine."""
 
     # the base model
     load_model: str = opt("", "base model, a .pth of RWKV-7, 6 or 5; without one, --peft none pretrains a new model")
@@ -184,34 +184,34 @@ class Config:
     n_embd: int = opt(0, "embedding width; default: the base file's (new models: 768)")
     dim_att: int = opt(0, "attention width; default: the base file's (new models: n_embd)")
     dim_ffn: int = opt(0, "width of the channel mixing; default: the base file's (new models: 4 or 3.5 n_embd)")
-    head_size: int = opt(0, "channels of a head; default: the base file's (new models: 64)", "head_size_a")
-    pre_ffn: bool = opt(False, "x052, x060: block 0 has a channel mixing for time mixing; default: the base file's")
+    head_size: int = opt(0, "channels per head; default: the base file's (new models: 64)", "head_size_a")
+    pre_ffn: bool = opt(False, "x052, x060: block 0 has channel mixing, not time mixing; default: the base file's")
     head_qk: int = opt(0, "width of a head that copies earlier tokens; default: the base file's")
-    vocab_size: int = opt(0, "vocabulary; default: the base file's (new: 65536 world, 256 byte, or the data's)")
+    vocab_size: int = opt(0, "vocabulary size; default: the base file's (new: 65536 world, 256 byte, or the data's)")
     # data
-    data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family, base or shift")
+    data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family: base or shift")
     data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img, dummy; default: by its name")
-    sft_fields: tuple = opt(("question", "answer"), "sft: question and answer, or one, a list of messages", "sft_field")
-    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square", "my_img_size", within="[1,1e6]")
+    sft_fields: tuple = opt(("question", "answer"), "sft: question and answer, or one with all messages", "sft_field")
+    img_side: int = opt(64, "wds_img: side of the square images, in pixels", "my_img_size", within="[1,1e6]")
     tokenizer: str = opt("", "world or byte; default: world where the vocabulary has 65536 tokens")
     vocab_file: str = opt("", "the World vocabulary; default: found in the `rwkv` package")
-    dataload: str = opt("", "sampler: pad, only or get; default: pad, and get where the corpus is one long document")
-    loss_mask: str = opt("", "tokens learnt: pad (all), qa (the assistant's) or se; default: pad, and qa for sft")
-    mask_id: str = opt("", 'se: JSON {"mask1": learn after this string, "mask0": and no more from this one on}')
+    dataload: str = opt("", "sampler: pad, only or get; default: pad; get if the corpus is one long document")
+    loss_mask: str = opt("", "tokens learnt: pad (all), qa (the assistant's) or se; default: pad; qa for sft")
+    mask_id: str = opt("", 'se: JSON {"mask1": learn what follows this string, "mask0": up to this one}')
     data_shuffle: bool = opt(True, "pad, only: a new order in every pass")
     val_file: str = opt("", "corpus held out for validation, of the type of data_file")
     val_split: float = opt(0.0, "share of the corpus held out for validation, taken from its end", within="[0,1)")
-    make_binidx: str = opt("", "only convert this .jsonl (of --data_type jsonl or sft) into binidx, then stop")
+    make_binidx: str = opt("", "only convert this .jsonl (--data_type jsonl or sft) to binidx, then stop")
     # the length of the run
-    ctx_len: int = opt(1024, "tokens of a training row", within="[1,1e6]")
-    train_type: str = opt("normal", "normal: a row at once; infctx: in chunks that pass on their state")
-    chunk_ctx: int = opt(0, "infctx: tokens of a chunk, which memory follows in place of ctx_len; default: 512")
-    chunk_grad: str = opt("truncated", "infctx: gradients reach back in the chunk (truncated) or over the row (full)")
-    micro_bsz: int = opt(4, "rows of a micro-batch", within="[1,1e6]")
-    accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step", within="[1,1e6]")
-    epoch_steps: int = opt(0, "optimiser steps of an epoch; default: one pass over the corpus")
-    epoch_count: int = opt(1, "epochs of this run", within="[1,1e6]")
-    epoch_begin: int = opt(0, "number of the first epoch; above 0 it goes on from rwkv-<N-1>.pth of proj_dir")
+    ctx_len: int = opt(1024, "tokens per training row", within="[1,1e6]")
+    train_type: str = opt("normal", "normal: whole rows at once; infctx: in chunks that pass on their state")
+    chunk_ctx: int = opt(0, "infctx: tokens per chunk; memory grows with these, not with ctx_len; default: 512")
+    chunk_grad: str = opt("truncated", "infctx: gradients reach back through the chunk (truncated) or the row (full)")
+    micro_bsz: int = opt(4, "rows per micro-batch", within="[1,1e6]")
+    accumulate_grad_batches: int = opt(1, "micro-batches per optimiser step", within="[1,1e6]")
+    epoch_steps: int = opt(0, "optimiser steps per epoch; default: one pass over the corpus")
+    epoch_count: int = opt(1, "epochs in this run", within="[1,1e6]")
+    epoch_begin: int = opt(0, "number of the first epoch; above 0 it continues from rwkv-<N-1>.pth in proj_dir")
     # the optimiser
     lr_init: float = opt(2e-5, "learning rate after warm-up")
     lr_final: float = opt(2e-5, "learning rate at the end")
@@ -221,52 +221,52 @@ class Config:
     beta1: float = opt(0.9, "Adam's decay of the first moment", within="[0,1)")
     beta2: float = opt(0.99, "Adam's decay of the second moment", within="[0,1)")
     adam_eps: float = opt(1e-8, "Adam's epsilon", within="(0,1e9]")
-    moments: str = opt("fp32", "how Adam's moments are held: fp32, or 8bit, which takes 6 bytes a number less")
+    moments: str = opt("fp32", "how Adam's moments are held: fp32, or 8bit, which saves 6 bytes a number")
     weight_decay: float = opt(0.0, "decoupled weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
-    layerwise_lr: bool = opt(True, "doubles the learning rate of the decay: w0, in x060 and x052 time_decay")
+    layerwise_lr: bool = opt(True, "double the learning rate of the decay: w0, or time_decay in x060 and x052")
     # adapters
     peft: str = opt("pissa", "what is trained: pissa, lora, bone (disha), state, or none (no adapters: everything)")
     rank: int = opt(32, "rank of the adapters")
-    svd_niter: int = opt(4, "PiSSA: power iterations of the fast SVD; 0 is the exact SVD")
+    svd_niter: int = opt(4, "PiSSA: power iterations of the fast SVD; 0: the exact SVD")
     lora_alpha: float = opt(32.0, "LoRA: its output is scaled by alpha / rank")
     lora_dropout: float = opt(0.0, "LoRA: dropout on its input", within="[0,1)")
-    bone_mode: str = opt("bone", "bone: bone, or bat, whose update is multiplied with the matrix")
+    bone_mode: str = opt("bone", "bone: bone, or bat, whose update is multiplied by the matrix")
     adapter_load: str = opt("", "start from these adapters, a rwkv-<N>.pth")
     adapter_init: str = opt("", "PiSSA: the init_pissa.pth that belongs to adapter_load")
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
-    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, ln, time (x070 has none); auto: time ln")
+    train_parts: tuple = opt(("auto",), "also train names with emb, head, ln or time (not in x070); auto: time ln")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
-    qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start; more lessen its error", within="[1,5]")
+    qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs for its start; more reduce its error", within="[1,5]")
     # the machine
     accelerator: str = opt("", "gpu or cpu; default: gpu where there is one")
-    devices: int = opt(0, "processes, a device each, that plain python starts; torchrun says so by --nproc_per_node")
-    strategy: str = opt("", "several share: zero1 (optimiser), zero2 (gradients too), ddp (nothing); default: zero1")
-    dist_timeout: float = opt(600.0, "seconds without an answer of a process that end the run; more than a save takes")
+    devices: int = opt(0, "processes, one device each, for plain python to start; torchrun has --nproc_per_node")
+    strategy: str = opt("", "sharded over ranks: zero1 (optimiser), zero2 (gradients too), ddp (none); default: zero1")
+    dist_timeout: float = opt(600.0, "seconds to wait for another process before giving up; longer than a save takes")
     precision: str = opt("", "bf16, fp16, fp32, tf32; default: bf16 on a GPU, fp16 before Ampere, fp32 on a CPU")
     op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk, torch; default: the fastest here")
-    grad_cp: str = opt("1", "kept for backward: 1 a block's input, products these too, 0 all; auto: most that fits")
-    compile: bool = opt(False, "torch.compile: faster steps, the first of which takes a minute longer")
-    cuda_graph: bool = opt(False, "on a GPU: forward and backward as one launch; rows are filled up to few lengths")
+    grad_cp: str = opt("1", "kept for backward: 1 block inputs, products these too, 0 all; auto: as much as fits")
+    compile: bool = opt(False, "torch.compile: faster steps, but the first takes a minute longer")
+    cuda_graph: bool = opt(False, "on a GPU: forward and backward as one launch; rows are padded to a few lengths")
     emb_on_cpu: bool = opt(False, "leave the embedding in its file and fetch the rows of each micro-batch")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data", within="[0,1e18]")
     # results
-    proj_dir: str = opt("out", "folder of the results")
-    epoch_save: int = opt(1, "save after this run's first epoch, every so many more, and the last", within="[1,1e6]")
-    save_steps: int = opt(0, "also write what --resume needs every so many steps")
-    keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", within="[1,999]")
-    resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
+    proj_dir: str = opt("out", "folder for the results")
+    epoch_save: int = opt(1, "save after this run's first epoch, every N after it, and the last", within="[1,1e6]")
+    save_steps: int = opt(0, "also write what --resume needs every N steps")
+    keep: int = opt(2, "how many of these files to keep; --resume uses the newest that is intact", within="[1,999]")
+    resume: bool = opt(False, "continue the run in proj_dir exactly where it stopped")
     auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch", "merge")
-    sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
-    sample_len: int = opt(100, "tokens of that sample, or of an answer of --chat, at most")
-    sample_top_p: float = opt(0.5, "nucleus of what is written; 0 takes the likeliest token always", within="[0,1]")
-    sample_temperature: float = opt(1.0, "of what is written: below 1 the likely comes oftener", within="(0,1e9]")
-    chat: bool = opt(False, "talk to load_model, or to it with adapter_load: a line is a question, /exit ends")
-    wandb: str = opt("", "project of Weights & Biases (`pip install wandb`) to log to; WANDB_MODE=offline: no network")
+    sample_prompt: str = opt("", "after every epoch, print how the model continues this text")
+    sample_len: int = opt(100, "most tokens in that sample, or in an answer of --chat")
+    sample_top_p: float = opt(0.5, "nucleus sampling; 0 always takes the likeliest token", within="[0,1]")
+    sample_temperature: float = opt(1.0, "of sampling; below 1 favours likely tokens", within="(0,1e9]")
+    chat: bool = opt(False, "talk to load_model, with adapter_load if given: a line is a question, /exit ends")
+    wandb: str = opt("", "Weights & Biases project to log to (`pip install wandb`); WANDB_MODE=offline: no network")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
-    vram_gb: float = opt(0.0, "dry_run, grad_cp auto: 10^9 bytes that may be filled; default: what is free on the GPU")
+    vram_gb: float = opt(0.0, "dry_run, grad_cp auto: memory to fill, in 10^9 bytes; default: what is free on the GPU")
 
 
 JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
@@ -277,18 +277,18 @@ JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
     "bone_config": {f"{prefix}{key}": name for prefix in ("bone_", "")
                     for key, name in {"load": "adapter_load", "r": "rank", "mode": "bone_mode"}.items()},
 }
-WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothing is lost
+WITHOUT_EFFECT = {  # RWKV-PEFT's flags that commands may still have -> why ignoring them loses nothing
     **dict.fromkeys("ds_bucket_mb num_nodes enable_progress_bar fp32_logits num_workers persistent_workers"
-                    " prefetch_factor fused_kernel".split(), "there is no such knob to turn"),
+                    " prefetch_factor fused_kernel".split(), "there is nothing to tune"),
     **dict.fromkeys("my_pile_version my_pile_stage my_pile_shift my_pile_edecay magic_prime my_exit my_exit_tokens"
                     " my_random_steps my_qa_mask my_sample_len".split(), "it belongs to pretraining on the Pile"),
     **dict.fromkeys("head_size_divisor my_ffn_shift my_att_shift my_pos_emb tiny_att_dim tiny_att_layer load_partial"
                     " dropout".split(), "no released model uses it"),
     "weight_decay_final": "weight decay is constant",
-    "l2warp_sparse": "logits are never all held",
+    "l2warp_sparse": "the logits are never all held at once",
     "avg_loss": "a step's loss is always the mean over its learnt tokens",
     **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
-    "sft_split": "all rows of --data_file are taken",
+    "sft_split": "all rows of --data_file are used",
 }
 
 
@@ -298,8 +298,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """The parser that Config describes. What a command line does not name is absent from its result: the defaults are
-    Config's. (Options are spelt out in full: torchrun takes abbreviations for its own.)"""
+    """The parser that Config describes. Its result has only what the command line names: the defaults are Config's.
+    (Options must be spelt out: torchrun takes abbreviations for its own.)"""
     p = Parser("torchrun pissa_rwkv.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                description="Without options it runs a demonstration.")
     a_switch = dict(type=switch, nargs="?", const=True)
@@ -317,14 +317,14 @@ def parser() -> Parser:
 
 
 def options_given(argv: list[str], peft: str) -> set[str]:
-    """The options that a command line names, also those inside the JSON of --pissa_config and its like."""
+    """The options that a command line names, including those in the JSON of --pissa_config and the like."""
     given, option = vars(parser().parse_known_args(argv)[0]), f"{peft}_config"
     keys = JSON_OPTIONS.get(option, {})
     return {*given, *(keys[key] for key in read_json(option, given.get(option, "")) if key in keys)}
 
 
 def is_text(x: Any) -> bool:
-    """Whether it is a string of whole characters. (A command line's other bytes come as lone surrogates.)"""
+    """Whether x is a string that UTF-8 can encode. (Undecodable bytes of a command line become lone surrogates.)"""
     try:
         return isinstance(x, str) and x.encode() is not None
     except UnicodeEncodeError:
@@ -335,12 +335,12 @@ def switch(text: str) -> bool:
     """0 or 1, as the tutorial writes its switches."""
     known = {"0": False, "1": True, "false": False, "true": True}
     if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is given to a switch, which takes 0 or 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or 1")
     return known[text.lower()]
 
 
 def parse(argv: list[str]) -> Config:
-    """The command line as a Config. Raises Fatal at an unknown flag, a wrong type, or JSON with a typo."""
+    """The command line as a Config. Raises Fatal on an unknown flag, a wrong type, or JSON with a typo."""
     named, unknown = parser().parse_known_args(argv)
     given = asdict(Config()) | vars(named)
     if unknown:
@@ -359,20 +359,20 @@ def parse(argv: list[str]) -> Config:
         if isinstance(f.default, tuple):
             given[f.name] = list_of(f.name, given[f.name])
         if isinstance(f.default, str) and not is_text(given[f.name]):
-            raise Fatal(f"--{f.name} {given[f.name]!r}: that is no UTF-8 text")
+            raise Fatal(f"--{f.name} {given[f.name]!r}: not valid UTF-8")
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name, None) is not None:
             say(f"--{name} has no effect here: {reason}")
     for option in JSON_OPTIONS:
         if option == f"{given['peft']}_config":
             given |= in_json(option, given)
-        elif read_json(option, given[option]):                        # (its load and r would be another method's)
+        elif read_json(option, given[option]):                        # (its load and r are for another method)
             say(f"--{option} has no effect with --peft {given['peft']}")
     return Config(**given)
 
 
 def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The options that are given inside another, with values of their types; what is null there stays as it was."""
+    """The options given inside another, with values of their types; null leaves one as it was."""
     keys, values = JSON_OPTIONS[option], {}
     for key, value in read_json(option, given[option]).items():
         if key not in keys:
@@ -385,37 +385,37 @@ def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(usual, str) and (isinstance(value, bool) or float(value) != typed):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            raise Fatal(f"--{option}: {key} is {value!r}; a value like {usual!r} is wanted") from None
+            raise Fatal(f"--{option}: {key} is {value!r}; expected a value like {usual!r}") from None
     return values
 
 
 def list_of(option: str, words: Sequence[str]) -> Sequence[str]:
-    """The words of an option. Scripts also write them as '["time", "ln"]'; without the outer quotes a shell takes some
-    of these away."""
+    """The words of an option. Scripts also write them as '["time", "ln"]'; without the outer quotes a shell strips some
+    of the inner ones."""
     text = " ".join(words)
     if text[:1] != "[":
         return words
     with contextlib.suppress(ValueError, RecursionError):
         return [str(word) for word in json.loads(text)]
     if text[-1] != "]":
-        raise Fatal(f"--{option} {text}: the list is not closed; write words, or a list in brackets")
+        raise Fatal(f"--{option} {text}: the list has no closing bracket; write words, or a list in brackets")
     return re.findall(r"""[^][,\s"']+""", text)
 
 
 def read_json(option: str, text: str) -> dict[str, Any]:
-    """The JSON object an option was given; an empty one for nothing."""
+    """The JSON object given to an option; an empty one if none was."""
     def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [key for i, (key, _) in enumerate(items) if key in dict(items[:i])]
         if twice:
-            raise Fatal(f"--{option}: {twice[0]!r} is there twice: {text}")
+            raise Fatal(f"--{option}: {twice[0]!r} appears twice: {text}")
         return dict(items)
 
     try:
         value = json.loads(text or "{}", object_pairs_hook=once)
-    except (ValueError, RecursionError) as e:                         # (also of 5000 digits, or brackets in brackets)
+    except (ValueError, RecursionError) as e:                         # (also of 5000 digits, or of deep nesting)
         raise Fatal(f"--{option}: not valid JSON ({first_line(e)}): {text[:200]}") from None
     if not isinstance(value, dict):
-        raise Fatal(f'--{option}: an object like {{"key": 1}} is wanted, this is {text}')
+        raise Fatal(f'--{option}: expected an object like {{"key": 1}}, not {text}')
     return value
 
 
@@ -428,29 +428,29 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """One line for the user, above a progress bar that may be running."""
+    """One line for the user, above any progress bar."""
     if is_first():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn(text: str) -> None:
-    """One line from any process, the first or not: where one GPU lacks something, all the others wait for it."""
+    """One line from any process, first or not: if one GPU lacks something, all the others wait for it."""
     say(text) if is_first() else print(f"rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """The items, with a bar that goes away at their end; none where nobody watches."""
+    """The items, with a bar that vanishes at the end; no bar if nobody is watching."""
     return tqdm(items, what, total, leave=False, disable=None if is_first() else True)
 
 
 def of_gloo(error: RuntimeError) -> str:
-    """Its first sentence, without places in gloo's source."""
+    """The error's first sentence, without gloo's source locations."""
     return re.sub(r"\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
 
 
 def in_time(seconds: float, action: Callable[[], Any]) -> Any:
-    """What action() returns, or None if it takes longer: then nobody waits for it any more."""
+    """What action() returns, or None if it takes longer: then it is abandoned."""
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
     thread.start()
@@ -460,11 +460,11 @@ def in_time(seconds: float, action: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together, and which of them this is. Collectives do nothing where there is only one. All
+    """The processes that train together, and which of them this is. Collectives do nothing if there is only one. All
     ranks must call the same collectives in the same order.
 
-    A collective of gloo fails when a rank is lost; then an error names that rank. (NCCL's collectives return at once:
-    if a rank is lost during one, NCCL's watchdog ends the others after --dist_timeout, in its own words.)"""
+    A gloo collective fails when a rank is lost; then an error names that rank. (NCCL's collectives return at once: if a
+    rank is lost during one, NCCL's watchdog ends the others after --dist_timeout, with its own message.)"""
 
     rank: int = 0
     size: int = 1
@@ -475,19 +475,19 @@ class Ranks:
         try:
             return collective(*inputs)
         except RuntimeError as e:
-            slow = "--dist_timeout has to be longer than rank 0 takes to save; " if "imed out" in str(e) else ""
-            raise Fatal(f"{self.who_is_lost()} ({of_gloo(e)}); {slow}--resume goes on from what was saved last, as"
+            slow = "--dist_timeout must be longer than rank 0 takes to save; " if "imed out" in str(e) else ""
+            raise Fatal(f"{self.who_is_lost()} ({of_gloo(e)}); {slow}--resume continues from the last save, as"
                         " torchrun --max-restarts=3 does by itself") from None
 
     def who_is_lost(self, patience: float = 5.0) -> str:
-        """A collective has failed. Says which rank is lost, or that the store is, which on a host that has stopped does
-        not answer at all."""
+        """After a collective has failed: which rank is lost, or that the store is. (On a host that has stopped, it does
+        not answer at all.)"""
         found = in_time(patience + 2, partial(self.ask_all, patience))
         return found or f"rank {self.rank}: the host of rank 0 stopped, or does not answer"
 
     def ask_all(self, patience: float) -> str:
-        """The ranks that are there say so, for `patience` seconds; the others are lost. Where a rank has said that it
-        fails, it is that one: others may still wait for a rank that has found out."""
+        """For `patience` seconds, ranks that are alive say so; the others are lost. If a rank has reported a failure of
+        its own, it is that one: the others may still be waiting for a rank that already knows."""
         ranks, deadline = range(self.size), time.monotonic() + patience
         try:
             self.store.set(f"{self.rank} is there", "")
@@ -503,7 +503,7 @@ class Ranks:
         return f"rank {', '.join(map(str, lost))} stopped, or does not answer"
 
     def tell_failure(self) -> None:
-        """Before this rank ends: says in the store that it fails, unless it ends because another one has."""
+        """Before this rank ends: tells the store that it failed, unless it ends because another did."""
         def tell() -> None:
             with contextlib.suppress(RuntimeError):                   # (the store may be lost)
                 if not self.store.check([f"{self.rank} is there"]):
@@ -519,8 +519,8 @@ class Ranks:
         return x
 
     def totals(self, *numbers: float) -> list[float]:
-        """Each number summed over the ranks, in fp64, on the host even where there are GPUs: there gloo notices at once
-        that a rank is lost. (A step begins with such a sum, and makes another after backward, before NCCL is used.)"""
+        """Each number summed over the ranks, in fp64, on the host even if there are GPUs: gloo notices at once that a
+        rank is lost. (A step begins with such a sum, and makes another after backward, before NCCL is used.)"""
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def first(self, action: Callable[[], Any]) -> Any:
@@ -530,17 +530,17 @@ class Ranks:
         return result if self.rank == 0 else action()
 
     def each(self, question: str, own: str) -> list[str]:
-        """What every rank answers to a question, in their order, over the store. A question is asked once."""
+        """Every rank's answer to a question, in rank order, through the store. A question is asked only once."""
         if self.size == 1:
             return [own]
         self.call(self.store.set, f"{question} {self.rank}", own)
         self.totals(0)                                                # (which notices at once that a rank is lost)
         answers = [self.call(self.store.get, f"{question} {rank}").decode() for rank in range(self.size)]
-        self.totals(0)                                                # rank 0, which may have the store, waits for all
+        self.totals(0)                                                # rank 0, which may host the store, waits for all
         return answers
 
     def agree(self, question: str, own: dict[str, Any], advice: str) -> None:
-        """If a rank has something else than rank 0, all end with one line: which rank, what, and what to do."""
+        """If a rank differs from rank 0, all end with one line: which rank, in what, and what to do."""
         first, *others = map(json.loads, self.each(question, json.dumps(own)))
         for rank, its in enumerate(others, 1):
             odd = [f"{item} is {its.get(item)}, not {value}" for item, value in first.items() if its.get(item) != value]
@@ -561,7 +561,7 @@ class Ranks:
             self.call(getattr(dist, "all_gather_single", dist.all_gather_into_tensor), x, own.clone())
 
     def collect(self, own: Tensor) -> Tensor | None:
-        """For rank 0, `own` (S,...) of all end to end (R S,...), in the host's memory."""
+        """For rank 0: the `own` (S,...) of all ranks, end to end (R S,...), in host memory."""
         all_ranks = own.new_empty(self.size * len(own), *own.shape[1:]) if self.size > 1 else own
         self.gather_slices(all_ranks, own)
         return all_ranks.cpu() if self.rank == 0 else None
@@ -574,7 +574,7 @@ class Ranks:
 
 
 class Unheard(Ranks):
-    """One of several ranks that sends nothing and leaves tensors as they are: to count bytes, not values."""
+    """One of several ranks, but it sends nothing and leaves tensors as they are: to count bytes, not values."""
 
     def each(self, question: str, own: str) -> list[str]:
         return [own]
@@ -587,7 +587,7 @@ class Unheard(Ranks):
 
 
 ONE_RANK = Ranks()
-JOINED = [ONE_RANK]                                                   # last, those that this process has joined
+JOINED = [ONE_RANK]                                                   # the last: those that this process has joined
 
 
 # ======================================================================================================================

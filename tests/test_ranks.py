@@ -206,8 +206,8 @@ def test_a_rank_that_hangs_is_named(place, tmp_path):
     processes[1].kill()
     processes[1].join()
     error = re.findall("^pissa_rwkv: error: .*$", (tmp_path / "out.log").read_text(), re.M)[0]
-    assert re.search("rank 1 stopped, or does not answer .*; --dist_timeout has to be longer than rank 0 takes to save;"
-                     " --resume goes on from what was saved last", error)
+    assert re.search("rank 1 stopped, or does not answer .*; --dist_timeout must be longer than rank 0 takes to save;"
+                     " --resume continues from the last save", error)
 
 
 def serve(port):
