@@ -603,7 +603,7 @@ def wkv7_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s
         S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
         y_t = S_t r_t
 
-    With a = -kappa and b = kappa eta the second summand erases: of what S answers to kappa, of length 1, the share eta.
+    With a = -kappa and b = kappa eta the second summand erases a share eta of what S answers to kappa, a unit vector.
     Takes r w k v a b (B,T,H,N), w the raw decay logit, and the state S_0 (B,H,N value,N key).
     Returns y (B,T,H,N) in the inputs' dtype, and S_T like S_0.
     """
@@ -622,7 +622,7 @@ def wkv6_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tenso
     """The recurrence of RWKV-6, and of RWKV-5, whose decay is the same at every token (arXiv 2404.05892).
 
         d_t = exp(-exp(w_t))                                      decay, in (0, 1): it has no floor
-        y_t = (S_{t-1} + v_t (u k_t)^T) r_t                       what was there before, and the token with a bonus
+        y_t = (S_{t-1} + v_t (u k_t)^T) r_t                       what was there before, and this token with a bonus
         S_t = S_{t-1} diag(d_t) + v_t k_t^T
 
     Takes r w k v (B,T,H,N), w the raw decay logit, the bonus u (H,N), and the state S_0 (B,H,N value,N key).
@@ -643,19 +643,19 @@ WKV: dict[str, dict[str, Callable[[], Callable]]] = {  # version -> op -> what l
     version: {op: partial(wkv7_cuda.load, op, name) for op in wkv7_cuda.OPS[name]} | {"torch": lambda ref=ref: ref}
     for version, (name, ref) in RECURRENCE.items()
 }
-FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
-COUNTED = ("cuda", "cuda_precise", "chunk")                           # their bytes can be, unbuilt and without a GPU
+FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # all that are compiled support only these
+COUNTED = ("cuda", "cuda_precise", "chunk")                           # whose bytes are counted unbuilt, without a GPU
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
 
 
 def find_wkv(version: str, head_size: int, op: str, device: str, ready: bool = True) -> tuple[str, Callable]:
     """The operator `op` of a version, and its name; for op "" the fastest that this machine can build.
 
-    Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded without being built.
-    For triton's and fla's, whose kernels would run all the same, the fastest other one stands in.
+    Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded but not built; triton
+    and fla, whose kernels would run regardless, are replaced by the fastest of the others.
     """
     if head_size != 64 and op in FOR_HEADS_OF_64:
-        raise Fatal(f"--op {op}: it is made for heads of 64 channels, this model's have {head_size}; take chunk")
+        raise Fatal(f"--op {op}: it needs heads of 64 channels, this model's have {head_size}; use chunk")
     ops = {o: load for o, load in WKV[version].items() if head_size == 64 or o not in FOR_HEADS_OF_64}
     if not ready:
         op = "" if op in ops and op in ("triton", "fla") and device == "cuda" else op
@@ -670,21 +670,21 @@ def find_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
         try:
             return op, ops[op]()
         except wkv7_cuda.BuildError as e:
-            warn(f"no WKV operator {op}: {e.why}; taking the next one, which is slower")
+            warn(f"no WKV operator {op}: {e.why}; using the next one, which is slower")
     raise AssertionError("the definition always loads")
 
 
 def load_wkv(version: str, head_size: int, op: str, device: str) -> Callable:
-    """The operator that a run computes with; one that was chosen for it is named in a line."""
+    """The operator that a run computes with; if it was chosen automatically, a line names it."""
     name, wkv = find_wkv(version, head_size, op, device)
     if not op:
-        why = f" (faster ones are for heads of 64, these have {head_size})" * (head_size != 64)
+        why = f" (faster ones need heads of 64, these have {head_size})" * (head_size != 64)
         say(f"WKV operator: {name}{why}")
     return wkv
 
 
 # ======================================================================================================================
-# 3. The model. Parameters bear the checkpoint's names, locals the paper's letters. State is an argument: training on
+# 3. The model. Parameters have the checkpoint's names, locals the paper's letters. State is an argument: training on
 #    chunks, continuing a text and generating token by token are the same forward pass.
 # ======================================================================================================================
 
@@ -701,9 +701,9 @@ class Arch:
     head_size: int                                                    # N
     vocab_size: int                                                   # V
     ranks: dict[str, int]                                             # of the built-in low-rank maps
-    pre_ffn: bool = False                                             # a channel mixing is block 0's time mixing
+    pre_ffn: bool = False                                             # block 0 has channel mixing, not time mixing
     head_qk: int = 0                                                  # Q, the width of the copying head
-    time_state: bool = False                                          # blocks know with which memory a text begins
+    time_state: bool = False                                          # blocks hold the memory that a text begins with
 
     @property
     def n_head(self) -> int:
@@ -727,7 +727,7 @@ class BlockState:
 
 
 def shift(x: Tensor, last: Tensor) -> Tensor:
-    """Token shift: x_{t-1} in the place of x_t; `last` (B,C) is what came before the first token. (B,T,C)"""
+    """Token shift: x_{t-1} in place of x_t; `last` (B,C) is what came before the first token. (B,T,C)"""
     return torch.cat([last[:, None], x[:, :-1]], dim=1)
 
 
@@ -737,7 +737,7 @@ def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None
 
 
 class Linear(nn.Linear):
-    """y = x W^T. W may still lie in the file it came from until it gets adapters; then each use fetches it."""
+    """y = x W^T. Until it gets adapters, W may stay in the file it came from; each use then fetches it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x))
@@ -746,8 +746,8 @@ class Linear(nn.Linear):
 class TimeMix(nn.Module):
     """What all versions share: token shift, the WKV memory, a norm per head, the gate, the output projection.
 
-    A version adds `project`, which turns tokens into the operator's inputs and the gate, and where it has one
-    `bonus`, which adds to what was read from the memory. Four attributes say what its files hold.
+    A version adds `project`, which turns tokens into the operator's inputs and the gate, and maybe `bonus`, which is
+    added to what was read from the memory. Four attributes describe its files.
     """
 
     signature: tuple[str, ...]                                        # parameters that no other version has all of
@@ -791,7 +791,7 @@ class TimeMix(nn.Module):
 
 
 class TimeMix_x052(TimeMix):
-    """RWKV-5.2 "Eagle" (arXiv 2404.05892): every channel forgets at a pace of its own, the same at every token."""
+    """RWKV-5.2 "Eagle" (arXiv 2404.05892): every channel forgets at its own pace, the same at every token."""
 
     signature, per_head, low_rank = ("time_mix_g", "time_decay", "time_faaaa", "gate.weight"), "time_faaaa", {}
     maps = (*TimeMix.maps, "gate")
@@ -837,7 +837,7 @@ class TimeMix_x052(TimeMix):
 
 
 class TimeMix_x060(TimeMix_x052):
-    """RWKV-6 "Finch" (arXiv 2404.05892): the token decides what is mixed into it, and how fast is forgotten."""
+    """RWKV-6 "Finch" (arXiv 2404.05892): the token decides what is mixed into it, and how fast the memory forgets."""
 
     signature = ("time_maa_x", "time_maa_w1", "time_faaaa", "gate.weight")
     low_rank = {"decay": "time_decay_w2", "mix": "time_maa_w2"}
@@ -881,7 +881,7 @@ class TimeMix_x070(TimeMix):
 
     @staticmethod
     def new_ranks(C: int) -> dict[str, int]:
-        """What RWKV-LM gives to such a width since July 2025."""
+        """RWKV-LM's for this width, since July 2025."""
         return {m: max(32, 32 * round(f * math.sqrt(C) / 32)) for m, f in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -912,7 +912,7 @@ class TimeMix_x070(TimeMix):
         return (r * k * self.r_k).sum(-1, keepdim=True) * v                               # (B,T,H,N)
 
     def initialise(self) -> None:
-        """As RWKV-LM does since May 2025."""
+        """As RWKV-LM has done since May 2025."""
         C, N, (rho, tau) = self.arch.n_embd, self.arch.head_size, self.arch.depth(self.layer)
         c = torch.arange(C)
         linear, delta = c / (C - 1) - 0.5, c / C
@@ -932,7 +932,7 @@ class TimeMix_x070(TimeMix):
 
 
 class ChannelMix(nn.Module):
-    """key, squared relu, value: the memory of a token's own channels. Before version 7 a gate stands behind it."""
+    """key, squared relu, value: the memory of a token's own channels. Before version 7 a gate follows."""
 
     mixes: tuple[str, ...]                                            # token-shift weights
     maps = ("key", "receptance", "value")                             # in the order of the file
@@ -1040,7 +1040,7 @@ class Block(nn.Module):
 
 
 def policy(usual: CheckpointPolicy, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """The usual answer; but what is made from codes, a quantised matrix, is never saved."""
+    """The usual answer, but a matrix made from its codes is never saved."""
     return CheckpointPolicy.MUST_RECOMPUTE if op.name().startswith("pissa_rwkv::read") else usual
 
 
@@ -1060,13 +1060,13 @@ RunBlock = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Te
 
 
 def checkpointed(policy: Callable | None, block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """Runs the block; backward computes again what the policy did not save, or without one all of it."""
+    """Runs the block; backward recomputes what the policy did not save, or without one everything."""
     context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if policy else {}
     return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws, **context)
 
 
 def keep_all(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    # Eager code does not keep what is made from codes (see FrozenProduct); a compiler has to be told.
+    # Eager code does not keep what is made from codes (see FrozenProduct); a compiler must be told.
     return checkpointed(save_all, block, x, *rest) if torch.compiler.is_compiling() else block(x, *rest)
 
 
@@ -1076,7 +1076,7 @@ def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
 
 
 def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    # (The compiler of torch 2.10 and 2.11 has to be told here as well.)
+    # (The compiler of torch 2.10 and 2.11 must be told here as well.)
     return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, x, *rest)
 
 
@@ -1085,7 +1085,7 @@ GRAD_CP: dict[str, RunBlock] = {"0": keep_all, "products": keep_products, "1": k
 
 
 class RWKV(nn.Module):
-    """Tokens to hidden states; `head` turns these into logits. When gradients are wanted, `run_block` calls the blocks.
+    """Tokens to hidden states; `head` turns these into logits. When gradients are needed, `run_block` calls the blocks.
     """
 
     def __init__(self, arch: Arch, wkv: Callable, grad_cp: str = "0"):
@@ -1105,7 +1105,7 @@ class RWKV(nn.Module):
         x = self.blocks[0].ln0(x)
         states = states or self.first_states(len(tokens), x)
         run_block, after = self.run_block if torch.is_grad_enabled() else keep_all, []
-        v_first = None                                                # (of these tokens, so no part of the state)
+        v_first = None                                                # (of these tokens, so not part of the state)
         for block, state in zip(self.blocks, states, strict=True):
             x, v_first, state = run_block(block, x, v_first, state)
             after.append(state)
@@ -1129,7 +1129,7 @@ class RWKV(nn.Module):
         return (self.head_q(x) @ self.head_k(x).mT / self.arch.head_qk).tril()
 
     def next_logits(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """(B,V), of the token that follows tokens (B,T), which forward turned into x (B,T,C)."""
+        """Logits (B,V) for the token after tokens (B,T), which forward turned into x (B,T,C)."""
         votes = self.votes(x)[:, -1]                                                      # (B,T) or (B,0)
         return (x[:, -1] @ self.head.weight.T).scatter_add(-1, tokens[:, :votes.shape[-1]], votes)
 
@@ -1150,15 +1150,15 @@ class RWKV(nn.Module):
         return self
 
 
-NOT_OURS = {  # a key that ends so -> what the file is
+NOT_OURS = {  # how a key ends -> what the file is
     "att.time_first": "RWKV-4 or an early RWKV-5", "att.gate_w1": "x060a, an experiment",
     "att.time_maa_rkvw_w1": "x060b or x060c, experiments",
     "ffn.s_emb.weight": "x070a (DeepEmbed)", "qkv.q.weight": "x070b (with attention)",
     "pos_emb_x": "a model with --my_pos_emb", "tiny_q.weight": "a model with --tiny_att_dim",
-    **dict.fromkeys((".lora_A", ".disha"), "a run's adapters, which --adapter_load takes, beside the base they are of"),
-    "init_lora_A": "a run's init_pissa.pth, which --adapter_init takes", "master": "a run's resume.pth, for --resume",
+    **dict.fromkeys((".lora_A", ".disha"), "a run's adapters, for --adapter_load; --load_model takes their base"),
+    "init_lora_A": "a run's init_pissa.pth, for --adapter_init", "master": "a run's resume.pth, for --resume",
 }
-# Some files have layer 0's value residual, and those with head_qk the mask that `tril` is.
+# Some files hold a value residual for layer 0; those with head_qk, the mask that `tril` applies.
 UNUSED = (*(f"blocks.0.att.v{i}" for i in "012"), "copy_mask")
 
 
@@ -1170,8 +1170,8 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     version = next((v for v, mix in TIME_MIX.items() if held.issuperset(mix.signature)), None)
     if version is None:
         odd = next((what for key, what in NOT_OURS.items() if any(name.endswith(key) for name in tensors)), "")
-        raise Fatal(f"--load_model {path}: {f'this is {odd}' if odd else 'no RWKV model'} ({len(tensors)} tensors,"
-                    f" first {next(iter(tensors))!r}); it takes {', '.join(TIME_MIX)}")
+        raise Fatal(f"--load_model {path}: {f'this is {odd}' if odd else 'not an RWKV model'} ({len(tensors)} tensors,"
+                    f" first {next(iter(tensors))!r}); supported are {', '.join(TIME_MIX)}")
     if layers != set(range(len(layers))):
         raise Fatal(f"--load_model {path}: its blocks are numbered {sorted(layers)}, with gaps; the file is incomplete")
     mix = TIME_MIX[version]
@@ -1181,7 +1181,7 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     missing = [name for name in (*matrices, *low_rank.values())
                if name not in tensors or tensors[name].dim() < 2 or name in matrices and tensors[name].dim() > 2]
     if missing:
-        raise Fatal(f"--load_model {path}: lacks {', '.join(missing)}, as matrices")
+        raise Fatal(f"--load_model {path}: missing {', '.join(missing)} (as matrices)")
     V, C = tensors["emb.weight"].shape
     A, width = (tensors[f"{last}{part}.key.weight"].shape[0] for part in ("att", "ffn"))
     H, N = tensors[f"{last}att.{mix.per_head}"].shape
@@ -1195,15 +1195,15 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
 
 
 def new_arch(cfg: Config) -> Arch:
-    """The sizes of a new model: the flags', and for the rest what RWKV-LM gives to such a width."""
+    """The sizes of a new model: from the flags, the rest as RWKV-LM chooses them for this width."""
     C, N, version = cfg.n_embd or 768, cfg.head_size or 64, cfg.version or "x070"
     time_mix, channel_mix = pick(TIME_MIX, "--version", version), CHANNEL_MIX[version]
     if C % N or cfg.dim_att not in (0, C):
-        raise Fatal(f"--n_embd {C} is no multiple of --head_size {N}, or not --dim_att {cfg.dim_att or C}")
+        raise Fatal(f"--n_embd {C}: expected a multiple of --head_size {N}, equal to --dim_att {cfg.dim_att or C}")
     if cfg.pre_ffn and cfg.n_layer == 1:
-        raise Fatal("--pre_ffn 1: a model of one layer would have no memory; take --n_layer 2 or more")
+        raise Fatal("--pre_ffn 1: a model of one layer would have no memory; use --n_layer 2 or more")
     if cfg.pre_ffn and version not in PRE_FFN:
-        raise Fatal(f"--pre_ffn 1: {version} has no such form; {' and '.join(PRE_FFN)} have")
+        raise Fatal(f"--pre_ffn 1: {version} does not support it; {' and '.join(PRE_FFN)} do")
     vocab_size = cfg.vocab_size or (65536 if cfg.tokenizer == "world" else 256)
     return Arch(version, cfg.n_layer or 12, C, C, cfg.dim_ffn or channel_mix.new_width(C), N, vocab_size,
                 time_mix.new_ranks(C), cfg.pre_ffn, cfg.head_qk)
@@ -1218,16 +1218,16 @@ def check_arch(cfg: Config, arch: Arch) -> None:
 
 
 def check_tensors(model: RWKV, tensors: dict[str, Tensor], path: str) -> None:
-    """A file must have every key of the model and no other, and every shape must fit."""
+    """A file must have every key of the model and no others, and every shape must match."""
     wanted = dict(model.named_parameters())
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys() - set(UNUSED)
     if missing or unknown:
-        wrong = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        wrong = [f"{word} {some(names)}" for word, names in (("missing", missing), ("unexpected", unknown)) if names]
         raise Fatal(f"--load_model {path}: {'; '.join(wrong)}")
     for name, p in wanted.items():
         t = tensors[name]
         if [n for n in t.shape if n > 1] != [n for n in p.shape if n > 1] or not t.is_floating_point():
-            raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; {list(p.shape)} is wanted")
+            raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; expected {list(p.shape)}")
 
 
 def fill(
@@ -1235,16 +1235,16 @@ def fill(
 ) -> RWKV:
     """Puts a file's tensors into a model built on the meta device.
 
-    The modules named in `in_file` get theirs memory-mapped, as it lies in the file: that takes no memory.
+    The modules named in `in_file` get theirs memory-mapped, as they are in the file: that takes no memory.
     """
     check_tensors(model, tensors, path)
     for name, p in progress(list(model.named_parameters()), "loading"):
         t = tensors[name]
         largest = torch.stack(t.aminmax()).abs().max() if t.numel() else torch.zeros(())  # (of NaN it is NaN)
         if not largest.isfinite():
-            raise Fatal(f"--load_model {path}: {name} holds NaN or infinity; the file is of no use")
+            raise Fatal(f"--load_model {path}: {name} holds NaN or infinity; the file is unusable")
         if not largest.double() <= torch.finfo(dtype).max:
-            raise Fatal(f"--load_model {path}: {name} reaches {largest:.1e}, beyond {dtype}; take --precision bf16")
+            raise Fatal(f"--load_model {path}: {name} reaches {largest:.1e}, beyond {dtype}; use --precision bf16")
         module, _, leaf = name.rpartition(".")
         if module not in in_file:
             t = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
@@ -1253,7 +1253,7 @@ def fill(
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Names a model by its contents: names, shapes, and some thousand values spread over every tensor."""
+    """Identifies a model by its contents: names, shapes, and some thousand values spread over every tensor."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         flat = tensors[name].reshape(-1)
