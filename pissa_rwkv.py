@@ -1263,22 +1263,22 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 # ======================================================================================================================
-# 4. Frozen weights: matrices that are multiplied with and never trained. `QUANT` says how they are held: as they are,
-#    or as codes of 8 or 4 bits, from which a matrix is made whenever it is needed, one at a time.
+# 4. Frozen weights: matrices that take part in products but are never trained. `QUANT` says how they are held: as they
+#    are, or as codes of 8 or 4 bits, from which a matrix is made whenever it is needed, one at a time.
 # ======================================================================================================================
 
 BLOCK = 64                                                            # weights, in row-major order, that share a scale
-SLABS = 8                                                             # in so many pieces a matrix is worked through
+SLABS = 8                                                             # a matrix is processed in this many pieces
 
-# The sixteen levels of nf4, quantiles of the normal distribution (QLoRA, arXiv 2305.14314): the very float32 numbers of
-# bitsandbytes, since the formula does not give them to the last bit.
+# The sixteen levels of nf4, quantiles of the normal distribution (QLoRA, arXiv 2305.14314): exactly the float32 numbers
+# of bitsandbytes, since the formula does not give them to the last bit.
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
 def once_per_device(make: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
-    """make(device), made once for each; but always anew where tensors have no values (under FakeTensorMode)."""
+    """make(device), made once for each device; but always anew if tensors have no values (under FakeTensorMode)."""
     once = lru_cache(make)
     return lambda device: once(device) if type(torch.empty(0)) is Tensor else make(device)
 
@@ -1305,13 +1305,13 @@ def dynamic_levels(device: torch.device) -> Tensor:
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
-    """x, row after row, as (blocks,size); the last block is filled up with zeros."""
+    """x, row after row, as (blocks,size); the last block is padded with zeros."""
     flat = x.reshape(-1)
     return (F.pad(flat, (0, -len(flat) % size)) if len(flat) % size else flat).view(-1, size)
 
 
 def in_slabs(width: int, dtype: torch.dtype, rows_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """rows_of(rows of the inputs), (rows,width), an eighth at a time: on the way there is never a second matrix."""
+    """rows_of(rows of the inputs), (rows,width), an eighth at a time, so that no second matrix is ever held."""
     out = inputs[0].new_empty(len(inputs[0]), width, dtype=dtype)
     for rows, *parts in zip(out.chunk(SLABS), *(x.chunk(SLABS) for x in inputs), strict=True):
         rows.copy_(rows_of(*parts))
@@ -1319,7 +1319,7 @@ def in_slabs(width: int, dtype: torch.dtype, rows_of: Callable[..., Tensor], *in
 
 
 def nearest_level(x: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
-    """For x (blocks,size) and absmax (blocks): the number of the level nearest to x / absmax, the lower of two."""
+    """For x (blocks,size) and absmax (blocks): the index of the level nearest to x / absmax, the lower of two."""
     scaled = torch.where(absmax > 0, absmax, 1)[:, None].reciprocal() * x                 # (zeros stay zeros)
     return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True)
 
@@ -1346,7 +1346,7 @@ def hold_int8(W: Tensor, dtype: torch.dtype) -> Parts:
     """
     blocks = in_blocks(W, BLOCK)                                                          # (n/64,64)
     absmax = blocks.abs().amax(1)
-    scale = (absmax / absmax.new_tensor(127)).half()                  # (by a plain 127 CUDA multiplies with 1/127)
+    scale = (absmax / absmax.new_tensor(127)).half()                  # (for a plain 127 CUDA multiplies by 1/127)
 
     def whole(w: Tensor, s: Tensor) -> Tensor:
         return (w / torch.where(s > 0, s.float(), 1)[:, None]).round_().clamp_(-127, 127)
@@ -1367,7 +1367,7 @@ def hold_nf4(W: Tensor, dtype: torch.dtype) -> Parts:
         absmax = max |w|,  code = the level of NF4 nearest to w / absmax, the lower of two;   w ~ NF4[code] * absmax
 
     n = out * in weights in row-major order; a block is 64 consecutive ones, maybe fewer at the end. A byte holds two
-    codes, the first in its high four bits; where n is odd, the last low ones are 7, that of 0. Of zeros absmax is 0.
+    codes, the first in its high four bits; if n is odd, the last low ones are 7, the code of 0. For zeros absmax is 0.
     """
     blocks, (levels, _) = in_blocks(W, BLOCK), nf4_levels(W.device)                       # (n/64,64)
     absmax = blocks.abs().amax(1).float()
@@ -1401,7 +1401,7 @@ def hold_nf4dq(W: Tensor, dtype: torch.dtype) -> Parts:
     """
     parts = hold_nf4(W, dtype)
     absmax = parts.pop("absmax")
-    offset = absmax.double().mean().float()                           # (in fp64: the same bits in whatever order)
+    offset = absmax.double().mean().float()                           # (in fp64: the same bits in any order)
     blocks = in_blocks(absmax - offset, 256)                                              # (n/16384,256)
     absmax_max = blocks.abs().amax(1)
     codes = nearest_level(blocks, absmax_max, dynamic_levels(W.device)).to(torch.uint8)
@@ -1423,13 +1423,13 @@ class Quant(NamedTuple):
     lossy: bool = True
 
     def through(self, W: Tensor, dtype: torch.dtype) -> Tensor:
-        """W as it is multiplied with when held so: in the compute dtype."""
+        """W as products see it when held this way: in the compute dtype."""
         return self.read(self.hold(W, dtype), W.shape, dtype)
 
     def merged_as(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Returns what turns W into the matrix that an adapter is merged into. A quantised W: the very matrix that
-        training multiplied with, or the adapter would mend errors that are not there. Else W in fp32: what the compute
-        dtype rounded off comes back."""
+        """Returns a function from W to the matrix that an adapter is merged into. If W was quantised: the very matrix
+        that training multiplied by, or the adapter would correct errors that are not there. Else W in fp32: what the
+        compute dtype rounded off comes back."""
         return partial(self.through, dtype=dtype if self.lossy else torch.float32)
 
 
@@ -1437,7 +1437,7 @@ def levels_of_codes(device: torch.device) -> tuple[Tensor, Tensor]:
     return nf4_levels(device)[0], dynamic_levels(device)
 
 
-# On a GPU a kernel (dequant.cu) takes the place of `read_*`, in one pass: the same parts, the same values.
+# On a GPU a kernel (dequant.cu) replaces `read_*`, in one pass: the same parts, the same values.
 fused = partial(dequant.fused, levels=levels_of_codes, say=warn)
 QUANT = {"none": Quant(hold_dense, read_dense, lossy=False),
          "int8": Quant(hold_int8, fused("int8", read_int8)),
@@ -1446,7 +1446,7 @@ QUANT = {"none": Quant(hold_dense, read_dense, lossy=False),
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T. For backward it keeps what W is held as, and neither x nor W."""
+    """x W^T. For backward it keeps the parts that W is held as, neither x nor W itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen: FrozenLinear) -> Tensor:
@@ -1459,7 +1459,7 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T for W (out,in), held as QUANT[quant] says, multiplied with in the compute dtype. W gets no gradient."""
+    """y = x W^T for W (out,in), held as QUANT[quant] says, multiplied by in the compute dtype. W gets no gradient."""
 
     def __init__(self, W: Tensor, dtype: torch.dtype, quant: str):
         super().__init__()
@@ -1469,7 +1469,7 @@ class FrozenLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W in the compute dtype; where it is held as codes, a new one each time."""
+        """W in the compute dtype; if it is held as codes, a new one each time."""
         return self.read(dict(self.named_buffers()), self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
