@@ -1477,18 +1477,18 @@ class FrozenLinear(nn.Module):
 
 
 # ======================================================================================================================
-# 5. Adapters: a few numbers beside each frozen matrix. LoRA's and Bone's start at nothing, PiSSA's at the matrix's main
-#    part. State tuning leaves the matrices alone and trains what the memory holds when a text begins.
+# 5. Adapters: a few numbers beside each frozen matrix. LoRA's and Bone's start from nothing, PiSSA's from the matrix's
+#    main part. State tuning leaves the matrices alone and trains what the memory holds when a text begins.
 # ======================================================================================================================
 
-OVERSAMPLE = 8                                                        # directions that the last singular values need
+OVERSAMPLE = 8                                                        # extra directions, for the last singular values
 
 
 def top_singular(W: Tensor, rank: int, niter: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The first `rank` singular vectors and values: W (out,in) ~ U (out,r) diag(sigma (r)) Vt (r,in).
 
     niter 0: exact. Otherwise by randomised subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061): a
-    random image of W, sharpened niter times, holds the leading directions; the small matrix left there is decomposed.
+    random image of W, sharpened niter times, holds the leading directions; only a small matrix is left to decompose.
     """
     if niter == 0:
         U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
@@ -1503,17 +1503,17 @@ def top_singular(W: Tensor, rank: int, niter: int, draw: torch.Generator) -> tup
 
 
 class Adapter(nn.Module):
-    """Replaces a matrix W (out,in): holds it frozen, and beside it a few numbers that are trained. This class has no
-    such numbers: with it a method holds matrices that it leaves alone.
+    """Replaces a matrix W (out,in): holds it frozen, and beside it a few numbers that are trained. This class has none:
+    methods use it for matrices that they leave alone.
 
-    A kind of adapter says what its numbers are and where they start (`shapes`, `start`), what of W is frozen then
+    A kind of adapter says what its numbers are and where they start (`shapes`, `start`), what of W is then frozen
     (`residual`), and what they add: to y, the short way (`forward`), and to W, when it is merged (`delta`). For files
-    it says besides whether their numbers fit a matrix (`fits`, `ranks`), and what else describes them (`describe`).
+    it also says whether their numbers fit a matrix (`fits`, `ranks`), and what else describes them (`describe`).
     """
 
     names: tuple[str, ...] = ()                                       # of its parameters
     taken: tuple[str, ...] = ()                                       # those whose start is taken out of W
-    unsaid_scale: float | None = 1.0                                  # of delta; None: a file has to say it
+    unsaid_scale: float | None = 1.0                                  # of delta; None: a file must say it
     dropout = 0.0
 
     def __init__(self, cfg: Config, frozen: FrozenLinear, **trained: Tensor):
@@ -1527,7 +1527,7 @@ class Adapter(nn.Module):
 
     @staticmethod
     def describe(cfg: Config) -> dict[str, Any]:
-        """What a file of these says of itself, to be computed with again; --resume wants all of it again."""
+        """What a file says about its adapters, needed to compute with them; --resume requires the same."""
         return {}
 
     @staticmethod
@@ -1542,7 +1542,7 @@ class Adapter(nn.Module):
 
     @staticmethod
     def fits(shape: torch.Size, **trained: Tensor) -> bool:
-        """Whether the numbers of a file are those of a matrix (out,in)."""
+        """Whether the numbers in a file fit a matrix (out,in)."""
         return True
 
     @staticmethod
@@ -1615,7 +1615,7 @@ class PiSSALinear(LowRank):
 
         A = sqrt(sigma) V^T,  B = U sqrt(sigma),  W_res = W - B A;   y = x W_res^T + x A^T B^T
 
-    which is W at first. What is trained are the directions in which W acts most; the rest is frozen.
+    which is W at first. Trained are the directions in which W acts most strongly; the rest is frozen.
     """
 
     taken = ("lora_A", "lora_B")
@@ -1628,7 +1628,7 @@ class PiSSALinear(LowRank):
     @staticmethod
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
         U, sigma, Vt = top_singular(W, cfg.rank, cfg.svd_niter, draw)
-        # Of a rank below r: rows and columns of A and B that are both 0 would have no gradient, so it starts as LoRA.
+        # W has rank below r: rows of A and columns of B that are both 0 get no gradient, so it starts as LoRA does.
         if sigma[-1] <= 1e-6 * W.norm():
             return LowRank.start(W, cfg, draw)
         root = sigma.sqrt()
@@ -1638,8 +1638,8 @@ class PiSSALinear(LowRank):
     def residual(W: Tensor, taken: dict[str, Tensor]) -> Tensor:
         """W - B0 A0; W, if nothing is taken out.
 
-        Computed in float64 and rounded once, so that a GPU, a CPU and another number of threads find the same numbers
-        (but for one in 10^8), hence the same codes: merging has to meet the matrix that was trained on.
+        Computed in float64 and rounded once, so that a GPU, a CPU and any number of threads find the same numbers (but
+        for one in 10^8), hence the same codes: merging must reproduce the matrix that was trained on.
         """
         if not taken:
             return W
@@ -1647,19 +1647,19 @@ class PiSSALinear(LowRank):
         return in_slabs(W.shape[1], W.dtype, lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
 
 
-BONE_MODES = ("bone", "bat")                                          # the forms that its update has
+BONE_MODES = ("bone", "bat")                                          # the forms of its update
 
 
 class BoneLinear(Adapter):
-    """y = x (W + dW)^T, with dW put together from one D that starts at zero (Bone, or DiSHA, arXiv 2409.15371). With W
+    """y = x (W + dW)^T, with dW built from one D that starts at zero (Bone, or DiSHA, arXiv 2409.15371). With W
     (out,in) in blocks W[a,b] of r x r, and x in pieces x[b] of r:
 
         bone   D (r,out):       dW[o,j] = D[j mod r, o]               y = x W^T + (sum of x[b]) D
         bat    D (in/r,r,r):    dW[a,b] = W[a,b] D[b] + D[b]          y[a] = sum of W[a,b] (x[b] + z[b]) + sum of z[b]
                                                                       with z[b] = D[b] x[b]
 
-    where W is what is multiplied with, quantised or not: bat's product with it is taken on x's side, and no second
-    matrix is made. In bone the last piece of x is filled up with zeros. Files call D `disha`; older ones, `bone`.
+    where W is as it is held, quantised or not: bat multiplies it by x + z, and no second matrix is made. In bone the
+    last piece of x is padded with zeros. Files call D `disha`; older ones, `bone`.
     """
 
     names = ("disha",)
@@ -1712,8 +1712,8 @@ class BoneLinear(Adapter):
 class Method(NamedTuple):
     """A way to adapt a model."""
 
-    layer: type[Adapter]                                              # what takes a frozen matrix's place
-    parts: tuple[str, ...]                                            # what is trained besides: --train_parts auto
+    layer: type[Adapter]                                              # what replaces a frozen matrix
+    parts: tuple[str, ...]                                            # what else is trained: --train_parts auto
     state: bool = False                                               # blocks are given a time_state, and it is trained
     whole: bool = False                                               # its files are whole models
     low_lr: float = 0.0                                               # below this rate hardly anything is learnt
@@ -1733,7 +1733,7 @@ ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln"), high_lr=1e-4),
 
 
 def parts_of(cfg: Config) -> list[str]:
-    """--train_parts, in which auto stands for what the method trains usually."""
+    """--train_parts, in which auto stands for what the method usually trains."""
     usual = ADAPTER[cfg.peft].parts
     return [p for part in cfg.train_parts for p in (usual if part == "auto" else (part,))]
 
@@ -1741,8 +1741,8 @@ def parts_of(cfg: Config) -> list[str]:
 def adapted(model: RWKV) -> dict[str, Linear]:
     """The matrices that get adapters and are quantised: every linear map of the blocks, most of a model's weights.
 
-    Not emb, of which a step reads a few rows, not head, whose errors are the logits', and not the built-in low-rank
-    factors, which are small and decide how memory decays.
+    Not emb, of which a step reads a few rows, not head, whose errors go straight into the logits, and not the built-in
+    low-rank factors, which are small and decide how memory decays.
     """
     return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, Linear)}
 
@@ -1758,7 +1758,7 @@ def left_in_file(model: RWKV, cfg: Config) -> set[str]:
 
 
 def is_trained(name: str, cfg: Config) -> bool:
-    """Whether a parameter is: those of --train_parts are, and what is the method's own."""
+    """Whether a parameter is trained: those of --train_parts are, and the method's own."""
     return ADAPTER[cfg.peft].is_own(name) or any(part in name for part in parts_of(cfg))
 
 
@@ -1780,15 +1780,15 @@ def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
     fitting = ADAPTER[cfg.peft].layer.ranks(shape, cfg)
     if cfg.rank not in fitting:
         choice = f"from 1 to {fitting[-1]}" if isinstance(fitting, range) else f"of {', '.join(map(str, fitting))}"
-        raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; take a rank {choice}")
+        raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; use a rank {choice}")
 
 
 def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str) -> Tensor:
     """One tensor of an adapter file, of this shape; else an error says what is wrong with it."""
     if name not in tensors:
-        raise Fatal(f"{path}: lacks {name}; is it of this model and this --peft?")
+        raise Fatal(f"{path}: missing {name}; is it for this model and this --peft?")
     if tensors[name].shape != shape:
-        raise Fatal(f"{path}: {name} is {list(tensors[name].shape)}, {list(shape)} is wanted; is --rank the file's?")
+        raise Fatal(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(shape)}; is --rank the file's?")
     return tensors[name]
 
 
@@ -1806,13 +1806,13 @@ class Start(NamedTuple):
 
 
 def new_start(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generator) -> Start:
-    """A new start, in numbers of the compute dtype. Training starts at what is taken out of W (out,in), unless PiSSA's
-    start is fitted to a quantised residual (QPiSSA with T = qpissa_iters > 1, arXiv 2404.02948): with q what quantising
-    makes of a matrix, and SVD_r its first r triplets,
+    """A new start, rounded to the compute dtype. Training starts at what is taken out of W (out,in), unless PiSSA's
+    start is fitted to a quantised residual (QPiSSA with T = qpissa_iters > 1, arXiv 2404.02948): with q a matrix as
+    quantising leaves it, and SVD_r its first r singular triplets,
 
         B_1 A_1 = SVD_r(W),   B_t A_t = SVD_r(W - q(W - B_{t-1} A_{t-1}))
 
-    Pair T-1 is taken out of W, which settles the codes; training starts at pair T, which mends part of their error.
+    Pair T-1 is taken out of W, which settles the codes; training starts at pair T, which corrects part of their error.
     """
     layer = ADAPTER[cfg.peft].layer
 
@@ -1837,7 +1837,7 @@ def in_memory(model: RWKV, name: str) -> Tensor:
     """A matrix (out,in), fetched to the device in at least fp32."""
     weight = model.get_submodule(name).weight
     W = weight.to(model.head.weight.device)                           # as it is in the file: 16 bits are sent, not 32
-    # (A copy, where it is still the file's memory: something of it will be kept.)
+    # (A copy, if it is still the file's memory: part of it will be kept.)
     return W.to(torch.promote_types(W.dtype, torch.float32), copy=W is weight)
 
 
@@ -1850,8 +1850,8 @@ def seeded(name: str, cfg: Config) -> torch.Generator:
 def starts(
     model: RWKV, names: list[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
 ) -> Iterator[tuple[str, Start]]:
-    """The start of one matrix after another. New ones are shared out: each rank decomposes one matrix in `ranks.size`
-    and sends its numbers to the others. A matrix's random numbers depend on its name and the seed alone."""
+    """The starts of the matrices, one by one. New ones are shared out: each rank decomposes one matrix in `ranks.size`
+    and sends the result to the others. A matrix's random numbers depend on its name and the seed alone."""
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     for name in names:
         check_rank(name, model.get_submodule(name).weight.shape, cfg)
@@ -1876,8 +1876,8 @@ def starts(
 
 
 def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: str) -> Tensor:
-    """(3) float64, squared Frobenius norms: of what the start is off W by, of what W itself would be off by if it were
-    held like the frozen part, and of W."""
+    """(3) float64, squared Frobenius norms: of the start's difference from W, of what it would be if W itself were held
+    like the frozen part, and of W."""
     frozen = adapter.frozen
 
     def lost(held: Tensor) -> Tensor:
@@ -1887,17 +1887,17 @@ def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: st
     plain = lost(QUANT[quant].through(W, frozen.dtype)).norm()
     if not (left + plain).isfinite():
         raise Fatal(f"--quant {quant}: {name} reaches {W.abs().max():.1e}, too much for it in {frozen.dtype};"
-                    " take nf4 and --precision bf16")
+                    " use nf4 and --precision bf16")
     return torch.stack([left, plain, W.norm()]).double().square()
 
 
 @torch.no_grad()
 def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[str, Tensor]) -> Tensor:
-    """Brings one matrix to the device, puts what is left of it, held as cfg.quant says, and its adapter in its place,
-    and lets it go. Returns `start_errors`.
+    """Brings one matrix to the device, replaces it with its residual, held as cfg.quant says, and an adapter, and frees
+    it. Returns `start_errors`.
 
-    The start is rounded to the compute dtype *before* it is taken out of W, so that the parts still sum to W. Only what
-    is left is quantised.
+    The start is rounded to the compute dtype *before* it is taken out of W, so that the parts still sum to W. Only the
+    residual is quantised.
     """
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     W = in_memory(model, name)
@@ -1930,8 +1930,8 @@ def add_adapters(
         say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
     if QUANT[cfg.quant].lossy and shares:
-        say(f"{cfg.peft}, quant {cfg.quant}: what the start is off by, |W - W'| / |W| by type, in brackets if W itself"
-            " were quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
+        say(f"{cfg.peft}, quant {cfg.quant}: error of the start, |W - W'| / |W| by type, in brackets if W itself were"
+            " quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
 
 

@@ -212,7 +212,7 @@ BAD_CHECKPOINTS = {  # of RWKV-PEFT, which describes nothing: what is wrong -> (
                                     r"blocks\.1\.att\.key\.lora_A"),
     "more layers": (lambda t: t | {"blocks.7.ln1.bias": torch.zeros(64)}, r"holds blocks\.7\.ln1\.bias"),
     "another rank": (lambda t: {n: x[:2] if n.endswith("lora_A") else x[:, :2] if n.endswith("lora_B") else x
-                                for n, x in t.items()}, r"init_lora_A is \[4, 64\], \[2, 64\] is wanted"),
+                                for n, x in t.items()}, r"init_lora_A is \[4, 64\], expected \[2, 64\]"),
     "a part of another size": (lambda t: t | {"ln_out.bias": torch.zeros(65)}, r"ln_out\.bias is \[65\].*\[64\]"),
 }
 

@@ -159,7 +159,7 @@ def test_what_is_trained(method, parts, tmp_path):
     ("bone", 65, "from 1 to 64"), ("bone", 0, "from 1 to 64"), ("bat", 3, "of 1, 2, 4, 8, 16, 32, 64"),
     ("bat", 128, "of 1, 2, 4"), ("pissa", 65, "from 1 to 64")])
 def test_a_rank_that_does_not_fit_is_refused_with_those_that_do(method, rank, possible, tmp_path):
-    with pytest.raises(P.Fatal, match=rf"--rank {rank}: blocks\.0\.att\.\w+ is 64 x 64; take a rank {possible}"):
+    with pytest.raises(P.Fatal, match=rf"--rank {rank}: blocks\.0\.att\.\w+ is 64 x 64; use a rank {possible}"):
         adapted_model(random_model(tmp_path / "base.pth"), method, rank=rank)
 
 
