@@ -1965,8 +1965,8 @@ class ByteTokenizer:
 
 
 class WorldTokenizer(ByteTokenizer):
-    """RWKV's World vocabulary: the longest token that fits, from left to right, over bytes. `lengths` has, by a token's
-    first 3 bytes, the lengths that are worth a try, longest first."""
+    """RWKV's World vocabulary: the longest token that fits, from left to right, over bytes. `lengths` maps a token's
+    first 3 bytes to the lengths worth trying, longest first."""
 
     tokens_are = "tokens of the World vocabulary"
 
@@ -1987,12 +1987,12 @@ class WorldTokenizer(ByteTokenizer):
                     raise ValueError
                 self.ids[value], self.bytes[int(token)] = int(token), value
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                raise Fatal(f"--vocab_file {path}: line {number} is no World token: {line[:60]!r}") from None
+                raise Fatal(f"--vocab_file {path}: line {number} is not a World token: {line[:60]!r}") from None
         for value in self.ids:
             self.lengths.setdefault(value[:3], {1, 2}).add(len(value))
         self.lengths = {start: sorted(lengths, reverse=True) for start, lengths in self.lengths.items()}
         if missing := [b for b in range(256) if bytes([b]) not in self.ids]:
-            raise Fatal(f"--vocab_file {path}: lacks {len(missing)} of the 256 single bytes; is it the whole file?")
+            raise Fatal(f"--vocab_file {path}: missing {len(missing)} of the 256 single bytes; is it the whole file?")
 
     def encode(self, text: str) -> list[int]:
         data, at, out = text.encode(), 0, []
@@ -2009,7 +2009,7 @@ class WorldTokenizer(ByteTokenizer):
 
 
 def world_vocabulary() -> Path:
-    """The vocabulary file of the `rwkv` package, which is found without being imported."""
+    """The vocabulary file of the `rwkv` package, found without importing it."""
     spec = importlib.util.find_spec("rwkv")
     if spec is None or not spec.submodule_search_locations:
         raise Fatal("--tokenizer world: the World vocabulary is in the package `rwkv`, which is not installed:"
@@ -2030,7 +2030,7 @@ def load_tokenizer(cfg: Config, vocab_size: int) -> ByteTokenizer:
 
 @dataclass
 class Corpus:
-    """tokens (n), of any integer dtype, maybe a memory map; starts (documents + 1): i begins at starts[i]."""
+    """tokens (n), of any integer dtype, maybe a memory map; starts (documents + 1): document i begins at starts[i]."""
 
     tokens: np.ndarray
     starts: np.ndarray
@@ -2042,7 +2042,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names it by its contents, whatever file they came from: all tokens, or of many millions every k-th."""
+        """Identifies it by its contents, whatever file they came from: all tokens, or every k-th of many millions."""
         digest = hashlib.sha256()
         for x in (self.tokens, self.starts):
             digest.update(b"%d" % len(x) + x[:: 1 + len(x) // 2**22].astype("<i8").tobytes())
@@ -2054,7 +2054,7 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
     documents = []
     for text in progress(texts, "tokenising"):
         if not is_text(text):
-            raise Fatal(f"{path}: text {len(documents) + 1} has half a character: {text[:50]!r}")
+            raise Fatal(f"{path}: text {len(documents) + 1} has an incomplete character: {text[:50]!r}")
         if "\0" in text:
             raise Fatal(f"{path}: text {len(documents) + 1} has the character 0, which ends a document: {text[:50]!r}")
         documents.append(np.array([*tokenizer.encode(text), 0], np.uint32))
@@ -2064,28 +2064,28 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
 
 
 def read_text(path: str, encoding: str = "utf-8") -> str:
-    """A file of text. (Some editors begin it with a mark, which is left out.)"""
+    """A text file. (Some editors begin one with a byte-order mark, which is dropped.)"""
     try:
         text = Path(path).read_text(encoding)
     except UnicodeDecodeError as e:
         raise Fatal(f"{path}: not {encoding.upper()} text (byte {e.start}: {e.reason})") from None
     if "\0" in text:
-        raise Fatal(f"{path}: holds the character 0, as no text does; if it is UTF-16, save it as UTF-8")
-    if text.startswith("\ufffe"):                                     # the mark, its two bytes the other way round
-        raise Fatal(f"{path}: UTF-16 with the high byte first; --data_type utf-16le has the low byte first")
+        raise Fatal(f"{path}: holds the character 0, which no text does; if it is UTF-16, save it as UTF-8")
+    if text.startswith("\ufffe"):                                     # the mark with its two bytes swapped
+        raise Fatal(f"{path}: UTF-16 in big-endian order; --data_type utf-16le is little-endian")
     return text.removeprefix("\ufeff")
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Every line of a JSON-lines file, or every item of a JSON list: where it stands, and its value."""
+    """Every line of a JSON-lines file, or every item of a JSON list: where it is, and its value."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             items = json.loads(text)
         except (ValueError, RecursionError) as e:
-            if not str(e).startswith("Extra data"):                   # (after which a list a line may come)
-                raise Fatal(f"{path}: begins as a JSON list and is none: {first_line(e)}; mend it there, or write an"
-                            " item a line") from None
+            if not str(e).startswith("Extra data"):                   # (then there may be a list on each line)
+                raise Fatal(f"{path}: begins like a JSON list but is not one: {first_line(e)}; fix it there, or write"
+                            " one item per line") from None
         else:
             yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
             return
@@ -2097,15 +2097,15 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:                     # half a surrogate pair is a ValueError too
-            raise Fatal(f"{where} is no JSON text ({first_line(e)}): {line[:60]}") from None
+            raise Fatal(f"{where} is not valid JSON ({first_line(e)}): {line[:60]}") from None
         yield where, row
 
 
-JSON_TYPE = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
+JSON_TYPE = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 def found(x: Any) -> str:
-    """What a row is, and what its fields hold, if no texts."""
+    """What a row is, and the types of its fields that are not strings."""
     def kind(y: Any) -> str:
         return JSON_TYPE.get(type(y), "a number")
 
@@ -2115,9 +2115,9 @@ def found(x: Any) -> str:
 
 
 def field_of(row: Any, name: str, kind: type, where: str) -> Any:
-    """What a row has in a field, which has to be a text or a list, as `kind` says."""
+    """What a row has in a field, which must be a string or a list, as `kind` says."""
     if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-        raise Fatal(f"{where} has no {name!r} that is {JSON_TYPE[kind]}; {found(row)}; --data_type sft takes those that"
+        raise Fatal(f"{where} has no {name!r} that is {JSON_TYPE[kind]}; {found(row)}; --data_type sft reads those that"
                     " --sft_fields names: question and answer, or one that is a list of messages")
     return row[name]
 
@@ -2126,7 +2126,7 @@ BLANK_LINES = r"(?<!\s)\s*\n\s*\n"                                   # with the 
 
 
 def turn(text: str) -> str:
-    """What one says, without blank lines: such a line ends a turn, and many programs stop there."""
+    """What a speaker says, without blank lines: a blank line ends a turn, and many programs stop there."""
     return re.sub(BLANK_LINES, "\n", text.replace("\r\n", "\n").strip())
 
 
@@ -2153,8 +2153,8 @@ def message(m: Any, where: str) -> tuple[str, str]:
 
 
 def turns_of(row: Any, fields: Sequence[str], where: str) -> list[tuple[str, str]]:
-    """Who says what in a row: of one field it is a list of messages; of more the last has the answer, and those before
-    it are lines of the question."""
+    """Who says what in a row: one field is a list of messages; of several, the last is the answer, and those before it
+    are lines of the question."""
     *asked, last = fields
     if not asked:
         said = [message(m, f"{where}: message {i}") for i, m in enumerate(field_of(row, last, list, where), 1)]
@@ -2169,14 +2169,14 @@ def read_jsonl(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
 
 def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     if not cfg.sft_fields:
-        raise Fatal("--sft_fields is given no name: two or more, question and answer, or one that holds a conversation")
+        raise Fatal("--sft_fields is empty; name a question and an answer, or one field that holds a conversation")
     every = [turns_of(row, cfg.sft_fields, where) for where, row in read_rows(path)]
     rows = [turns for turns in every if any(who == "Assistant" and text.strip() for who, text in turns)]
     if len(rows) < len(every):
         say(f"{path}: of {len(every):,} rows {len(every) - len(rows):,} have no answer; they are left out")
     if changed := sum(any(re.search(BLANK_LINES, text.strip()) for _, text in turns) for turns in rows):
-        say(f"{path}: of {len(rows):,} rows {changed:,} have blank lines in a question or an answer; these are taken"
-            " out, for a blank line ends a turn")
+        say(f"{path}: of {len(rows):,} rows {changed:,} have blank lines in a question or an answer; these are"
+            " removed, since a blank line ends a turn")
     return from_texts(map(conversation, rows), tokenizer, path)
 
 
@@ -2209,7 +2209,7 @@ def task(family: str, draw: random.Random) -> tuple[str, str]:
 
 
 def dummy_tasks(family: str, count: int, seed: int) -> list[tuple[str, str]]:
-    """`count` tasks, no two alike: so a part that is held out was never seen."""
+    """`count` tasks, no two alike: so a held-out part was never seen."""
     draw, seen = random.Random(f"{family} {seed}"), {}
     while len(seen) < count:
         seen.setdefault(*task(family, draw))
@@ -2239,17 +2239,17 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
         raise Fatal(f"{idx}: not the index of a binidx corpus (it begins with {data[:9]!r}); --make_binidx writes one")
     version, code, N, D = struct.unpack_from("<QBQQ", data, 9)
     if version != 1 or code not in IDX_DTYPE:
-        raise Fatal(f"{idx}: version {version}, token type {code}; read are version 1 and types {list(IDX_DTYPE)}")
+        raise Fatal(f"{idx}: version {version}, token type {code}; supported are version 1, types {list(IDX_DTYPE)}")
     if len(data) != 34 + 12 * N + 8 * D:
-        raise Fatal(f"{idx}: {len(data)} bytes, {N} items and {D} bounds take {34 + 12 * N + 8 * D}; it is damaged")
+        raise Fatal(f"{idx}: {len(data)} bytes, but {N} items and {D} bounds take {34 + 12 * N + 8 * D}: damaged")
     itemsize = np.dtype(IDX_DTYPE[code]).itemsize
     sizes, offsets = np.frombuffer(data, "<i4", N, 34), np.frombuffer(data, "<i8", N, 34 + 4 * N)
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     if starts[-1] == 0 or (sizes < 0).any() or not np.array_equal(offsets, starts[:-1] * itemsize):
-        raise Fatal(f"{idx}: {'empty' if starts[-1] == 0 else 'lengths and offsets contradict one another: damaged'}")
+        raise Fatal(f"{idx}: {'empty' if starts[-1] == 0 else 'lengths and offsets contradict each other: damaged'}")
     if bin.stat().st_size != starts[-1] * itemsize:
         raise Fatal(f"{bin}: {bin.stat().st_size} bytes, but {idx.name} describes {starts[-1]} tokens of {itemsize};"
-                    " the two are not of one corpus, or the file is truncated")
+                    " the two do not belong together, or the file is truncated")
     return Corpus(np.memmap(bin, IDX_DTYPE[code], "r"), starts)
 
 
@@ -2268,22 +2268,22 @@ def from_stream(tokens: np.ndarray) -> Corpus:
 
 
 def read_numpy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    """A .npy of integers in one dimension, memory-mapped. Nothing pickled is loaded."""
+    """A one-dimensional .npy of integers, memory-mapped. Nothing pickled is loaded."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
-    except Exception as e:             # a damaged header ends in ValueError, EOFError, TokenError and others
-        raise Fatal(f"{path}: no .npy of tokens, or damaged ({first_line(e)})") from None
+    except Exception as e:             # a damaged header raises ValueError, EOFError, TokenError and others
+        raise Fatal(f"{path}: not a .npy of tokens, or damaged ({first_line(e)})") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
-        raise Fatal(f"{path}: an array {list(tokens.shape)} of {tokens.dtype}; integers in one dimension are wanted")
+        raise Fatal(f"{path}: an array {list(tokens.shape)} of {tokens.dtype}; expected integers in one dimension")
     return from_stream(tokens)
 
 
 def read_uint16(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     """Nothing but tokens of two bytes, the low one first."""
     if (size := Path(path).stat().st_size) % 2 or not size:
-        raise Fatal(f"{path}: {size} bytes; tokens of two bytes each are wanted")
+        raise Fatal(f"{path}: {size} bytes; expected tokens of two bytes each")
     return from_stream(np.memmap(path, "<u2", "r"))
 
 
@@ -2310,13 +2310,13 @@ def images(shard: str) -> Iterator[tuple[str, bytes]]:
             for member in tar:
                 if member.isfile() and Path(member.name).suffix.lower() in IMAGES:
                     yield member.name, tar.extractfile(member).read()
-    except Exception as e:             # tarfile and the decompressors below it have many ways to say it
+    except Exception as e:             # tarfile and the decompressors below it raise many kinds
         raise Fatal(f"{shard}: cannot be read as a tar ({first_line(e)})") from None
 
 
 def pixels(image: bytes, side: int) -> np.ndarray:
-    """An image as tokens (side * side), row after row: cut to a square, scaled by means, in grey levels from 1 to 255.
-    (Level 0 is told as 1, for token 0 ends a document.)"""
+    """An image as tokens (side * side), row after row: cut to a square, scaled by averaging, in grey levels from 1 to
+    255. (Level 0 becomes 1, since token 0 ends a document.)"""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(image)) as opened:
@@ -2335,8 +2335,8 @@ def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
         for name, image in images(shard):
             try:
                 documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
-            except Exception as e:     # Pillow meets nonsense with OSError, SyntaxError, struct.error and others
-                raise Fatal(f"{shard}: {name} is no image, or damaged ({first_line(e)})") from None
+            except Exception as e:     # on nonsense Pillow raises OSError, SyntaxError, struct.error and others
+                raise Fatal(f"{shard}: {name} is not an image, or damaged ({first_line(e)})") from None
     if not documents:
         raise Fatal(f"--data_file {path}: holds no image ({', '.join(IMAGES)})")
     return Corpus(np.concatenate(documents), np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1))
@@ -2362,11 +2362,11 @@ def data_type_of(cfg: Config, path: str) -> str:
         return "binidx"
     if any(Path(path).glob("*.tar")):
         return "wds_img"
-    raise Fatal(f"--data_file {path}: its name does not tell what it is; say so with --data_type ({', '.join(CORPUS)})")
+    raise Fatal(f"--data_file {path}: its name does not tell what it is; set --data_type ({', '.join(CORPUS)})")
 
 
 def needs_tokenizer(cfg: Config) -> bool:
-    """Not where the data are tokens of which all are learnt: then nothing is text, and any tokenizer will do."""
+    """Not if the data are tokens that are all learnt: then nothing is text, and any tokenizer will do."""
     kinds = {data_type_of(cfg, path) for path in (cfg.data_file, cfg.val_file) if path}
     masked = cfg.loss_mask and MASK.get(cfg.loss_mask) is not learn_all
     return bool(masked or cfg.sample_prompt or cfg.tokenizer or cfg.vocab_file or kinds - set(OF_TOKENS) or not kinds)
@@ -2389,15 +2389,15 @@ def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "-
 
 
 def vocabulary_of_data(cfg: Config) -> int:
-    """What a new model's vocabulary must hold where the data are tokens and nobody says of which tokenizer: the first
-    power of two above the largest, from 256 on. Otherwise --vocab_size, maybe 0."""
+    """The size of a new model's vocabulary if the data are tokens and nothing names their tokenizer: the first power of
+    two above the largest, at least 256. Otherwise --vocab_size, maybe 0."""
     if cfg.vocab_size or cfg.tokenizer or data_type_of(cfg, cfg.data_file) not in OF_TOKENS:
         return cfg.vocab_size
     corpora = [read_any(cfg, path, ByteTokenizer()) for path in (cfg.data_file, cfg.val_file) if path]
     largest = max(int(piece.max()) for corpus in corpora for _, piece in pieces(corpus.tokens))
-    vocab_size = min(max(256, 1 << largest.bit_length()), 1 << 20)    # (what is beyond is an error, not a token)
-    say(f"vocabulary: {vocab_size}, since the largest token of the data is {largest}; --vocab_size or --tokenizer can"
-        " say otherwise")
+    vocab_size = min(max(256, 1 << largest.bit_length()), 1 << 20)    # (anything beyond is an error, not a token)
+    say(f"vocabulary: {vocab_size}, since the largest token of the data is {largest}; --vocab_size or --tokenizer"
+        " overrides this")
     return vocab_size
 
 
@@ -2415,7 +2415,7 @@ Rows = tuple[int, Callable[[int], tuple[int, int]]]                   # rows of 
 
 
 def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
-    """Every document once a pass, long ones cut into several rows; only rows that teach nothing are left out."""
+    """Every document once per pass, long ones cut into several rows; only rows that teach nothing are left out."""
     def rows() -> Iterator[tuple[int, int]]:
         pairs = itertools.pairwise(map(int, corpus.starts))
         for start, stop in progress(pairs, "what is learnt", len(corpus.starts) - 1):
@@ -2442,11 +2442,11 @@ def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]
 
 
 def windows(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
-    """Windows of ctx_len + 1 tokens at random places of the stream, across documents."""
+    """Windows of ctx_len + 1 tokens at random places in the stream, across documents."""
     last = len(corpus.tokens) - cfg.ctx_len - 1
     if last < 0:
         raise Fatal(f"--data_file {cfg.data_file}: {len(corpus.tokens)} tokens are fewer than --ctx_len {cfg.ctx_len}"
-                    " and one; shorten it, or take --dataload pad")
+                    " plus one; shorten it, or use --dataload pad")
 
     def span(row: int) -> tuple[int, int]:
         start = int(np.random.default_rng([cfg.random_seed, row]).integers(last + 1))
@@ -2464,8 +2464,8 @@ def learn_all(text: bytes, cfg: Config) -> list[tuple[int, int]]:
 
 
 def learn_assistant(text: bytes, cfg: Config) -> list[tuple[int, int]]:
-    """What an assistant writes, and what ends it: from after `Assistant:` through a 0, or else the role that the next
-    turn begins with. A turn begins after a blank line or a 0; in a document where no `Assistant:` follows a blank line,
+    """What an assistant writes, and what ends it: from after `Assistant:` through a 0, or else the role that begins the
+    next turn. A turn begins after a blank line or a 0; in a document where no `Assistant:` follows a blank line,
     any line may begin one."""
     blank = rb"\n[ \t\r]*\n"
     after = rb"(?:(?:\A|\0)\s*|" + blank + rb")" if re.search(blank + rb"Assistant:", text) else rb"(?:^|\0)"
@@ -2492,7 +2492,7 @@ def between(mark: re.Pattern, on: bytes, text: bytes, through: bool = False) -> 
 def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
     ids = read_json("mask_id", cfg.mask_id)
     if ids.keys() != {"mask0", "mask1"} or not all(is_text(s) and s for s in ids.values()):
-        raise Fatal('--loss_mask se takes --mask_id \'{"mask0": "stop learning here", "mask1": "learn after this"}\';'
+        raise Fatal('--loss_mask se needs --mask_id \'{"mask0": "stop learning here", "mask1": "learn after this"}\';'
                     f" given: {cfg.mask_id or 'nothing'}")
     return ids["mask1"].encode(), ids["mask0"].encode()
 
@@ -2500,7 +2500,7 @@ def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
 MASK: dict[str, Callable[[bytes, Config], list[tuple[int, int]]]] = {  # a document's bytes -> the spans that are learnt
     "pad": learn_all, "none": learn_all, "qa": learn_assistant, "se": learn_between,
 }
-IGNORED = -100                                                        # a target that is none, as torch writes it
+IGNORED = -100                                                        # marks a target to be ignored, as in torch
 
 
 def eighths(n: int, whole: int) -> int:
@@ -2510,19 +2510,19 @@ def eighths(n: int, whole: int) -> int:
 
 
 class Batch(NamedTuple):
-    """One micro-batch. `learnt` numbers the positions, of B T, whose next token is learnt."""
+    """One micro-batch. `learnt` lists the positions, out of B T, whose next token is learnt."""
 
     inputs: Tensor                                                    # (B,T)
     learnt: Tensor                                                    # (M)
     targets: Tensor                                                   # (M) the tokens that follow those positions
 
     def to(self, device: str) -> Batch:
-        """Not blocking: a copy that blocks waits for all the work that a GPU still has."""
+        """Non-blocking: a blocking copy would wait for all the work that a GPU still has."""
         return Batch(*(x.to(device, non_blocking=True) for x in self))
 
     def filled(self, ctx_len: int) -> Batch:
-        """The same batch to a model, in one of few shapes: rows end in zeros, `learnt` in positions that are ignored,
-        both up to the next eighth of what there can be."""
+        """The same batch to a model, padded to one of a few shapes: rows with zeros, `learnt` with positions that are
+        ignored, both up to the next eighth of the most there can be."""
         (B, T), M = self.inputs.shape, len(self.learnt)
         longer = eighths(T, ctx_len)
         learnt = self.learnt // T * longer + self.learnt % T
@@ -2552,14 +2552,14 @@ class Loader:
         self.sampler = cfg.dataload or ("get" if one_text else "pad")
         self.mask = pick(MASK, "--loss_mask", cfg.loss_mask or ("qa" if answers else "pad"))
         self.learnt_whole: set[int] = set()                           # documents in which the mask finds nothing
-        self.barren = 0                                               # rows that are left out, for they teach nothing
+        self.barren = 0                                               # rows that are left out, as they teach nothing
         self.learnt_of = lru_cache(maxsize=256)(self.learnt_of)
         self.batch = lru_cache(maxsize=2 * cfg.accumulate_grad_batches)(self.batch)       # of a step and the next
         self.pass_rows, self.span = pick(SAMPLER, "--dataload", self.sampler)(corpus, cfg, self.learnable)
         self.bsz = 1 if self.sampler == "only" else cfg.micro_bsz
 
     def learnt_of(self, document: int) -> np.ndarray:
-        """Which tokens of a document are learnt: those with a byte in a span of the mask; all, where there is none."""
+        """Which tokens of a document are learnt: those with a byte in a span of the mask; all, if there are none."""
         tokens = self.corpus.part(document, document + 1).tokens.tolist()
         pieces = [*map(self.tokenizer.token_bytes, tokens)]
         length = np.array([*map(len, pieces)])
@@ -2588,7 +2588,7 @@ class Loader:
         return teaches
 
     def batch(self, number: int, last: int = sys.maxsize) -> Batch:
-        """The micro-batch of this number: rows number * bsz and following (below `last`), padded on the right."""
+        """The micro-batch of this number: the rows from number * bsz on (below `last`), padded on the right."""
         spans = [self.span(row) for row in range(number * self.bsz, min((number + 1) * self.bsz, last))]
         T = max(stop - start for start, stop in spans) - 1
         inputs, targets, learnt = np.zeros((3, len(spans), T), np.int64)
@@ -2599,7 +2599,7 @@ class Loader:
         return Batch(*map(torch.from_numpy, (inputs, at, targets.reshape(-1)[at])))
 
     def summary(self) -> str:
-        """What the corpus holds and what of it is learnt (the share is taken from 1,000 rows at most)."""
+        """What the corpus holds and how much of it is learnt (a share estimated from at most 1,000 rows)."""
         spans = [self.span(n) for n in range(0, self.pass_rows, -(-self.pass_rows // 1000))]
         learnt = sum(int(self.learnt(*span)[1:].sum()) for span in spans)
         share = learnt / sum(stop - start - 1 for start, stop in spans)
@@ -2612,12 +2612,12 @@ class Loader:
         if long and self.sampler != "get":
             said.append(f"{long:,} documents of up to {length.max():,} tokens cut after every {self.cfg.ctx_len:,}")
         if self.barren:
-            said.append(f"{self.barren:,} rows in which nothing is learnt left out")
+            said.append(f"{self.barren:,} rows with nothing to learn left out")
         if self.learnt_whole:
             first = min(self.learnt_whole)
             text = self.tokenizer.decode(self.corpus.part(first, first + 1).tokens[:24].tolist())
             more = " or more" if self.sampler == "get" else ""
-            said.append(f"{len(self.learnt_whole):,}{more} documents have nothing for --loss_mask and are learnt whole"
+            said.append(f"{len(self.learnt_whole):,}{more} documents have no match for --loss_mask and are learnt whole"
                         f" (the first begins {text!r})")
         return "; ".join(said)
 
