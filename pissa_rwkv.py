@@ -2686,9 +2686,9 @@ class HeadLoss(torch.autograd.Function):
 def chunk_loss(
     model: RWKV, chunk: Batch, n: int | Tensor, states: list[BlockState] | None
 ) -> tuple[Tensor, list[BlockState]]:
-    """The share that a chunk has in the loss of an optimiser step with n learnt tokens, and the states after it."""
+    """A chunk's share of the loss of an optimiser step with n learnt tokens, and the states after it."""
     tokens, chunk = chunk.inputs, chunk.to(model.head.weight.device)
-    # (--emb_on_cpu looks up the host's tokens: to fetch them back would wait until a GPU has done all before.)
+    # (--emb_on_cpu looks up the host's tokens: fetching them back would wait for all of a GPU's earlier work.)
     x, states = model(tokens if model.emb.weight.is_cpu else chunk.inputs, states)        # (B,T,C)
     copying = ()
     if model.arch.head_qk:
@@ -2697,8 +2697,8 @@ def chunk_loss(
 
 
 def truncated(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
-    """A loss for each chunk; the caller differentiates it before it asks for the next, and it is let go. A chunk takes
-    the states it begins with as constants. Of a chunk in which nothing is learnt only the states go on."""
+    """A loss for each chunk; the caller differentiates it before asking for the next, and it is freed. A chunk treats
+    the states it begins with as constants. A chunk in which nothing is learnt only passes on its states."""
     states = None
     for chunk in chunks:
         with torch.set_grad_enabled(torch.is_grad_enabled() and len(chunk.learnt) > 0):
@@ -2710,10 +2710,10 @@ def truncated(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Ten
 
 def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
     """One loss, whose gradient goes back through all states. Of each chunk only the states it began with are kept;
-    backward computes the rest again, one chunk at a time, at the cost of one more forward pass."""
+    backward recomputes the rest, one chunk at a time, at the cost of one more forward pass."""
     total, states = 0.0, None
     for chunk in chunks:
-        # (The weight tells on which device random numbers are drawn: of the rest, what it sees lies on the host.)
+        # (The weight tells on which device random numbers are drawn: all else that `checkpoint` sees is on the host.)
         loss, states = checkpoint(lambda weight, *rest: chunk_loss(*rest), model.head.weight, model, chunk, n, states,
                                   use_reentrant=False)
         total = total + loss
@@ -2721,7 +2721,7 @@ def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
 
 
 CHUNK_GRAD: dict[str, Callable[..., Iterator[Tensor]]] = {"truncated": truncated, "full": full}
-# -> tokens of a row that go through the model at a time. (Of `normal` there are more names in the tutorial.)
+# -> tokens of a row that go through the model at a time. (The tutorial has more names for `normal`.)
 TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
     **dict.fromkeys(("normal", "none", "state"), lambda cfg: cfg.ctx_len),
     "infctx": lambda cfg: cfg.chunk_ctx or min(512, cfg.ctx_len),
@@ -2729,15 +2729,15 @@ TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
 
 
 def batch_losses(model: RWKV, batch: Batch, n: int | Tensor, cfg: Config) -> Iterator[Tensor]:
-    """A micro-batch's share in the loss of an optimiser step with n learnt tokens, as one or more summands: the caller
-    calls backward on each before it asks for the next. The sum does not depend on the chunks."""
+    """A micro-batch's share of the loss of an optimiser step with n learnt tokens, as one or more summands: the caller
+    calls backward on each before asking for the next. The sum does not depend on the chunks."""
     chunks = [*batch.chunks(TRAIN_TYPE[cfg.train_type](cfg))]
     return CHUNK_GRAD[cfg.chunk_grad if len(chunks) > 1 else "truncated"](model, chunks, n)
 
 
 def add_gradient(model: RWKV, batch: Batch, n: int | Tensor, loss_scale: float | Tensor, cfg: Config) -> Tensor:
     """Forward and backward of a micro-batch; the optimiser's hooks take the gradients, times loss_scale. Returns its
-    share in the loss, fp64."""
+    share of the loss, in fp64."""
     loss = torch.zeros((), dtype=torch.float64, device=model.head.weight.device)
     for share in batch_losses(model, batch, n, cfg):
         (share * loss_scale).backward()
@@ -2782,13 +2782,13 @@ class Bucket:
 
     @cached_property
     def sum(self) -> Tensor:
-        """What this rank has to add; memory is taken at the first gradient."""
+        """What this rank has to add; allocated at the first gradient."""
         return self.like.new_zeros(self.part.stop - self.part.start)
 
 
 class Buckets:
     """Stage 2 sends gradients while backward makes them, a bucket at a time. Backward begins with the last parameters,
-    so the last bucket is full first: on every rank the buckets are sent from the last to the first.
+    so the last bucket fills first: every rank sends its buckets from the last to the first.
     """
 
     SIZE = 2**24                                                      # numbers
@@ -2796,7 +2796,7 @@ class Buckets:
 
     def __init__(self, own: Tensor, ranks: Ranks, numbers: int, eager: bool):
         """own (S): where the sums for this rank are added. numbers: of all parameters. eager: send a bucket as soon as
-        every number in it has had a gradient, which is right where each has one in a micro-batch."""
+        every number in it has had a gradient, which is right if each gets one per micro-batch."""
         self.own, self.ranks, self.numbers, self.eager = own, ranks, numbers, eager
         self.flying: list[tuple[dist.Work, Bucket]] = []
         self.begin()
@@ -2808,10 +2808,10 @@ class Buckets:
                 part = slice(start, min(start + self.SIZE, (rank + 1) * size))
                 missing = max(0, min(part.stop, self.numbers) - start)                    # (padding gets no gradient)
                 self.waiting.append(Bucket(rank, part, missing, self.own))
-        self.starts = [bucket.part.start for bucket in self.waiting]  # (those of the buckets that are sent stay)
+        self.starts = [bucket.part.start for bucket in self.waiting]  # (those of buckets already sent stay)
 
     def take(self, where: slice, g: Tensor) -> None:
-        # Of all buckets, which stand in order, those that `where` touches. (A large model has some hundred.)
+        # Of all buckets, which are in order, those that `where` touches. (A large model has hundreds.)
         first = bisect.bisect_right(self.starts, where.start) - 1
         for bucket in self.waiting[first: bisect.bisect_left(self.starts, where.stop)]:
             both = overlap(where, bucket.part)
@@ -2871,7 +2871,7 @@ class Numbers:
         pass                                                          # (they are the numbers themselves)
 
     def put(self, part: slice, values: Tensor) -> None:
-        """Puts `values`, which may be fewer, where a part begins."""
+        """Puts `values`, maybe fewer than a part has, where that begins."""
         x = self.read(part)
         x[: len(values)] = values
         self.write(part, x)
@@ -2881,8 +2881,8 @@ class Numbers:
 
 
 class CodedNumbers(Numbers):
-    """Moments in 8.125 bits: codes (S) uint8, absmax (S/256) fp32. As in 8-bit Adam (arXiv 2110.02861), but that 0, 1
-    and -1 are levels: what gets no gradient stays where it is, and what was held is held as the same again.
+    """Moments in 8.125 bits: codes (S) uint8, absmax (S/256) fp32. As in 8-bit Adam (arXiv 2110.02861), except that 0,
+    1 and -1 are levels: what gets no gradient stays put, and what is read and written back unchanged keeps its code.
 
         absmax = max |x| of 256 in a row,  code = the level nearest to x / absmax;   x ~ level * absmax
     """
@@ -2895,7 +2895,7 @@ class CodedNumbers(Numbers):
         self.levels = self.all_levels().to(own.device)
 
     def all_levels(self) -> Tensor:
-        """256, ascending: the `dynamic_levels`, with -1 in the place of the smallest negative one."""
+        """256, ascending: the `dynamic_levels`, with -1 in place of the smallest negative one."""
         half, one = magnitudes(1), torch.ones(1)
         return torch.cat([-one, -half[1:].flip(0), 0 * one, half, one])
 
@@ -2917,7 +2917,7 @@ class CodedNumbers(Numbers):
 
 
 class CodedSquares(CodedNumbers):
-    """Likewise of numbers that are not negative. 0 is no level: a small one must not become that, to be divided by."""
+    """The same for non-negative numbers. 0 is not a level: a small number must not become 0, since it is divided by."""
 
     def all_levels(self) -> Tensor:
         """255, ascending."""
@@ -2925,7 +2925,7 @@ class CodedSquares(CodedNumbers):
 
 
 class Wide(Numbers):
-    """Master weights in fp32, from which the parameters are rounded: those of wide parameters are these themselves."""
+    """Master weights in fp32, from which the parameters are rounded; wide parameters are their own master weights."""
 
     def __init__(self, own: Tensor):
         self.own, self.held = own, own.to(torch.promote_types(own.dtype, torch.float32))
@@ -2936,11 +2936,11 @@ class Wide(Numbers):
 
 
 class LowBits(Numbers):
-    """Master weights of bf16, whose 16 bits are the high ones of an fp32 number: the other 16, no bit of it lost.
+    """Master weights for bf16, whose 16 bits are the high ones of an fp32 number: the low 16, so no bit is lost.
 
         high = (bits + 2^15) >> 16,  low = bits - (high << 16)        bits: the fp32 number's, as an integer
 
-    (High is the nearest bf16; of two, the larger in size.)
+    (High is the nearest bf16; of two, the larger in magnitude.)
     """
 
     plain = False
@@ -2968,7 +2968,7 @@ class ZeroAdamW:
 
     The parameters themselves become views of `working`, a buffer in the compute dtype; `master`, `m` and `v` are fp32:
     in bf16 a step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it,
-    and frees it. Of a parameter in bf16 each of R ranks holds and sends (x 1 - 1/R) so many bytes a step:
+    and frees it. For a parameter in bf16, each of R ranks holds and sends (x 1 - 1/R) this many bytes a step:
 
         stage   gradients, fp32                   master, m, v   then                    bytes held        sent
         0       all-reduced                       all            -                       2 + 4 + 10        8
@@ -2977,13 +2977,13 @@ class ZeroAdamW:
 
         2 working, 4 gradient, 10 = 2 master (LowBits) + 4 m + 4 v; 14 = these 10 and the slice's sum of the gradient
 
-    Beside these stage 2 holds some Buckets on their way, and all of a gradient in fp32 where a row is learnt in
-    truncated chunks: it is sent when all have been. One rank alone sends nothing, and its gradient, unless several are
-    added, is no wider than it came: 2 + 2 + 10. Moments of 8 bits take 2 for 8. A group is one slice: same learning
-    rate, same decay.
+    Besides these, stage 2 holds some Buckets in flight, and the whole gradient in fp32 if a row is learnt in truncated
+    chunks: it is sent after the last. One rank alone sends nothing, and its gradient, unless several are added, is no
+    wider than it came: 2 + 2 + 10. 8-bit moments take 2 instead of 8. A group is one slice: same learning rate, same
+    decay.
     """
 
-    # Numbers that are worked on at a time: on a CPU what stays in its cache, on a GPU what is worth a launch.
+    # How many numbers are processed at a time: on a CPU what stays in its cache, on a GPU what is worth a launch.
     PART = {"cpu": 2**18, "cuda": 2**22, "meta": 2**22}
 
     def __init__(
@@ -3017,12 +3017,12 @@ class ZeroAdamW:
                 self.master.put(shifted(mine, self.own.start), values)
 
     def lay_out(self, named: list[tuple[str, nn.Parameter]], kind: Callable, slices: int, per: int) -> None:
-        """Where each parameter lies, which slice is this rank's, a multiple of `per`, and which groups are in that."""
-        # Alike stand together, so that a group is one slice. What learns faster stands first: these parameters are few
+        """Where each parameter is, which slice is this rank's, a multiple of `per`, and which groups are in that."""
+        # Those of a kind are adjacent, so that a group is one slice. Those that learn faster come first: they are few
         # and in all layers, and Buckets begins at the end.
         self.named = sorted(named, key=lambda item: (-kind(item)[0], kind(item)[1]))
         if not self.named:
-            raise Fatal("nothing is trained: --peft none, or a rank and --train_parts that name something")
+            raise Fatal("nothing is trained; name something in --train_parts, where auto stands for the usual")
         ends = list(itertools.accumulate(p.numel() for _, p in self.named))
         self.where = {name: slice(end - p.numel(), end) for (name, p), end in zip(self.named, ends, strict=True)}
         self.numbers = ends[-1]
@@ -3044,17 +3044,17 @@ class ZeroAdamW:
         p.grad = None
 
     def parts(self, size: int = 0) -> Iterator[slice]:
-        """The parts of this rank's slice, to be worked on one after the other."""
+        """The parts of this rank's slice, to be processed one by one."""
         n = size or self.part
         return (slice(at, min(at + n, self.slice)) for at in range(0, self.slice, n))
 
     def sum_micro_batch(self) -> None:
-        """After the backward of every micro-batch: stage 2 sends what it has not sent meanwhile."""
+        """After the backward of every micro-batch: stage 2 sends what it has not yet sent."""
         if self.buckets:
             self.buckets.flush()
 
     def reduce(self) -> float:
-        """After the last one: sums the gradient of the step over the ranks. Returns its norm, that of all slices."""
+        """After the last one: sums the gradient of the step over the ranks. Returns its norm, over all slices."""
         if self.stage == 0:
             self.summed = self.ranks.sum(self.grad)
         else:
@@ -3089,12 +3089,12 @@ class ZeroAdamW:
         self.summed = None
 
     def publish(self) -> None:
-        """Hands this rank's slice of the parameters, as `master` has rounded it, to the others."""
+        """Sends this rank's slice of the parameters, as rounded from `master`, to the others."""
         if self.stage:
             self.ranks.gather_slices(self.working, self.working[self.own])
 
     def nbytes(self) -> int:
-        """Bytes of all its buffers on this rank, the trained parameters among them."""
+        """Bytes of all its buffers on this rank, including the trained parameters."""
         return sum(map(allocated, {t.untyped_storage() for t in self.buffers()}))
 
     def buffers(self) -> list[Tensor]:
@@ -3106,10 +3106,10 @@ class ZeroAdamW:
         return f"{len(self.named)} tensors of {self.numbers} numbers ({names.hexdigest()[:8]})"
 
     def whole(self, numbers: Numbers) -> Tensor | None:
-        """For rank 0: these numbers of all ranks, without padding, in the host's memory. (All ranks call it.)"""
+        """For rank 0: these numbers of all ranks, without padding, in host memory. (All ranks call it.)"""
         if numbers.plain and not self.stage:
             return numbers.held[: self.numbers]
-        # From all ranks together no more at a time than a part; of each a multiple of what shares a scale.
+        # All ranks together give at most a part at a time; each, a multiple of what shares a scale.
         whole, per = None, numbers.per
         for part in self.parts(max(1, self.part // self.ranks.size // per) * per):
             own = numbers.read(part)
@@ -3138,7 +3138,7 @@ class ZeroAdamW:
         self.publish()
 
 
-# What is left of the run, and was left when warm-up had ended (1: all) -> how far above lr_final, as a share.
+# The share of the run that is left, the share left after warm-up -> how far above lr_final, as a share.
 SCHEDULE: dict[str, Callable[[float, float, Config], float]] = {
     **dict.fromkeys(("cos_decay", "cos"), lambda left, warm, cfg: 0.5 * (1 - math.cos(math.pi * left / warm))),
     "wsd": lambda left, warm, cfg: min(1.0, left / min(cfg.decay_frac, warm)),
