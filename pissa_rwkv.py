@@ -3163,8 +3163,8 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
 NOT_A_PTH = {  # how a file begins -> what it is
     rb"\Z": "an empty file", rb"<": "a web page: the download failed", rb"\{": "JSON",
     rb"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
-    rb"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
-    rb"(?s:.{8})\{": "safetensors, made for other programs; the .pth beside it is wanted",
+    rb"\x80": "from torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
+    rb"(?s:.{8})\{": "safetensors, made for other programs; use the .pth beside it",
 }
 
 
@@ -3194,11 +3194,11 @@ def read_pth(path: str | Path, what: str, checks: bool = True) -> dict[str, Tens
             warnings.simplefilter("ignore")                           # of kinds of tensors that are refused below
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
-    except Exception as e:             # damaged pickles end in IndexError, TypeError, AttributeError and others
+        raise Fatal(f"{what} {path}: holds objects other than tensors, maybe code; none of it was run") from None
+    except Exception as e:             # damaged pickles raise IndexError, TypeError, AttributeError and others
         raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
     if odd := oddity(tensors):
-        raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {odd}")
+        raise Fatal(f"{what} {path}: expected a flat dict of tensors, not {odd}")
     return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
 
 
@@ -3210,17 +3210,17 @@ def pickles_of(path: Path, what: str, checks: bool) -> list[bytes]:
             packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
             damaged = archive.testzip() if checks and not packed else None
             pickles = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
-    except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
+    except Exception as e:             # on nonsense zipfile raises BadZipFile, zlib.error, EOFError and others
         raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
     if damaged:
         raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
-    if packed:                                                        # what is mapped must lie in the file as it is
+    if packed:                                                        # what is mapped must be in the file as it is
         raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
     return pickles
 
 
 def check_names(pickles: list[bytes]) -> None:
-    """Raises UnpicklingError where a pickle names what no tensor needs. (torch.load itself calls bytearray(10**11).)"""
+    """Raises UnpicklingError if a pickle names what no tensor needs. (torch.load would call bytearray(10**11).)"""
     for op, name, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
         if op.name == "GLOBAL" and not name.startswith(("torch", "collections OrderedDict")):
             raise pickle.UnpicklingError
@@ -3231,7 +3231,7 @@ HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, to
 
 
 def oddity(held: Any) -> str:
-    """What it is instead of a flat dict of ordinary tensors, all of which are in the file; "" if it is that."""
+    """What `held` is, if not a flat dict of ordinary tensors, all of which are in the file; "" if it is one."""
     if not isinstance(held, dict):
         return f"a {type(held).__name__}"
     for name, t in held.items():
@@ -3243,41 +3243,41 @@ def oddity(held: Any) -> str:
     return "" if held else "an empty dict"
 
 
-# A .pth is a zip. What it says of itself is one more part of that: no tensor, for some programs take all there are.
+# A .pth is a zip. What it says about itself is one more part of that, not a tensor: some programs take all tensors.
 DESCRIPTION = "archive/pissa_rwkv.json"
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all its numbers are; in pieces, so that no more than one is in memory."""
+    """Whether all numbers are finite; in pieces, so that only one is in memory at a time."""
     return all(piece.isfinite().all() for piece in x.reshape(-1).split(2**20))
 
 
 def read_described(path: str | Path, what: str, checks: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a .pth of ours or RWKV-PEFT's, by the bare names in use now, and its description (there {}).
+    """The tensors of a .pth of ours or RWKV-PEFT's, by the bare names in use now, and its description ({} for theirs).
 
-    checks: whether all numbers are finite too, unless another process does.
+    checks: also that all numbers are finite, unless another process does.
     """
     held = read_pth(path, what, checks)
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in held.items()}
     with zipfile.ZipFile(path) as archive:
-        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
-    if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
+        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost if others save it)
+    if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # in old files, a tensor
         about = old.to(torch.uint8).numpy().tobytes()
     if bad := [name for name, t in tensors.items() if checks and not is_finite(t)]:
-        raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
+        raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is unusable")
     described = read_description(about, f"{what} {path}")
     if described.get("tensors", len(tensors)) != len(tensors):
-        raise Fatal(f"{what} {path}: holds {len(tensors)} tensors and says that it had {described['tensors']}; the file"
-                    " is of no use")
+        raise Fatal(f"{what} {path}: holds {len(tensors)} tensors but was saved with {described['tensors']}; the file"
+                    " is unusable")
     return tensors, described
 
 
 def a_number(*types: type, least: float = 0) -> Callable[[Any], bool]:
-    """Whether something is such a number."""
+    """A check that something is a number of these types, from `least` on."""
     return lambda x: isinstance(x, types) and least <= x < 1e30
 
 
-DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
+DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not just compared -> whether it can be
     **dict.fromkeys(("step", "epoch_good", "scaled_at", "rows", "tensors"), a_number(int)),
     **dict.fromkeys(("epoch_steps", "rank"), a_number(int, least=1)),
     **dict.fromkeys(("epoch_loss", "scale"), a_number(int, float)), "loss_scale": a_number(int, float, least=1e-30),
@@ -3293,7 +3293,7 @@ def read_description(about: bytes, file: str) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError):
         odd = ["no JSON object"]
     if odd:
-        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {odd[0]}; the file is of no use")
+        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {odd[0]}; the file is unusable")
     return described
 
 
@@ -3301,7 +3301,7 @@ def compare(path: str | Path, about: dict[str, Any], wanted: dict[str, Any]) -> 
     """Every item that both descriptions have must be the same."""
     for item, value in wanted.items():
         if item in about and about[item] != value:
-            whose = {"base": "of another base model: ", "init": "of another run: "}.get(item, "")
+            whose = {"base": "for another base model: ", "init": "from another run: "}.get(item, "")
             raise Fatal(f"{path}: {whose}made with {item} {about[item]}, but here it is {value}")
 
 
@@ -3313,7 +3313,7 @@ def aged(path: Path, age: int) -> Path:
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) -> None:
     """`write(file)` into a neighbour of `path`, flush to disk, rename: readers see the old file or the new one.
 
-    keep: so many versions stay, the new one included; the older are renamed to path.1, path.2 and so on, and for a
+    keep: how many versions stay, including the new one; older ones are renamed to path.1, path.2 and so on, and for a
     moment there is no `path`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -3331,7 +3331,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
         os.close(folder)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        # torch.save wraps what the disk said; that is in the context of its own error.
+        # torch.save wraps the disk's error, which is the context of its own.
         cause = error if isinstance(error, OSError) else error.__context__ or error
         free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
         known = {errno.ENOSPC: f"the disk is full ({free} MB free)", errno.EDQUOT: "the disk quota is used up",
@@ -3352,7 +3352,7 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = 
         if about is not None:
             with zipfile.ZipFile(file, "a") as archive:
                 text = json.dumps(about | {"tensors": len(tensors)})
-                archive.writestr(zipfile.ZipInfo(DESCRIPTION), text)                      # (which has no time of now)
+                archive.writestr(zipfile.ZipInfo(DESCRIPTION), text)                      # (which has no timestamp)
 
     write_whole(path, write, keep)
 
@@ -3378,9 +3378,9 @@ def merge(
     """The full model: W' = held(residual of W) + delta in fp32, rounded once to W's dtype; for PiSSA, with q what
     quantising does, q(W - B0 A0) + B A. What else was trained takes the place of the base's.
 
-    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of a residual
-    what training multiplied with. Names, order, shapes and dtypes are the base's, by which other programs know a model;
-    a trained time_state is added to them.
+    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` turns a residual
+    into what training multiplied by. Names, order, shapes and dtypes are the base's, by which other programs recognise
+    a model; a trained time_state is added to them.
     """
     unused, merged, layer = dict(trained), {}, method.layer
     tensors = dict(with_states(base, trained)) if method.state else base
@@ -3397,7 +3397,7 @@ def merge(
             new = held(layer.residual(W.float(), taken)).float()
             new = new + layer.delta(new, scale, **own) if own else new
         if new.numel() != W.numel():
-            raise Fatal(f"its {name} is {list(new.shape)}, that of the base {list(W.shape)}")
+            raise Fatal(f"its {name} is {list(new.shape)}, the base's {list(W.shape)}")
         merged[name] = new.reshape(W.shape).to(W.dtype).contiguous()
         if name not in UNUSED and not merged[name].isfinite().all():
             raise Fatal(f"{name} would hold NaN or infinity, in {W.dtype}")
@@ -3414,7 +3414,7 @@ def with_states(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator
         state = name.replace("att.receptance.weight", "att.time_state")
         if state not in base:
             if state not in trained:
-                raise Fatal(f"it lacks {state}")
+                raise Fatal(f"missing {state}")
             S = trained[state]
             if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(W):
                 raise Fatal(f"its {state} is {list(S.shape)}; the base's attention is {len(W)} wide")
@@ -3423,19 +3423,19 @@ def with_states(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator
 
 
 def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
-    """An adapter that a checkpoint has for a matrix (out,in) has to be whole, and of its size."""
+    """A checkpoint's adapter for a matrix (out,in) must be complete, and of its size."""
     if missing := [f"{module}.{x}" for x in layer.names if x not in own]:
-        raise Fatal(f"it lacks {some(missing)}")
+        raise Fatal(f"missing {some(missing)}")
     if not layer.fits(shape, **own):
         found = ", ".join(f"{x} {list(t.shape)}" for x, t in own.items())
         raise Fatal(f"its {found} does not fit {module}, which is {list(shape)} in the base")
 
 
 def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, Tensor], path: str) -> float:
-    """What an update is scaled by: as its file has said, or else as LoRA's alpha tells."""
+    """What an update is scaled by: as its file says, or else as LoRA's alpha implies."""
     if alpha is None:
         if said is None:
-            raise Fatal(f"{path} does not say by what LoRA was scaled; give --lora_alpha")
+            raise Fatal(f"{path} does not say how LoRA was scaled; give --lora_alpha")
         return said
     check_within("--lora_alpha", alpha, "(0,1e9]")
     rank = next((t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2), 1)
@@ -3449,9 +3449,9 @@ def merge_files(
     kind: str, base: str, init: str, checkpoint: str, alpha: float | None = None, quant: str = "",
     formats: dict[str, Quant] = QUANT,
 ) -> dict[str, Tensor]:
-    """`merge` of files, for the methods whose files are no whole models. Refuses a base that was not trained on.
+    """`merge` of files, for methods whose files are not whole models. Refuses a base that was not trained on.
 
-    alpha is LoRA's, and quant, of formats, what the base was held as: both only where the checkpoint does not say.
+    alpha is LoRA's, and quant, one of formats, what the base was held as: both only if the checkpoint does not say.
     """
     tensors, method = read_pth(base, "--base_model"), ADAPTER[kind]
     trained, about = read_described(checkpoint, "--lora_checkpoint")
@@ -3460,7 +3460,7 @@ def merge_files(
     compare(checkpoint, about, wanted)
     compare(init, about_init, wanted | ({"init": about["init"]} if "init" in about else {}))
     if not about:
-        say(f"{checkpoint} has no description (like those of RWKV-PEFT and pissa2lora): that it is of {base} cannot be"
+        say(f"{checkpoint} has no description (like those of RWKV-PEFT and pissa2lora): that it is for {base} cannot be"
             " checked")
     about = {item: about_init[item] for item in ("quant", "dtype") if item in about_init} | about
     scale = scale_of_delta(about.get("scale", method.layer.unsaid_scale), alpha, trained, checkpoint)
@@ -3474,8 +3474,8 @@ def merge_files(
     except Fatal as e:
         raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
     if method.state:
-        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there its"
-            f" state is a list, for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
+        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there"
+            f" pass a state, a list: for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
     return merged
 
 

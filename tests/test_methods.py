@@ -318,7 +318,7 @@ def test_a_base_that_has_states_starts_from_them_and_gives_them_back(place, tmp_
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda t: {n: x for n, x in t.items() if n != STATES[1]}, "lacks blocks.1.att.time_state"),
+    (lambda t: {n: x for n, x in t.items() if n != STATES[1]}, "missing blocks.1.att.time_state"),
     (lambda t: t | {STATES[0]: torch.zeros(2, 32, 32, 1)}, "time_state is [2, 32, 32, 1]"),
     (lambda t: t | {STATES[0]: torch.zeros(2, 64, 64)}, "time_state is [2, 64, 64]|64 wide"),
     (lambda t: t | {"blocks.2.att.time_state": torch.zeros(1, 64, 64)}, "holds blocks.2.att.time_state"),
