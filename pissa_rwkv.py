@@ -3480,17 +3480,17 @@ def merge_files(
 
 
 # ======================================================================================================================
-# 10. Training: what is above, in order. After it, what a run needs besides.
+# 10. Training: all of the above, in order. After it, what else a run needs.
 # ======================================================================================================================
 
 PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BAD_STEPS = 3                                                         # this many without a finite loss end the run
-SCALE_GROWS = 2000                                                    # fp16: after so many good steps, as torch does
+SCALE_GROWS = 2000                                                    # fp16: after this many good steps, as in torch
 
 
 @dataclass
 class Plan:
-    """What is settled of a run before any weight is loaded."""
+    """What is settled about a run before any weight is loaded."""
 
     cfg: Config
     ranks: Ranks
@@ -3501,7 +3501,7 @@ class Plan:
     loader: Loader
     held_out: Loader | None
     epoch_steps: int
-    about: dict[str, Any]                                             # what every file that is written says of itself
+    about: dict[str, Any]                                             # what every file written says about itself
 
     @property
     def batches(self) -> int:
@@ -3542,15 +3542,15 @@ class Run(Plan):
     step: int = 0                                                     # the next optimiser step
     epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
     epoch_good: int = 0                                               # and their number
-    loss_scale: float = 1.0                                           # fp16: its gradients would underflow
+    loss_scale: float = 1.0                                           # fp16: gradients would underflow without it
     scaled_at: int = 0                                                # the last step after which it was changed
     bad_steps: int = 0
     add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
 
 
 def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
-    """Reads and checks what a new run needs, cheap things first; joins the other processes, and opens proj_dir. Returns
-    also the base's tensors, in their file; none of a new model."""
+    """Reads and checks what a new run needs, cheap things first; joins the other processes, and opens proj_dir. Also
+    returns the base's tensors, still in their file; none for a new model."""
     cfg = from_whole_model(with_init(cfg))
     check(cfg)
     ranks, device, dtype = setup(cfg)
@@ -3569,7 +3569,7 @@ def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
     if not cfg.dry_run:
         check_alike(cfg, ranks, base=base, data=loader, held_out=held_out, epoch_steps=epoch_steps, dtype=str(dtype))
     arch, tensors = with_time_state(arch, tensors, cfg)
-    if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
+    if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count bytes from the shapes alone
         check_tensors(without_values(arch), tensors, cfg.load_model)
     if cfg.grad_cp == "auto":
         cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
@@ -3583,12 +3583,12 @@ def build(cfg: Config) -> Run:
     cfg, ranks, device = plan.cfg, plan.ranks, plan.device
     earlier = read_earlier(plan)
     model = load_model(cfg, plan.arch, tensors, device, plan.dtype)
-    torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
+    torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out different numbers
     plan.about = adapt(model, plan, earlier)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, earlier.load, ranks, STAGE[cfg.strategy])
     model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
-    loss_scale = 2.0**16 if plan.dtype == torch.float16 else 1.0      # (torch's first)
+    loss_scale = 2.0**16 if plan.dtype == torch.float16 else 1.0      # (torch's initial one)
     run = Run(**vars(plan), model=model, optimiser=optimiser, step=plan.first_step, loss_scale=loss_scale,
               scaled_at=plan.first_step)
     if cfg.cuda_graph:
@@ -3599,14 +3599,14 @@ def build(cfg: Config) -> Run:
 
 
 class Earlier(NamedTuple):
-    """What a run begins with, or goes on from: the files of earlier ones. {}: there is none."""
+    """What a run starts or continues from: the files of earlier runs. {}: there is none."""
 
     cfg: Config                                                       # names the files of the adapters
     init: dict[str, Tensor]                                           # init_pissa.pth
     load: dict[str, Tensor]                                           # rwkv-<N>.pth
     path: Path                                                        # resume.pth, or an older one
     state: dict[str, Tensor]                                          # what is in it
-    described: dict[str, Any]                                         # and what it says of itself
+    described: dict[str, Any]                                         # and what it says about itself
 
 
 def read_earlier(plan: Plan) -> Earlier:
@@ -3622,7 +3622,7 @@ def read_earlier(plan: Plan) -> Earlier:
 
 
 def with_init(cfg: Config) -> Config:
-    """PiSSA's adapters lie beside their init_pissa.pth, if --adapter_init does not say otherwise."""
+    """PiSSA's adapters have their init_pissa.pth beside them, unless --adapter_init says otherwise."""
     beside = Path(cfg.adapter_load).with_name("init_pissa.pth") if cfg.adapter_load else None
     layer = pick(ADAPTER, "--peft", cfg.peft).layer
     wanted = layer.taken and not cfg.adapter_init and beside and beside.exists()
@@ -3630,7 +3630,7 @@ def with_init(cfg: Config) -> Config:
 
 
 def from_whole_model(cfg: Config) -> Config:
-    """A method whose files are whole models goes on from one by taking it as the base."""
+    """A method whose files are whole models continues from one by using it as the base."""
     file = cfg.adapter_load or (str(Path(cfg.proj_dir) / f"rwkv-{cfg.epoch_begin - 1}.pth") if cfg.epoch_begin else "")
     if not file or not ADAPTER[cfg.peft].whole:
         return cfg
@@ -3660,14 +3660,14 @@ OF_A_MACHINE = """load_model data_file val_file vocab_file proj_dir adapter_load
 
 
 def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
-    """All ranks must train the same on the same: nothing would tell later that a node has an old copy of a file."""
+    """All ranks must train the same on the same: nothing would show later that a node has an old copy of a file."""
     options = {name: value for name, value in asdict(cfg).items() if name not in OF_A_MACHINE}
     contents = {k: x.corpus.fingerprint if isinstance(x, Loader) else x for k, x in own.items()}
     ranks.agree("alike", options | contents | {"program": __version__}, "give every rank the same files and options")
 
 
 def without_values(arch: Arch, wkv: Callable | None = None, grad_cp: str = "0") -> RWKV:
-    """A model that has names and shapes alone."""
+    """A model with names and shapes only."""
     with torch.device("meta"):
         return RWKV(arch, wkv, grad_cp)
 
@@ -3681,16 +3681,16 @@ def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str,
 
 
 def compiled(run_block: RunBlock, device: str) -> RunBlock:
-    """`run_block` by torch.compile, if that works here. The operations between two products become one kernel, and what
-    backward computes again is fused into it. The first step compiles, and so does the first with rows of another
+    """`run_block` under torch.compile, if that works here. The operations between two products become one kernel, and
+    what backward recomputes is fused into it. The first step compiles, and so does the first with rows of another
     length.
     """
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as e:             # of the compiler's many parts, each has its own
-        say(f"--compile 1: torch.compile does not work here ({first_line(e)}); going on without, which is slower")
+    except Exception as e:             # each of the compiler's many parts raises its own
+        say(f"--compile 1: torch.compile does not work here ({first_line(e)}); continuing without, which is slower")
         return run_block
-    # It warns that what keep_products does suits no block with in-place operations; ours has none.
+    # It warns that what keep_products does is wrong for a block with in-place operations; ours has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     # A graph for each of: the first layer or another; a length, or any; states with a gradient or without.
     torch._dynamo.config.recompile_limit = 32
@@ -3722,15 +3722,15 @@ def adapt(model: RWKV, plan: Plan, earlier: Earlier) -> dict[str, Any]:
         there = read_described(own, "pissa_init")[1] if ranks.rank == 0 and own.exists() else {}
         if ranks.rank == 0 and there.get("init") != about["init"]:
             if there and cfg.epoch_begin:
-                raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
-                            " another one; name another --proj_dir")
+                raise Fatal(f"{own} is from the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
+                            " another one; choose another --proj_dir")
             save(own, taken, about)
     return about
 
 
 def begun_from(cfg: Config, resumed: bool) -> Config:
-    """The options, with the init_pissa.pth and the rwkv-<N>.pth that the run begins with. (A resumed one has resume.pth
-    for the latter.)"""
+    """The options, with the init_pissa.pth and the rwkv-<N>.pth that the run starts from. (A resumed one has resume.pth
+    instead of the latter.)"""
     folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
     if not resumed and (cfg.adapter_load or not cfg.epoch_begin):
         return cfg
@@ -3740,29 +3740,29 @@ def begun_from(cfg: Config, resumed: bool) -> Config:
 
 
 def read_adapters(cfg: Config, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What --adapter_init and --adapter_load name, if anything; both have to be of this base and of this --peft."""
+    """What --adapter_init and --adapter_load name, if anything; both must be for this base and this --peft."""
     init, about_init = read_described(cfg.adapter_init, "--adapter_init (pissa_init)") if cfg.adapter_init else ({}, {})
     load, about_load = read_described(cfg.adapter_load, "--adapter_load") if cfg.adapter_load else ({}, {})
     compare(cfg.adapter_init, about_init, about)
     compare(cfg.adapter_load, about_load, about)
     if "init" in about_load:
         compare(cfg.adapter_init, about_init, {"init": about_load["init"]})
-    if about_load.get("rank") == cfg.rank:                            # (another one is refused with both shapes)
+    if about_load.get("rank") == cfg.rank:                            # (another is refused later, with both shapes)
         described = ADAPTER[cfg.peft].layer.describe(cfg)
         compare(cfg.adapter_load, about_load, {x: described[x] for x in ("scale", "mode") if x in described})
     return init, load
 
 
 def check_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor]) -> None:
-    """Adapter files have to hold the numbers of every adapter, in their shapes, and nothing that is not trained."""
+    """Adapter files must hold the numbers of every adapter, in their shapes, and nothing that is not trained."""
     method, parameters = ADAPTER[cfg.peft], dict(model.named_parameters())
     for name, t in load.items():
         fits = t.numel() == parameters[name].numel() if name in parameters else method.is_own(name)
         if not fits:
-            raise Fatal(f"{cfg.adapter_load}: {name} does not fit this model; is it of this --peft?")
+            raise Fatal(f"{cfg.adapter_load}: {name} does not fit this model; is it for this --peft?")
     missing = [name for name in parameters if load and method.is_own(name) and name not in load]
     if missing:
-        raise Fatal(f"{cfg.adapter_load}: lacks {some(missing)}; is it of this --peft?")
+        raise Fatal(f"{cfg.adapter_load}: missing {some(missing)}; is it for this --peft?")
     for name, matrix in to_freeze(model, cfg).items() if init or load else ():
         check_rank(name, matrix.weight.shape, cfg)
         for x, shape in method.layer.shapes(matrix.weight.shape, cfg).items():
@@ -3777,7 +3777,7 @@ def check_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict
 
 
 def take_parts(model: RWKV, load: dict[str, Tensor]) -> None:
-    """Takes from a file the parameters that the model has already, a time_state too; adapters come later."""
+    """Copies from a file the parameters that the model already has, also a time_state; adapters come later."""
     for name, p in model.named_parameters():
         if name in load:
             p.data.copy_(load[name].view(p.shape))
@@ -3787,7 +3787,7 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
     """One optimiser step. A loss or gradient that is not finite changes nothing; three such steps end the run.
 
     The micro-batches of a step are dealt out to the ranks in turn, and n counts what all of them learn: gradients are
-    summed, and nobody divides by a number of ranks.
+    summed, and never divided by the number of ranks.
     """
     cfg, optimiser, ranks = run.cfg, run.optimiser, run.ranks
     own = range(run.step * run.batches, (run.step + 1) * run.batches)[ranks.rank:: ranks.size]
@@ -3814,22 +3814,22 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
 
 
 def skip(run: Run, loss: float) -> None:
-    """Says which rows gave no finite gradient. In fp16 the cause is mostly the loss scale, so that is halved first."""
+    """Says which rows gave no finite gradient. In fp16 the cause is usually the loss scale, so that is halved first."""
     if run.loss_scale > 1 and math.isfinite(loss):
         run.loss_scale, run.scaled_at = run.loss_scale / 2, run.step
         say(f"step {run.step}: a gradient overflowed in fp16; skipped, and the loss scale is now {run.loss_scale:g}")
         return
     run.bad_steps += 1
     say(f"step {run.step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; the step is skipped and"
-        f" nothing changed (rows {run.step * run.rows} to {(run.step + 1) * run.rows - 1} that were read)")
+        f" nothing changed (it read rows {run.step * run.rows} to {(run.step + 1) * run.rows - 1})")
     if run.bad_steps == BAD_STEPS:
         raise Fatal(f"{BAD_STEPS} steps in a row, up to step {run.step}, had no finite loss and gradient; what was"
-                    " saved before is good; lower --lr_init, or look at those rows")
+                    " saved before is good; lower --lr_init, or check those rows")
 
 
 def train(run: Run) -> int:
     """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Returns
-    the signal that stopped it before its end, or 0."""
+    the signal that stopped it early, or 0."""
     cfg = run.cfg
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
@@ -3856,14 +3856,14 @@ def train(run: Run) -> int:
                 save_resume(run)
         if run.step < run.steps:
             save_resume(run)
-            say(f"stopped before step {run.step}; --resume goes on from here")
+            say(f"stopped before step {run.step}; --resume continues from here")
             return stop.asked or signal.SIGTERM                       # (of another rank)
     say(f"done: {run.folder}")
     return 0
 
 
 def end_epoch(run: Run, log: Logger, epoch: int, lr: float, due: bool) -> None:
-    """Logs an epoch's mean loss, saves what it made, validates, prints a sample. due: resume.pth is, whatever
+    """Logs an epoch's mean loss, saves what it made, validates, prints a sample. due: save resume.pth whatever
     --epoch_save says."""
     cfg = run.cfg
     if run.step == run.steps and not run.optimiser.t:
@@ -3904,9 +3904,9 @@ def saved_after(run: Run, epoch: int) -> bool:
 
 
 def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
-    """Writes an epoch's files: rwkv-<epoch>.pth (adapters and trained parts in fp32, or the whole model) and what is
-    merged. resume.pth was written before and gives them all again, so a kill between the two loses nothing. A file that
-    is there is replaced, since a run that went back to resume.1.pth makes an epoch again; without `anew` it stays."""
+    """Writes an epoch's files: rwkv-<epoch>.pth (adapters and trained parts in fp32, or the whole model) and the merged
+    model. resume.pth was written before and gives them all again, so a kill between the two loses nothing. An existing
+    file is replaced, since a run that went back to resume.1.pth repeats an epoch; without `anew` it stays."""
     cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
     masters = run.optimiser.masters() if saved_after(run, epoch) else {}                  # (rank 0's; others have {})
@@ -3928,11 +3928,11 @@ def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
     return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held)
 
 
-# ----------------------------------------------------------------------------------------- going on where a run stopped
+# --------------------------------------------------------------------------------------- continuing where a run stopped
 
 OPENED_BY = ".opened_by"                                              # in proj_dir: who opened it last, an agent a line
 
-# What `write_whole` leaves where a run is killed in it.
+# What `write_whole` leaves behind when a run is killed in it.
 LEFTOVER = re.compile(r"\.(probe|\.opened_by|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.part")
 
 
@@ -3940,8 +3940,8 @@ def open_folder(cfg: Config, ranks: Ranks) -> Config:
     """Rank 0 opens proj_dir. All ranks resume if one was told to, or if torchrun has restarted the job that opened the
     folder. A job that was refused, because the folder holds another run, is refused again when it is restarted."""
     folder = Path(cfg.proj_dir)
-    # torchrun's agent stays when it starts its ranks anew. One of several nodes may have been replaced meanwhile, and
-    # each agent counts its restarts for itself: one that only joined again has counted none.
+    # torchrun's agent survives when it restarts its ranks. One of several nodes may have been replaced meanwhile, and
+    # each agent counts its own restarts: one that has only rejoined has counted none.
     own = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')} {platform.node()} {os.getppid()}"
     agents = ranks.each("agent", own)
     anew = any(ranks.totals(of_torchrun("TORCHELASTIC_RESTART_COUNT", 0)))
@@ -3954,13 +3954,13 @@ def open_folder(cfg: Config, ranks: Ranks) -> Config:
 
 
 def opened_by(folder: Path) -> set[str]:
-    """The agents, torchrun's, of the run that opened the folder last."""
+    """torchrun's agents of the run that opened the folder last."""
     file = folder / OPENED_BY
     return {*file.read_text("utf-8", errors="replace").splitlines()} if file.is_file() else set()
 
 
 def make_ready(cfg: Config) -> None:
-    """Makes proj_dir, if need be, and removes what a killed run left. A run that is in it is never written over."""
+    """Makes proj_dir, if need be, and removes what a killed run left. A run that is in it is never overwritten."""
     folder = Path(cfg.proj_dir)
     probe = folder / f".probe.{os.getpid()}.part"
     try:
@@ -3974,11 +3974,11 @@ def make_ready(cfg: Config) -> None:
     saved = sorted(p.name for p in folder.glob("resume*.pth"))
     if cfg.resume and held and not saved:
         raise Fatal(f"--resume: {folder} holds {some(held)} but no resume.pth;"
-                    " --epoch_begin goes on from rwkv-<N-1>.pth")
+                    " --epoch_begin continues from rwkv-<N-1>.pth")
     if not cfg.epoch_begin:
         held += saved + [name for name in ("init_pissa.pth", "loss_data.jsonl") if (folder / name).exists()]
     if held and not cfg.resume:
-        raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
+        raise Fatal(f"--proj_dir {folder} already holds a run ({some(held)}): --resume continues it; or choose another")
     for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
         (folder / name).unlink(missing_ok=True)
 
@@ -3987,11 +3987,11 @@ COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale", "scaled_at")  # of
 
 
 def save_resume(run: Run) -> None:
-    """Saves all that a run needs to go on as if it had never stopped. Keeps the file before it as resume.1.pth, and so
-    on.
+    """Saves all that a run needs to continue as if it had never stopped. Keeps the previous file as resume.1.pth, and
+    so on.
 
-    It goes on to the bit with the same device, threads and number of ranks, and without --compile: the optimiser's and
-    the random state are in this file, the data follow from `step`, what is frozen from the base and init_pissa.pth.
+    It continues to the bit with the same device, threads and number of ranks, and without --compile: the optimiser's
+    and the random state are in this file, the data follow from `step`, what is frozen from the base and init_pissa.pth.
     """
     state = run.optimiser.state() | {"rng": run.ranks.collect(torch.get_rng_state()[None])}
     if run.device == "cuda":
@@ -4009,7 +4009,7 @@ def config_of(run: Run) -> dict[str, Any]:
 
 
 def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The newest file of proj_dir to go on from that is whole, and what it holds; nothing, where there is none."""
+    """The newest intact file in proj_dir to resume from, and what it holds; nothing, if there is none."""
     path = Path(cfg.proj_dir) / "resume.pth"
     there = [p for age in range(cfg.keep + 1) if (p := aged(path, age)).exists()]
     for p in there:
@@ -4019,31 +4019,31 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
                 raise Fatal(f"{p}: not what this program writes for --resume")
             begun = described["config"].get("epoch_begin", 0)
             if begun != cfg.epoch_begin and described["step"] <= cfg.epoch_begin * described["epoch_steps"]:
-                break                                                 # of the run before this one, as are the older
+                break                                                 # from the run before this one, as are the older
             return p, state, described
         except Fatal as e:
             if p == there[-1]:
                 raise
-            say(f"{e}; taking the one before it")
-    begins = f"with rwkv-{cfg.epoch_begin - 1}.pth" if cfg.epoch_begin else "anew"
-    say(f"--resume: this run has not written {path} yet; it begins {begins}")
+            say(f"{e}; using the one before it")
+    begins = f"from rwkv-{cfg.epoch_begin - 1}.pth" if cfg.epoch_begin else "from the beginning"
+    say(f"--resume: this run has not written {path} yet; it starts {begins}")
     return path, {}, {}
 
 
 def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """What is the newest on rank 0, which has looked at every number of it; the others read as much as they need."""
+    """The newest on rank 0, which has checked every number in it; the others read only as much as they need."""
     path, state, described = newest(cfg) if ranks.rank == 0 else (Path(cfg.proj_dir), {}, {})
     name = ranks.each("newest", path.name if state else "")[0]
     if ranks.rank > 0 and name and (path / name).exists():
         path = path / name
         state, described = read_described(path, "--resume", checks=False)
     ranks.agree("resume", {"the step in resume.pth": described.get("step")},
-                f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
+                f"--proj_dir {cfg.proj_dir} must be on a disk that all can see")
     return path, state, described
 
 
 def restore(run: Run, earlier: Earlier) -> None:
-    """Sets a run to where resume.pth was written."""
+    """Puts a run back to where resume.pth was written."""
     path, state, described = earlier.path, earlier.state, earlier.described
     compare(path, described, run.about | {"trained": run.optimiser.layout()})
     shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
@@ -4062,7 +4062,7 @@ def restore(run: Run, earlier: Earlier) -> None:
         run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
         say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
     if old_rows != run.rows:
-        say(f"a step had {old_rows} rows and has {run.rows} now: the data go on at row {run.step * run.rows}")
+        say(f"a step had {old_rows} rows and has {run.rows} now: the data continue at row {run.step * run.rows}")
     if len(rng) == run.ranks.size:
         torch.set_rng_state(rng[run.ranks.rank].clone())              # (a view would crash torch)
         if "rng_cuda" in state and run.device == "cuda":
@@ -4073,8 +4073,8 @@ def restore(run: Run, earlier: Earlier) -> None:
 
 
 class Stop:
-    """SIGTERM or Ctrl-C asks the run to end after its step; Ctrl-C ends the program if that was asked before. (SIGTERM
-    never does: where all processes of a job get it, torchrun's agent sends it to its ranks once more.)"""
+    """SIGTERM or Ctrl-C asks the run to end after its step; after that, Ctrl-C ends the program at once. (SIGTERM never
+    does: if all processes of a job get it, torchrun's agent sends it to its ranks once more.)"""
 
     def __enter__(self) -> Stop:
         self.asked = 0                                                # the signal
@@ -4095,7 +4095,7 @@ class Stop:
 
 
 class Lines:
-    """For a bar whose output is a file: it writes a line each time, not over the last one."""
+    """For a bar whose output is a file: it writes a new line each time, not over the last one."""
 
     def write(self, text: str) -> None:
         if text := text.strip():
@@ -4114,7 +4114,7 @@ class Logger:
         if run.ranks.rank > 0:
             return
         self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
-        if self.losses.exists():                                      # lines of steps that will be made again
+        if self.losses.exists():                                      # lines of steps that will be repeated
             lines = self.losses.read_text("utf-8", errors="replace").splitlines()
             kept = "".join(x + "\n" for x in lines if step_of(x) < run.step)
             write_whole(self.losses, lambda file: file.write(kept.encode()))
@@ -4128,7 +4128,7 @@ class Logger:
             self.wandb.finish(exit_code=int(kind is not None))
 
     def step(self, **row: Any) -> None:
-        row = {k: v if math.isfinite(v) else None for k, v in row.items()}                # JSON knows no NaN
+        row = {k: v if math.isfinite(v) else None for k, v in row.items()}                # JSON has no NaN
         self.append(self.losses, json.dumps(row))
         if self.wandb:
             self.wandb.log(row, step=row["step"])
@@ -4144,7 +4144,7 @@ class Logger:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as e:
-            raise Fatal(f"cannot write {path}: {e.strerror}; --resume goes on from what was saved last") from None
+            raise Fatal(f"cannot write {path}: {e.strerror}; --resume continues from the last save") from None
 
 
 def step_of(line: str) -> float:
@@ -4165,7 +4165,7 @@ def load_wandb(cfg: Config) -> Any:
     os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")   # its logs would go to the home folder
     try:
         return wandb.init(project=cfg.wandb, name=folder.name, config=asdict(cfg), dir=str(folder))
-    except Exception as e:             # of wandb's own and of those of what it stands on
+    except Exception as e:             # wandb's own, and those of its dependencies
         raise Fatal(f"--wandb {cfg.wandb}: {first_line(e)} (WANDB_MODE=offline logs into {cfg.proj_dir}, from where"
                     " `wandb sync` sends it later)") from None
 
@@ -4177,7 +4177,7 @@ def of_torchrun(name: str, usual: int) -> int:
     """A number that torchrun puts into the environment."""
     text = os.environ.get(name, str(usual))
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise Fatal(f"{name}={text} in the environment: a number is wanted; torchrun sets it, nobody else has to")
+        raise Fatal(f"{name}={text} in the environment: expected a number; torchrun sets it, nothing else has to")
     return int(text)
 
 
@@ -4185,7 +4185,7 @@ DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")                 # of Linux
 
 
 def has_bf16() -> bool:
-    """Whether the GPU multiplies in bf16. Where there is none, and only bytes are counted, that is assumed."""
+    """Whether the GPU multiplies in bf16. If there is none, and only bytes are counted, that is assumed."""
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -4193,20 +4193,20 @@ def setup(cfg: Config) -> tuple[Ranks, str, torch.dtype]:
     """Joins the other processes. Returns these, the device and the compute dtype."""
     world, here = of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_WORLD_SIZE", 1)
     if cfg.devices not in (0, here) and not cfg.dry_run:
-        raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; it takes --nproc_per_node={cfg.devices}")
+        raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; give it --nproc_per_node={cfg.devices}")
     gpu = torch.cuda.is_available()
     accelerator = pick({"gpu": "cuda", "cpu": "cpu"}, "--accelerator", cfg.accelerator or ("gpu" if gpu else "cpu"))
     if accelerator == "cuda" and not gpu and not cfg.dry_run:
-        raise Fatal("--accelerator gpu: torch finds none here; take cpu, or install a CUDA build of torch")
-    # Segments that grow leave less memory reserved and unused. CUDA reads this when it begins, which is later. (Under
-    # Windows, drivers before R615 fail at the first of them.)
+        raise Fatal("--accelerator gpu: torch finds none here; use cpu, or install a CUDA build of torch")
+    # Segments that grow leave less memory reserved but unused. CUDA reads this when it is initialised, which is later.
+    # (Under Windows, drivers before R615 fail at the first of them.)
     under_windows = "microsoft" in platform.release().lower()
     allocator = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
     if accelerator == "cuda" and not allocator and not under_windows:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if not (gpu or cfg.accelerator or "CUDA_VISIBLE_DEVICES" in os.environ) and any(map(os.path.exists, DRIVERS)):
-        why = f"may be too old for CUDA {torch.version.cuda} (13 needs 580)" if torch.version.cuda else "is not asked"
-        say(f"on the CPU: torch {torch.__version__} finds no GPU, and the NVIDIA driver that is here {why}")
+        why = f"may be too old for CUDA {torch.version.cuda} (13 needs 580)" if torch.version.cuda else "is not used"
+        say(f"on the CPU: torch {torch.__version__} finds no GPU, and the NVIDIA driver installed here {why}")
     if cfg.dry_run:
         ranks = Unheard(0, max(world, cfg.devices))
     else:
@@ -4224,7 +4224,7 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     if accelerator == "cuda":
         if here >= torch.cuda.device_count():
             raise Fatal(f"--accelerator gpu: process {here + 1} of this machine finds {torch.cuda.device_count()} GPUs;"
-                        " start as many as there are")
+                        " start one process per GPU")
         torch.cuda.set_device(here)
     try:
         store, rank, size = next(rendezvous("env://", timeout=patience))
@@ -4233,8 +4233,8 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     except (RuntimeError, ValueError) as e:
         first = "" if is_first() else "rank 0 did not answer: "         # (the others wait for rank 0 alone)
         raise Fatal(f"the processes did not find each other: {first}{first_line(e)}") from None
-    # torch imports this sometime. If there is a group then, its functions have it as a default and never let it go, and
-    # a thread of gloo that outlives Python's end aborts.
+    # torch imports this at some point. If there is a group by then, its functions have it as a default and never let go
+    # of it, and a thread of gloo that outlives Python aborts.
     importlib.import_module("torch.distributed.nn")
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
     try:
@@ -4242,15 +4242,15 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     except RuntimeError as e:
         networks = "GLOO_SOCKET_IFNAME" + " and NCCL_SOCKET_IFNAME" * (accelerator == "cuda")
         raise Fatal(f"the processes did not find each other's address: {of_gloo(e)}; if none has ended, set {networks}"
-                    " on every machine to its network card, like eth0 (Debian's /etc/hosts gives a machine's name the"
-                    " address 127.0.1.1, where no other finds it)") from None
+                    " on every machine to its network interface, like eth0 (Debian's /etc/hosts gives a machine's name"
+                    " the address 127.0.1.1, which no other can reach)") from None
     JOINED.append(ranks)
     return ranks
 
 
 def agreed(store: dist.Store, rank: int, size: int, patience: float) -> dist.Store:
-    """The part of a store that belongs to these processes alone. torchrun's lives on when it restarts them, with all
-    that was in it: each writes a fresh word, and rank 0 answers it with its own, with which all keys then begin."""
+    """The part of a store that belongs to these processes alone. torchrun's store survives when it restarts them, with
+    all that was in it: each writes a fresh word, and rank 0 answers with its own, with which all keys then begin."""
     word, deadline = os.urandom(8).hex(), time.monotonic() + patience
     if rank > 0:
         store.set(f"rank {rank}", word)
@@ -4262,13 +4262,13 @@ def agreed(store: dist.Store, rank: int, size: int, patience: float) -> dist.Sto
             store.set(store.get(f"rank {other}").decode(), word)
         missing = {r for r in missing if not store.check([f"{word} has {r}"])}
         if time.monotonic() > deadline:
-            raise RuntimeError(f"rank {some(map(str, missing))} did not come within {patience:g} s")
+            raise RuntimeError(f"rank {some(map(str, missing))} did not join within {patience:g} s")
         time.sleep(0.01)
     return dist.PrefixStore(word, store)
 
 
 def launch(cfg: Config, argv: list[str]) -> None:
-    """--devices N of plain python: this process becomes torchrun's, which starts N."""
+    """--devices N with plain python: this process becomes torchrun, which starts N."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.devices}"]
     sys.stdout.flush()
     os.execv(sys.executable, [*torchrun, __file__, *argv])
@@ -4295,13 +4295,13 @@ def check(cfg: Config) -> None:
 
 
 def check_together(cfg: Config) -> None:
-    """Refuses options that contradict each other, or lack another."""
+    """Refuses options that contradict each other, or need another."""
     layer, lossy, everything = ADAPTER[cfg.peft].layer, QUANT[cfg.quant].lossy, EVERYTHING in parts_of(cfg)
     if not cfg.data_file and cfg.data_type != "dummy" and not cfg.chat:
         raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
     if not cfg.load_model and not everything:
         what = f"trains --train_parts {' '.join(cfg.train_parts)} of" if ADAPTER[cfg.peft].whole else "adapts"
-        raise Fatal(f"--load_model is missing: --peft {cfg.peft} {what} a base model; --peft none alone pretrains a new"
+        raise Fatal(f"--load_model is missing: --peft {cfg.peft} {what} a base model; only --peft none pretrains a new"
                     " one")
     if layer.taken and bool(cfg.adapter_load) > bool(cfg.adapter_init):
         raise Fatal(f"--adapter_load {cfg.adapter_load} (pissa_load) needs --adapter_init (pissa_init) too: the"
@@ -4310,7 +4310,7 @@ def check_together(cfg: Config) -> None:
         raise Fatal(f"--adapter_init {cfg.adapter_init} (pissa_init): --peft {cfg.peft} takes nothing out of a matrix;"
                     " leave it out")
     if cfg.epoch_begin and cfg.adapter_init and not cfg.adapter_load:
-        raise Fatal(f"--adapter_init {cfg.adapter_init}: --epoch_begin {cfg.epoch_begin} takes the init_pissa.pth of"
+        raise Fatal(f"--adapter_init {cfg.adapter_init}: --epoch_begin {cfg.epoch_begin} uses the init_pissa.pth in"
                     " --proj_dir; leave it out")
     if cfg.val_file and cfg.val_split:
         raise Fatal(f"--val_split {cfg.val_split}: --val_file {cfg.val_file} is held out already; give one of them")
@@ -4318,28 +4318,28 @@ def check_together(cfg: Config) -> None:
         raise Fatal(f"--quant {cfg.quant}: --peft {cfg.peft} trains every matrix, and only frozen ones are quantised;"
                     " --train_parts says what else to train")
     if cfg.qpissa_iters > 1 and not (layer.taken and lossy):
-        raise Fatal(f"--qpissa_iters {cfg.qpissa_iters} fits PiSSA's start to a quantised base, and this is --peft"
+        raise Fatal(f"--qpissa_iters {cfg.qpissa_iters} fits PiSSA's start to a quantised base, but this is --peft"
                     f" {cfg.peft} with --quant {cfg.quant}")
     if cfg.emb_on_cpu and any(part in "emb.weight" for part in parts_of(cfg)):
-        raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
+        raise Fatal("--emb_on_cpu leaves the embedding in its file, but --peft none or --train_parts emb trains it")
     if cfg.train_type == "infctx" and cfg.chunk_ctx > cfg.ctx_len:
-        raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; up to --ctx_len {cfg.ctx_len} is wanted")
+        raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; expected at most --ctx_len {cfg.ctx_len}")
     if cfg.train_type == "infctx" and ADAPTER[cfg.peft].state and cfg.chunk_grad == "truncated":
-        raise Fatal("--chunk_grad truncated: with --peft state only the first chunk would be learnt from; take full")
+        raise Fatal("--chunk_grad truncated: with --peft state only the first chunk would be learnt from; use full")
     if cfg.train_type == "infctx" and cfg.chunk_grad == "full" and cfg.grad_cp == "products":
-        raise Fatal("--grad_cp products: --chunk_grad full computes every chunk again, and would keep the products of"
-                    " all; 0 or 1 takes less")
+        raise Fatal("--grad_cp products: --chunk_grad full recomputes every chunk, and would keep the products of all;"
+                    " use 0 or 1, which take less")
     if cfg.compile and cfg.op == "torch":
-        raise Fatal("--compile 1: --op torch is a loop over tokens, which a compiler writes out; take chunk or cpu")
+        raise Fatal("--compile 1: --op torch is a loop over tokens, which a compiler would unroll; use chunk or cpu")
     if cfg.train_type == "state" and cfg.peft != "state":
-        raise Fatal(f"--train_type state: that is --peft state here, and this is --peft {cfg.peft}")
+        raise Fatal(f"--train_type state: that is --peft state here, but this is --peft {cfg.peft}")
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install wandb`")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
 
 
-BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
+BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others, one of which must be so
     "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
     "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
     "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
@@ -4357,7 +4357,7 @@ def hint(cfg: Config) -> None:
 
 
 def hint_rate(cfg: Config, width: int) -> None:
-    """Says where a learning rate is unusual for the method. (Narrow models, as a demonstration's, bear more.)"""
+    """Says if a learning rate is unusual for the method. (Narrow models, like the demonstration's, tolerate more.)"""
     method = ADAPTER[cfg.peft]
     if cfg.lr_init < method.low_lr:
         say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
@@ -4373,14 +4373,14 @@ class Graphs:
     """`add_gradient` by CUDA graphs: the thousands of kernels that a micro-batch launches are recorded once, and from
     then on launched as one.
 
-    A graph repeats the same kernels at the same addresses. So a micro-batch is filled up to one of few shapes, of which
-    each has its graph, and copied to where the recorded one lay; n and the loss scale lie there too. The first of a
-    shape runs as ever, for the libraries to prepare themselves, and the second is recorded. All graphs work in the same
-    memory: never two at a time, and what a micro-batch leaves is in the optimiser's buffers.
+    A graph repeats the same kernels at the same addresses. So a micro-batch is padded to one of a few shapes, each with
+    its own graph, and copied to where the recorded one was; n and the loss scale are there too. The first of a shape
+    runs as usual, for the libraries to set themselves up, and the second is recorded. All graphs share the same memory:
+    no two run at once, and what a micro-batch leaves is in the optimiser's buffers.
     Reducing, clipping and the update stay outside: they differ from step to step, and are 90 of 8000 launches (1.5B).
     """
 
-    most = 16                                                         # graphs; shapes beyond run as ever
+    most = 16                                                         # graphs; further shapes run as usual
 
     def __init__(self) -> None:
         self.places: dict[Any, list[Tensor]] = {}                     # shape -> inputs, learnt, targets, n, loss scale
@@ -4414,12 +4414,12 @@ class Graphs:
         return loss
 
     def record(self, shape: Any, work: Callable[[], Tensor], model: RWKV) -> None:
-        """Records the work, which does not run it. If that fails, says so once; from then on work runs as ever."""
+        """Records the work, which does not run it. If that fails, says so once; from then on work runs as usual."""
         try:
             self.graphs[shape] = self.captured(work)
         except RuntimeError as e:
-            why = first_line(e.__context__ or e)                      # (the end of a capture that broke fails as well)
-            say(f"--cuda_graph 1: what a step does could not be recorded ({why}); going on without")
+            why = first_line(e.__context__ or e)                      # (ending a broken capture fails as well)
+            say(f"--cuda_graph 1: what a step does could not be recorded ({why}); continuing without")
             self.most = 0
             self.graphs.clear()
             for p in model.parameters():
@@ -4427,7 +4427,7 @@ class Graphs:
 
     def captured(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # "thread_local", since NCCL's own thread asks CUDA things that a capture forbids.
+        # "thread_local", since NCCL's own thread makes CUDA calls that a capture forbids.
         with torch.cuda.stream(self.stream), torch.cuda.graph(graph, self.memory, self.stream, "thread_local"):
             loss = work()
         return graph.replay, loss
@@ -4473,15 +4473,15 @@ class Past(NamedTuple):
 
 def check_tokens(tokens: list[int], arch: Arch, what: str = "that text") -> None:
     if (largest := max(tokens, default=0)) >= arch.vocab_size:
-        raise Fatal(f"token {largest} of {what} is outside the model's vocabulary of {arch.vocab_size}; is it"
-                    " --tokenizer's?")
+        raise Fatal(f"token {largest} of {what} is outside the model's vocabulary of {arch.vocab_size}; is"
+                    " --tokenizer the model's?")
 
 
 @torch.no_grad()
 def tokens_of(
     model: RWKV, tokens: list[int], past: Past, draw: torch.Generator, top_p: float, temperature: float
 ) -> Iterator[tuple[int, Past]]:
-    """Yields what the model writes after `past` and `tokens`, token after token without end, each with the past that it
+    """Yields what the model writes after `past` and `tokens`, token by token without end, each with the past that it
     was drawn from. Reads only what is new. top_p 0 is greedy."""
     check_tokens(tokens, model.arch)
     device = model.head.weight.device
@@ -4492,7 +4492,7 @@ def tokens_of(
             x, read = (torch.cat(both, 1) for both in zip(past.seen, (x, read), strict=True))
         p = model.next_logits(x, read)[0].float().softmax(-1).cpu()                       # (V)
         if p.isnan().any():
-            raise Fatal("the model computes NaN, no probabilities; fp16 ends at 65504: take --precision bf16 or fp32")
+            raise Fatal("the model computes NaN, not probabilities; fp16 ends at 65504: use --precision bf16 or fp32")
         p, order = p.sort(descending=True)
         p[1:][p.cumsum(0)[:-1] >= top_p] = 0                                              # the likeliest, up to top_p
         new = order[torch.multinomial((p / p[0]) ** (1 / temperature), 1, generator=draw)].item()
@@ -4518,18 +4518,18 @@ def generate(
 
 TOLD = {"peft": "peft", "quant": "quant", "rank": "rank", "bone_mode": "mode"}  # option -> what a file calls it
 NOT_IN_CHAT = ("data_file", "val_file", "make_binidx", "dry_run", "resume", "auto_merge")
-# Somebody else speaks: on any line, for some models write turns without blank lines. (learn_assistant is stricter.)
+# Someone else speaks: on any line, since some models write turns without blank lines. (learn_assistant is stricter.)
 TURN = re.compile(rb"\n(System|User|Assistant):")
 
 
 def chat_config(cfg: Config, given: set[str]) -> Config:
-    """The options of --chat, with what the adapter file tells; one of `given` that says something else is an error."""
+    """The options of --chat, with what the adapter file says; one of `given` that says otherwise is an error."""
     pick(ADAPTER, "--peft", cfg.peft)
     if odd := [name for name in NOT_IN_CHAT if getattr(cfg, name) != getattr(Config, name)]:
         raise Fatal(f"--{odd[0]} is not for --chat, which only talks; leave one of them out")
     if cfg.devices > 1 or of_torchrun("WORLD_SIZE", 1) > 1:
         raise Fatal("--chat is for one process: start it with python, without --devices")
-    # No part is trained, so that every matrix is frozen and may be codes; no gradient, so nothing is kept for one.
+    # Nothing is trained, so every matrix is frozen and may be quantised; no gradient, so nothing is kept for one.
     cfg = replace(from_whole_model(cfg), train_parts=(), grad_cp="0", train_type="normal")
     if not cfg.load_model:
         raise Fatal("--load_model is missing: the model that --chat talks to")
@@ -4570,8 +4570,8 @@ def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
 
 
 def certain_length(text: bytes) -> int:
-    """How many bytes of an answer that is being written are surely its own: whole characters, without white space at
-    the end, and without a line that is or may become another's turn."""
+    """How many bytes of an unfinished answer are certainly its own: whole characters, without trailing white space, and
+    without a line that is or may become another's turn."""
     head, newline, line = text.rpartition(b"\n")
     may_be_turn = newline and any(role.startswith(line) for role in (b"System:", b"User:", b"Assistant:"))
     own = (text[: m.start()] if (m := TURN.search(text)) else head if may_be_turn else text).rstrip()
@@ -4615,9 +4615,9 @@ def talk(cfg: Config, given: set[str]) -> None:
     while True:
         try:
             question = input("User: " if watched else "").strip()
-            question.encode()                                         # (some locales let bytes pass that are no text)
+            question.encode()                                         # (some locales let through bytes that are no text)
         except UnicodeError as e:
-            raise Fatal(f"--chat: the question is no {e.encoding} text (at {e.start}: {e.reason})") from None
+            raise Fatal(f"--chat: the question is not valid {e.encoding} (at {e.start}: {e.reason})") from None
         except (EOFError, KeyboardInterrupt):
             question = "/exit"
         if question == "/exit":
@@ -4625,7 +4625,7 @@ def talk(cfg: Config, given: set[str]) -> None:
         if question == "/reset":
             past = Past()
         elif re.fullmatch(r"/\w*", question):
-            print(f"{question}: no such command; there are /reset and /exit", file=sys.stderr)
+            print(f"{question}: unknown; choose from /reset and /exit", file=sys.stderr)
         elif question:
             try:
                 write("Assistant:")
@@ -4641,10 +4641,10 @@ def talk(cfg: Config, given: set[str]) -> None:
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive while code runs on the meta device, that is without values.
+    """Counts the bytes of the tensors that are alive while code runs on the meta device, that is, without values.
 
     Each takes whole units of 512 bytes, as in CUDA's caching allocator; those of `elsewhere` take nothing. `.item()`
-    gives 1. On another device than meta it counts what really is there.
+    gives 1. On a device other than meta it counts what is really there.
     """
 
     def __init__(self, device: str = "meta", elsewhere: Iterable[Tensor] = ()) -> None:
@@ -4671,7 +4671,7 @@ class Peak(TorchDispatchMode):
 
 
 class FullRows:
-    """In a Loader's place: the largest batches there can be, of `bsz` rows of which every token is learnt."""
+    """In place of a Loader: the largest batches there can be, of `bsz` rows in which every token is learnt."""
 
     def __init__(self, bsz: int, ctx_len: int, device: str):
         self.bsz, self.ctx_len, self.device = bsz, ctx_len, device
@@ -4682,11 +4682,11 @@ class FullRows:
 
 
 class Memory(NamedTuple):
-    """What a run takes of a device, in bytes: its parts when a step takes most, and the most while it is loaded."""
+    """What a run takes of a device, in bytes: its parts at the peak of a step, and the peak while it is loaded."""
 
     weights: int                                                      # frozen
     optimiser: int                                                    # what is trained, with gradient and moments
-    activations: int                                                  # and whatever else a step makes and lets go
+    activations: int                                                  # and whatever else a step makes and frees
     loading: int
     other: int                                                        # not tensors: OTHER
 
@@ -4695,17 +4695,17 @@ class Memory(NamedTuple):
         return max(self.weights + self.optimiser + self.activations, self.loading) + self.other
 
 
-CONTEXT = 500_000_000                                                 # bytes of CUDA's, per process
-# What a device takes that no tensor does: bytes, a share of the tensors' peak, and both in words.
+CONTEXT = 500_000_000                                                 # bytes of CUDA's context, per process
+# Device memory that is not in tensors: bytes, a share of the tensors' peak, and both in words.
 OTHER = {"cuda": (CONTEXT + 2**25, 0.03, "0.53 for CUDA's context and cuBLAS, 3 % for fragmentation"),
-         "cpu": (0, 0.0, "of torch itself nothing is counted")}
+         "cpu": (0, 0.0, "torch itself is not counted")}
 
 
 class Rehearsal:
     """A run without values and without a device: the code of loading, adapting and training, whose bytes are counted.
 
-    For CUDA the operator is `cuda`, whose fake implementation says what it allocates, unless --op or the size of heads
-    asks for another. Not seen is what a kernel of torch takes for itself.
+    For CUDA the operator is `cuda`, whose fake implementation says what it allocates, unless --op or the head size
+    calls for another. What torch's kernels allocate for themselves is not seen.
     """
 
     def __init__(self, cfg: Config, arch: Arch, device: str, dtype: torch.dtype, ranks: Ranks = ONE_RANK):
@@ -4748,7 +4748,7 @@ class Rehearsal:
         return Memory(self.held - optimiser, optimiser, activations, self.loading, other)
 
     def fastest(self, bsz: int, room: int) -> str:
-        """The first way of GRAD_CP with which a step takes at most `room` bytes; the last, where none does."""
+        """The first way of GRAD_CP with which a step takes at most `room` bytes; the last, if none does."""
         for way, run_block in GRAD_CP.items():
             self.run.model.run_block = run_block
             if self.memory(bsz).total <= room:
@@ -4762,15 +4762,15 @@ class Rehearsal:
         while fits + 1 < too_many:                                    # Newton's steps: bytes grow nearly linearly
             fits, too_many = (bsz, too_many) if taken(bsz) <= room else (fits, bsz)
             guess = bsz + (room - taken(bsz)) // max(1, taken(bsz + 1) - taken(bsz))
-            bsz = min(max(guess, fits + 1), too_many - 1, 8 * bsz)    # (while loading takes most, a row takes nothing)
+            bsz = min(max(guess, fits + 1), too_many - 1, 8 * bsz)    # (while loading takes most, a row adds nothing)
         return fits
 
 
 def room_of(cfg: Config, device: str) -> int:
-    """Bytes of the device that a run can have; 0: unknown."""
+    """Bytes of device memory that a run can have; 0: unknown."""
     if cfg.vram_gb or device != "cuda":
         return int(cfg.vram_gb * 1e9)
-    # (To ask makes a context, which then is not free, and which OTHER counts among what a run takes.)
+    # (Asking creates a context, which then is not free, and which OTHER counts as part of what a run takes.)
     return torch.cuda.mem_get_info()[0] + CONTEXT if torch.cuda.is_available() else 0
 
 
@@ -4778,7 +4778,7 @@ def what_fits(cfg: Config, arch: Arch, bsz: int, device: str, dtype: torch.dtype
     """--grad_cp auto: the fastest that the device has room for."""
     room = room_of(cfg, device)
     if not room:
-        raise Fatal(f"--grad_cp auto: how much memory it may take is not known of a {device}; say so by --vram_gb")
+        raise Fatal(f"--grad_cp auto: how much memory it may use is not known for a {device}; set --vram_gb")
     rehearsal = Rehearsal(replace(cfg, grad_cp="1"), arch, device, dtype, Unheard(0, ranks))
     chosen = rehearsal.fastest(bsz, room)
     say(f"--grad_cp auto: {chosen}, {rehearsal.memory(bsz).total / 1e9:.2f} of {room / 1e9:.2f} GB")
@@ -4811,7 +4811,7 @@ def dry_run(plan: Plan) -> None:
 
 
 def counted_with(cfg: Config, device: str, op: str) -> str:
-    """Where a GPU's operator is not the one that was asked for, which."""
+    """Names the operator counted for a GPU, if it is not the one that was asked for."""
     if device != "cuda" or op == cfg.op:
         return ""
     why = f"{cfg.op}'s own bytes are not known" if cfg.op else "chunk takes more: give --op" if op == "cuda" else ""
@@ -4844,8 +4844,8 @@ def make_binidx(cfg: Config) -> None:
 
 @torch.no_grad()
 def graded(run: Run) -> tuple[float, float]:
-    """Of what is held out: the loss, and the share of rows in which greedy decoding gives the learnt tokens, to the
-    last one."""
+    """On what is held out: the loss, and the share of rows in which greedy decoding gives every one of the learnt
+    tokens."""
     model, loader, right = run.model.eval(), run.held_out, 0
     for i in range(-(-loader.pass_rows // loader.bsz)):
         batch = loader.batch(i, last=loader.pass_rows).to(run.device)
@@ -4918,7 +4918,7 @@ def demo_merged(run: Run, merged: str) -> None:
 
 
 def open_streams() -> None:
-    """Standard streams that the caller has closed lead to nowhere."""
+    """Standard streams that the caller has closed lead nowhere."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -4929,7 +4929,7 @@ LESS_MEMORY = ("a smaller --micro_bsz or --ctx_len, --grad_cp 1, or adapters wit
 
 
 def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
-    """The line for an error that the user can mend; "" for any other. less: what helps when memory is full."""
+    """The line for an error that the user can fix; "" for any other. less: what helps when memory is full."""
     if isinstance(e, (Fatal, wkv7_cuda.Misfit)):
         return "--op: " * isinstance(e, wkv7_cuda.Misfit) + " ".join(str(e).split())
     if wkv7_cuda.is_out_of_memory(e):
@@ -4937,21 +4937,21 @@ def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
     if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
         return f"out of memory ({first_line(e)}); {less}"
     if "CUDA driver error: operation not supported" in str(e):
-        return f"{first_line(e)}; if that is for growing segments, PYTORCH_ALLOC_CONF=expandable_segments:False helps"
+        return f"{first_line(e)}; if growing segments cause it, PYTORCH_ALLOC_CONF=expandable_segments:False helps"
     if isinstance(e, BrokenPipeError):
-        return "nobody reads the standard output any more"
+        return "nothing reads the standard output any more"
     return ": ".join(str(x) for x in (e.filename, e.strerror or e) if x) if isinstance(e, OSError) else ""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0; 2 after one line about what the user can mend; 128 and a signal's
-    number where that stopped it, so that what waits for the end of a job, or starts it again, knows."""
+    """The command line. Returns the exit status: 0; 2 after one line about what the user can fix; 128 plus a signal's
+    number if that stopped it, so that whatever waits for the end of a job, or restarts it, knows."""
     argv = sys.argv[1:] if argv is None else argv
     open_streams()
     try:
         rank, world = of_torchrun("RANK", 0), of_torchrun("WORLD_SIZE", 1)
         if rank >= world:
-            raise Fatal(f"RANK={rank} and WORLD_SIZE={world} in the environment: torchrun sets both, from 0 on")
+            raise Fatal(f"RANK={rank} and WORLD_SIZE={world} in the environment: torchrun sets both, ranks from 0 on")
         cfg = parse(argv)
         if cfg.chat:
             talk(cfg, options_given(argv, cfg.peft))
@@ -4965,7 +4965,7 @@ def main(argv: list[str] | None = None) -> int:
         without_options = replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config()
         stopped = demo(cfg) if without_options else train(build(cfg))
         if stopped:
-            # All wait for rank 0, which saves: once a rank has ended with a status, torchrun kills those that are left.
+            # All wait for rank 0, which saves: once a rank has ended with a status, torchrun kills the others.
             JOINED[-1].totals(0)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -4981,7 +4981,7 @@ def main(argv: list[str] | None = None) -> int:
         time.sleep(2)                                                 # torchrun ends the others when the first has
     print(f"pissa_rwkv: error: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():                                         # its threads may wait for a rank that is lost,
-        os._exit(2)                                                   # and abort where they see Python end
+        os._exit(2)                                                   # and abort when they see Python end
     return 2
 
 
