@@ -241,7 +241,7 @@ class Config:
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs for its start; more reduce its error", within="[1,5]")
     # the machine
-    accelerator: str = opt("", "gpu or cpu; default: gpu where there is one")
+    accelerator: str = opt("", "gpu or cpu; default: gpu if there is one")
     devices: int = opt(0, "processes, one device each, for plain python to start; torchrun has --nproc_per_node")
     strategy: str = opt("", "sharded over ranks: zero1 (optimiser), zero2 (gradients too), ddp (none); default: zero1")
     dist_timeout: float = opt(600.0, "seconds to wait for another process before giving up; longer than a save takes")
@@ -4615,7 +4615,7 @@ def talk(cfg: Config, given: set[str]) -> None:
     while True:
         try:
             question = input("User: " if watched else "").strip()
-            question.encode()                                         # (some locales let through bytes that are no text)
+            question.encode()                                         # (some locales let non-text bytes pass)
         except UnicodeError as e:
             raise Fatal(f"--chat: the question is not valid {e.encoding} (at {e.start}: {e.reason})") from None
         except (EOFError, KeyboardInterrupt):
