@@ -1459,7 +1459,7 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T for W (out,in), held as QUANT[quant] says, multiplied by in the compute dtype. W gets no gradient."""
+    """y = x W^T for W (out,in), held as QUANT[quant] says, multiplied in the compute dtype. W gets no gradient."""
 
     def __init__(self, W: Tensor, dtype: torch.dtype, quant: str):
         super().__init__()
@@ -1615,7 +1615,7 @@ class PiSSALinear(LowRank):
 
         A = sqrt(sigma) V^T,  B = U sqrt(sigma),  W_res = W - B A;   y = x W_res^T + x A^T B^T
 
-    which is W at first. Trained are the directions in which W acts most strongly; the rest is frozen.
+    which is W at first. This trains the directions in which W acts most strongly; the rest is frozen.
     """
 
     taken = ("lora_A", "lora_B")
@@ -1807,8 +1807,8 @@ class Start(NamedTuple):
 
 def new_start(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generator) -> Start:
     """A new start, rounded to the compute dtype. Training starts at what is taken out of W (out,in), unless PiSSA's
-    start is fitted to a quantised residual (QPiSSA with T = qpissa_iters > 1, arXiv 2404.02948): with q a matrix as
-    quantising leaves it, and SVD_r its first r singular triplets,
+    start is fitted to a quantised residual (QPiSSA with T = qpissa_iters > 1, arXiv 2404.02948): with q(W) what
+    quantising makes of W, and SVD_r(W) its first r singular triplets,
 
         B_1 A_1 = SVD_r(W),   B_t A_t = SVD_r(W - q(W - B_{t-1} A_{t-1}))
 
@@ -2310,7 +2310,7 @@ def images(shard: str) -> Iterator[tuple[str, bytes]]:
             for member in tar:
                 if member.isfile() and Path(member.name).suffix.lower() in IMAGES:
                     yield member.name, tar.extractfile(member).read()
-    except Exception as e:             # tarfile and the decompressors below it raise many kinds
+    except Exception as e:             # tarfile and the decompressors below it raise many kinds of error
         raise Fatal(f"{shard}: cannot be read as a tar ({first_line(e)})") from None
 
 
@@ -3660,7 +3660,7 @@ OF_A_MACHINE = """load_model data_file val_file vocab_file proj_dir adapter_load
 
 
 def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
-    """All ranks must train the same on the same: nothing would show later that a node has an old copy of a file."""
+    """All ranks need the same files and options: nothing would show later that a node has an old copy of a file."""
     options = {name: value for name, value in asdict(cfg).items() if name not in OF_A_MACHINE}
     contents = {k: x.corpus.fingerprint if isinstance(x, Loader) else x for k, x in own.items()}
     ranks.agree("alike", options | contents | {"program": __version__}, "give every rank the same files and options")
@@ -3777,7 +3777,7 @@ def check_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict
 
 
 def take_parts(model: RWKV, load: dict[str, Tensor]) -> None:
-    """Copies from a file the parameters that the model already has, also a time_state; adapters come later."""
+    """Copies from a file the parameters that the model already has, including time_state; adapters come later."""
     for name, p in model.named_parameters():
         if name in load:
             p.data.copy_(load[name].view(p.shape))
@@ -4339,7 +4339,7 @@ def check_together(cfg: Config) -> None:
         mask_strings(cfg)
 
 
-BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others, one of which must be so
+BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others, one of which must have this value
     "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
     "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
     "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
