@@ -40,14 +40,14 @@ def for_web_rwkv(name: str, t: Tensor) -> tuple[str, Tensor]:
     return name.lower(), t.to(torch.float16).contiguous()
 
 
-def save_st(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_st(path: Path, tensors: P.Named) -> None:
     """Safetensors as web-rwkv reads them: everything fp16, `RENAMED` and `SWAPPED` applied."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise Fatal(f"--output {path}: .st needs the package safetensors: `pip install safetensors`") from None
-    ready = dict(for_web_rwkv(name, t) for name, t in tensors.items())
+    ready = dict(for_web_rwkv(name, t) for name, t in dict(tensors).items())
     unused = {name.lower() for name in P.UNUSED}
     for name, t in ready.items():
         if not t.isfinite().all() and name not in unused:
@@ -58,7 +58,7 @@ def save_st(path: Path, tensors: dict[str, Tensor]) -> None:
         try:
             save_file(ready, file.name, metadata={"format": "pt"})    # it puts a new file there, for its owner alone
         except SafetensorError as e:
-            raise RuntimeError(e) from None
+            raise OSError(e) from None
         os.chmod(file.name, mode)
         with open(file.name, "rb+") as other:
             os.fsync(other.fileno())
@@ -139,9 +139,11 @@ def write_lora(args: argparse.Namespace) -> None:
     modules = [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]
     lora = as_lora(P.read_described(args.lora_init, "--lora_init")[0], trained, modules)
     again = P.merge(P.read_pth(args.base_model, "--base_model"), {}, lora, P.ADAPTER["lora"])
-    off = max(apart(again[f"{module}.weight"], merged[f"{module}.weight"]) for module in modules)
+    rank, off, adapted = len(lora[f"{modules[0]}.lora_A"]), 0.0, {f"{module}.weight" for module in modules}
+    for (name, wanted), (_, found) in zip(merged, again, strict=True):
+        if name in adapted:
+            off, dtype = max(off, apart(found, wanted)), wanted.dtype
     save(Path(args.output), lora)
-    rank, dtype = len(lora[f"{modules[0]}.lora_A"]), merged[f"{modules[0]}.weight"].dtype
     P.say(f"LoRA of rank {rank}, to be used with alpha {rank}: {args.output}\nMerged it is the model of --type pissa,"
           f" but for {off:.0e} of a matrix's largest number, by rounding to {dtype}")
 

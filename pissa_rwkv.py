@@ -88,6 +88,7 @@ import time
 import warnings
 import weakref
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
@@ -193,7 +194,7 @@ class Config:
     data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img, dummy; default: by its name")
     sft_fields: tuple = opt(("question", "answer"), "sft: question and answer, or one with all messages", "sft_field")
     img_side: int = opt(64, "wds_img: side of the square images, in pixels", "my_img_size", within="[1,1e6]")
-    tokenizer: str = opt("", "world or byte; default: world where the vocabulary has 65536 tokens")
+    tokenizer: str = opt("", "world or byte; default: world for a vocabulary of 65536 tokens, byte for up to 512")
     vocab_file: str = opt("", "the World vocabulary; default: found in the `rwkv` package")
     dataload: str = opt("", "sampler: pad, only or get; default: pad; get if the corpus is one long document")
     loss_mask: str = opt("", "tokens learnt: pad (all), qa (the assistant's) or se; default: pad; qa for sft")
@@ -1892,9 +1893,9 @@ def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: st
 
 
 @torch.no_grad()
-def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[str, Tensor]) -> Tensor:
+def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[str, Tensor]) -> Tensor | None:
     """Brings one matrix to the device, replaces it with its residual, held as cfg.quant says, and an adapter, and frees
-    it. Returns `start_errors`.
+    it. Returns `start_errors` of a quantised one.
 
     The start is rounded to the compute dtype *before* it is taken out of W, so that the parts still sum to W. Only the
     residual is quantised.
@@ -1906,7 +1907,7 @@ def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[st
     adapter = layer(cfg, frozen, **{x: t.to(device, dtype, copy=True) for x, t in first.items()})
     model.set_submodule(name, adapter)
     model.blocks[int(name.split(".")[1])].draws = adapter.dropout > 0
-    return start_errors(name, W, adapter, start, cfg.quant)
+    return start_errors(name, W, adapter, start, cfg.quant) if QUANT[cfg.quant].lossy else None
 
 
 def add_adapters(
@@ -1921,15 +1922,16 @@ def add_adapters(
     names = list(to_freeze(model, cfg))
     for name, start in progress(starts(model, names, cfg, init, ranks), f"{cfg.peft}: start", len(names)):
         errors = add_adapter(model, name, start, cfg, load)
-        layer_type = name.split(".", 2)[2]                                                # att.key, ffn.value, ...
-        squares[layer_type] = squares.get(layer_type, 0) + errors.cpu()
+        if errors is not None:
+            layer_type = name.split(".", 2)[2]                                            # att.key, ffn.value, ...
+            squares[layer_type] = squares.get(layer_type, 0) + errors.cpu()
         taken |= start.named(name)
         if not all(t.any() for t in start.taken.values()):
             unsplit.append(name)
     if unsplit:
         say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
-    if QUANT[cfg.quant].lossy and shares:
+    if shares:
         say(f"{cfg.peft}, quant {cfg.quant}: error of the start, |W - W'| / |W| by type, in brackets if W itself were"
             " quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
@@ -2024,7 +2026,12 @@ TOKENIZER: dict[str, Callable[[Config, int], ByteTokenizer]] = {
 
 
 def load_tokenizer(cfg: Config, vocab_size: int) -> ByteTokenizer:
-    name = cfg.tokenizer or ("world" if vocab_size == 65536 else "byte")
+    """What --tokenizer names, or else the one that vocabularies of this size are made for."""
+    usual = "world" if vocab_size == 65536 else "byte" if vocab_size <= 512 else ""
+    if not (name := cfg.tokenizer or usual):
+        raise Fatal(f"--tokenizer is missing: a vocabulary of {vocab_size} tokens may be anyone's, and text cut up by"
+                    f" another tokenizer is noise to the model; give {' or '.join(TOKENIZER)}, or text that is tokens"
+                    f" already (--data_type {', '.join(OF_TOKENS)})")
     return pick(TOKENIZER, "--tokenizer", name)(cfg, vocab_size)
 
 
@@ -2557,6 +2564,11 @@ class Loader:
         self.batch = lru_cache(maxsize=2 * cfg.accumulate_grad_batches)(self.batch)       # of a step and the next
         self.pass_rows, self.span = pick(SAMPLER, "--dataload", self.sampler)(corpus, cfg, self.learnable)
         self.bsz = 1 if self.sampler == "only" else cfg.micro_bsz
+
+    @property
+    def one_pass(self) -> range:
+        """The micro-batches that have every row once."""
+        return range(-(-self.pass_rows // self.bsz))
 
     def learnt_of(self, document: int) -> np.ndarray:
         """Which tokens of a document are learnt: those with a byte in a span of the mask; all, if there are none."""
@@ -3226,8 +3238,12 @@ def check_names(pickles: list[bytes]) -> None:
             raise pickle.UnpicklingError
 
 
-HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-                 torch.int8, torch.uint8, torch.bool)
+HELD_IN_FILES = {  # dtypes -> what a pickle calls the numbers of such a tensor
+    torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
 
 
 def oddity(held: Any) -> str:
@@ -3329,30 +3345,74 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        # torch.save wraps the disk's error, which is the context of its own.
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+    except OSError as error:
         free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
         known = {errno.ENOSPC: f"the disk is full ({free} MB free)", errno.EDQUOT: "the disk quota is used up",
                  errno.EFBIG: "the file exceeds the size limit set here"}
-        why = known.get(getattr(cause, "errno", None), first_line(cause))
+        why = known.get(error.errno, first_line(error))
         raise Fatal(f"cannot write {path}: {why}; an earlier {path.name} is left as it was") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None, keep: int = 1) -> None:
-    """A flat dict of tensors as a .pth; with `about`, described by it."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    for name, t in tensors.items():
-        if t.untyped_storage().nbytes() > t.nbytes:                   # a view: torch.save would write all of its buffer
-            tensors[name] = t.clone()
+class Stored(NamedTuple):
+    """The numbers of a tensor: the part data/<part> of a .pth."""
+
+    kind: type
+    part: str
+    count: int
+
+
+class TensorPickler(pickle.Pickler):
+    """Says about tensors on the meta device what torch.save says about others: the n-th has its numbers in data/n."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file, protocol=2)
+        self.number = itertools.count()
+
+    def reducer_override(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return NotImplemented
+        stored = Stored(HELD_IN_FILES[x.dtype], str(next(self.number)), x.numel())
+        return torch._utils._rebuild_tensor_v2, (stored, 0, tuple(x.shape), x.stride(), False, OrderedDict())
+
+    def persistent_id(self, x: Any) -> Any:
+        return ("storage", x.kind, x.part, "cpu", x.count) if isinstance(x, Stored) else None
+
+
+LARGE = 2**30                                                         # bytes: a larger part gets an 8-byte size (zip64)
+
+
+def write_part(archive: zipfile.ZipFile, name: str, data: Any) -> None:
+    """One part of a .pth. It begins at a multiple of 64 bytes: a tensor is mapped as it is in the file."""
+    part, large = zipfile.ZipInfo(f"archive/{name}"), memoryview(data).nbytes > LARGE     # (without a timestamp)
+    header = 30 + len(part.filename) + 4 + 20 * large                 # and then padding
+    padding = -(archive.fp.tell() + header) % 64
+    part.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    with archive.open(part, "w", force_zip64=large) as file:
+        file.write(data)
+
+
+Named = dict[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def save(path: Path, tensors: Named, about: dict[str, Any] | None = None, keep: int = 1) -> None:
+    """Named tensors as a .pth; with `about`, described by it. The file is one of torch.save, but written a tensor at a
+    time: of those that are made on demand, no two are in memory at once."""
 
     def write(file: IO[bytes]) -> None:
-        torch.save(tensors, file)
-        if about is not None:
-            with zipfile.ZipFile(file, "a") as archive:
-                text = json.dumps(about | {"tensors": len(tensors)})
-                archive.writestr(zipfile.ZipInfo(DESCRIPTION), text)                      # (which has no timestamp)
+        forms, pickled = {}, io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for number, (name, t) in enumerate(tensors.items() if isinstance(tensors, dict) else tensors):
+                t = t.detach().cpu().contiguous()
+                write_part(archive, f"data/{number}", t.reshape(-1).view(torch.uint8).numpy())
+                forms[name] = t.to("meta")
+            TensorPickler(pickled).dump(forms)
+            write_part(archive, "data.pkl", pickled.getvalue())
+            write_part(archive, "byteorder", sys.byteorder.encode())
+            write_part(archive, "version", b"3\n")
+            if about is not None:
+                write_part(archive, Path(DESCRIPTION).name, json.dumps(about | {"tensors": len(forms)}).encode())
 
     write_whole(path, write, keep)
 
@@ -3373,62 +3433,80 @@ def is_matrix(name: str, W: Tensor) -> bool:
 
 def merge(
     base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], method: Method, scale: float = 1.0,
-    held: Callable[[Tensor], Tensor] = lambda W: W,
-) -> dict[str, Tensor]:
+    held: Callable[[Tensor], Tensor] = lambda W: W, path: str = "",
+) -> Iterator[tuple[str, Tensor]]:
     """The full model: W' = held(residual of W) + delta in fp32, rounded once to W's dtype; for PiSSA, with q what
     quantising does, q(W - B0 A0) + B A. What else was trained takes the place of the base's.
 
-    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` turns a residual
-    into what training multiplied by. Names, order, shapes and dtypes are the base's, by which other programs recognise
-    a model; a trained time_state is added to them.
+    `init` holds what was taken out of the matrices, `trained`, read from `path`, adapters and whole parameters; `held`
+    turns a residual into what training multiplied by. Names, order, shapes and dtypes are the base's, by which other
+    programs recognise a model; a trained time_state is added to them. Everything is first checked to fit; then tensors
+    are made one after the other, on demand.
     """
-    unused, merged, layer = dict(trained), {}, method.layer
-    tensors = dict(with_states(base, trained)) if method.state else base
-    for name, W in progress(tensors.items(), "merging"):
-        module, new = name.removesuffix(".weight"), W
-        if name in unused:
-            new = unused.pop(name)
+    layer, tensors = method.layer, dict(with_states(base, trained, path)) if method.state else base
+    of_matrix = adapters_of(tensors, init, trained, layer, path)
+
+    def made(name: str, W: Tensor) -> Tensor:
+        if name not in of_matrix:
+            return trained.get(name, W)
+        own, taken = ({x: t.float() for x, t in part.items()} for part in of_matrix[name])
+        new = held(layer.residual(W.float(), taken)).float()
+        return new + layer.delta(new, scale, **own) if own else new
+
+    def as_in_base(name: str, W: Tensor) -> Tensor:
+        new = made(name, W).reshape(W.shape).to(W.dtype)
+        if name not in UNUSED and not new.isfinite().all():
+            raise Fatal(f"{path}: {name} would hold NaN or infinity, in {W.dtype}")
+        return new
+
+    return ((name, as_in_base(name, W)) for name, W in progress(tensors.items(), "merging"))
+
+
+def adapters_of(
+    tensors: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], layer: type[Adapter], path: str
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """For every matrix its adapter and what was taken out of it, {} if it has none. All that is in a checkpoint must
+    have its place in the model."""
+    found, left = {}, dict(trained)
+    for name, W in tensors.items():
+        module = name.removesuffix(".weight")
+        if name in left:
+            if (t := left.pop(name)).numel() != W.numel():
+                raise Fatal(f"{path}: its {name} is {list(t.shape)}, the base's {list(W.shape)}")
         elif is_matrix(name, W):
-            own = {x: unused.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in unused}
+            own = {x: left.pop(f"{module}.{x}") for x in layer.names if f"{module}.{x}" in left}
             if own:
-                check_fit(module, W.shape, own, layer)
-            taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float()
-                     for x in layer.taken if x in own}
-            new = held(layer.residual(W.float(), taken)).float()
-            new = new + layer.delta(new, scale, **own) if own else new
-        if new.numel() != W.numel():
-            raise Fatal(f"its {name} is {list(new.shape)}, the base's {list(W.shape)}")
-        merged[name] = new.reshape(W.shape).to(W.dtype).contiguous()
-        if name not in UNUSED and not merged[name].isfinite().all():
-            raise Fatal(f"{name} would hold NaN or infinity, in {W.dtype}")
+                check_fit(module, W.shape, own, layer, path)
+            taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init") for x in layer.taken if x in own}
+            found[name] = own, taken
     if layer.names and not any(name.endswith(layer.names) for name in trained):
-        raise Fatal(f"it holds no adapters, whose names end in {' or '.join(layer.names)}")
-    if unused:
-        raise Fatal(f"it holds {some(unused)}, which the base lacks")
-    return merged
+        raise Fatal(f"{path}: it holds no adapters, whose names end in {' or '.join(layer.names)}")
+    if left:
+        raise Fatal(f"{path}: it holds {some(left)}, which the base lacks")
+    return found
 
 
-def with_states(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def with_states(base: dict[str, Tensor], trained: dict[str, Tensor], path: str) -> Iterator[tuple[str, Tensor]]:
     """The base's tensors; where a block has no time_state (H,N,N), the checkpoint's, before receptance (H N,C)."""
     for name, W in base.items():
         state = name.replace("att.receptance.weight", "att.time_state")
         if state not in base:
             if state not in trained:
-                raise Fatal(f"missing {state}")
+                raise Fatal(f"{path}: missing {state}")
             S = trained[state]
             if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(W):
-                raise Fatal(f"its {state} is {list(S.shape)}; the base's attention is {len(W)} wide")
+                raise Fatal(f"{path}: its {state} is {list(S.shape)}; the base's attention is {len(W)} wide")
             yield state, S.to(W.dtype)
         yield name, W
 
 
-def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
+def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter], path: str) -> None:
     """A checkpoint's adapter for a matrix (out,in) must be complete, and of its size."""
     if missing := [f"{module}.{x}" for x in layer.names if x not in own]:
-        raise Fatal(f"missing {some(missing)}")
+        raise Fatal(f"{path}: missing {some(missing)}")
     if not layer.fits(shape, **own):
         found = ", ".join(f"{x} {list(t.shape)}" for x, t in own.items())
-        raise Fatal(f"its {found} does not fit {module}, which is {list(shape)} in the base")
+        raise Fatal(f"{path}: its {found} does not fit {module}, which is {list(shape)} in the base")
 
 
 def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, Tensor], path: str) -> float:
@@ -3448,7 +3526,7 @@ def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, T
 def merge_files(
     kind: str, base: str, init: str, checkpoint: str, alpha: float | None = None, quant: str = "",
     formats: dict[str, Quant] = QUANT,
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """`merge` of files, for methods whose files are not whole models. Refuses a base that was not trained on.
 
     alpha is LoRA's, and quant, one of formats, what the base was held as: both only if the checkpoint does not say.
@@ -3469,10 +3547,7 @@ def merge_files(
         raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
     # (RWKV-PEFT, which describes nothing, computes in bf16.)
     held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
-    try:
-        merged = merge(tensors, taken, trained, method, scale, held)
-    except Fatal as e:
-        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
+    merged = merge(tensors, taken, trained, method, scale, held, f"--lora_checkpoint {checkpoint}")
     if method.state:
         say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there"
             f" pass a state, a list: for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
@@ -3890,7 +3965,7 @@ def evaluate(model: RWKV, loader: Loader, ranks: Ranks = ONE_RANK) -> float:
     """Mean loss over every learnt token of a corpus."""
     model.eval()
     total = learnt = 0
-    for i in progress(range(ranks.rank, -(-loader.pass_rows // loader.bsz), ranks.size), "validation"):
+    for i in progress(loader.one_pass[ranks.rank:: ranks.size], "validation"):
         batch = loader.batch(i, last=loader.pass_rows)
         total += sum(loss.double() for loss in batch_losses(model, batch, 1, loader.cfg))  # (read at the end, once)
         learnt += len(batch.learnt)
@@ -3920,12 +3995,12 @@ def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
         say(f"merged: {merged}")
 
 
-def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole_model(run: Run, masters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The base with what was trained, as a model file."""
     cfg = run.cfg
     base = read_pth(cfg.load_model, "--load_model") if cfg.load_model else run.model.state_dict()
     held = QUANT[cfg.quant].merged_as(run.model.head.weight.dtype)
-    return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held)
+    return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held, "the trained model")
 
 
 # --------------------------------------------------------------------------------------- continuing where a run stopped
@@ -4847,7 +4922,7 @@ def graded(run: Run) -> tuple[float, float]:
     """On what is held out: the loss, and the share of rows in which greedy decoding gives every one of the learnt
     tokens."""
     model, loader, right = run.model.eval(), run.held_out, 0
-    for i in range(-(-loader.pass_rows // loader.bsz)):
+    for i in loader.one_pass:
         batch = loader.batch(i, last=loader.pass_rows).to(run.device)
         x, _ = model(batch.inputs)                                                        # (B,T,C)
         missed = (x.flatten(0, 1)[batch.learnt] @ model.head.weight.T).argmax(-1) != batch.targets

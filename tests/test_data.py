@@ -308,6 +308,21 @@ def test_tokens_that_are_all_learnt_need_no_tokenizer(model_file, tmp_path, monk
     assert P.main(argv) == 0, capsys.readouterr().err
 
 
+def test_a_vocabulary_that_tells_no_tokenizer(model_file, tmp_path, capsys):
+    """That of the Pile, for one: text is refused and not cut into bytes, which the model has never seen."""
+    np.save(tmp_path / "x.npy", np.array([1, 50276, 7, 0] * 4, np.uint16))
+    (tmp_path / "x.txt").write_text("some text, longer than a row")
+    model = model_file(n_layer=1, n_embd=64, vocab_size=50304)
+    argv = (f"--load_model {model} --ctx_len 8 --micro_bsz 1 --epoch_steps 1 --op chunk --rank 2 --proj_dir"
+            f" {tmp_path}/out").split()
+    for more in (f"--data_file {tmp_path}/x.txt", f"--data_file {tmp_path}/x.npy --sample_prompt Hi", "--chat"):
+        assert P.main([*argv, *more.split()]) == 2
+        assert "--tokenizer is missing: a vocabulary of 50304 tokens" in capsys.readouterr().err
+    assert P.main([*argv, "--data_file", f"{tmp_path}/x.npy"]) == 0, capsys.readouterr().err
+    assert isinstance(P.load_tokenizer(P.Config(tokenizer="byte"), 50304), P.ByteTokenizer)
+    assert isinstance(P.load_tokenizer(P.Config(), 512), P.ByteTokenizer)
+
+
 def test_byte_tokenizer():
     byte = P.ByteTokenizer()
     assert byte.encode("aé") == [97, 0xC3, 0xA9] and byte.decode([97, 0xC3, 0xA9]) == "aé"
