@@ -251,7 +251,7 @@ def test_a_gpu_that_takes_no_launch_is_left_to_the_next_operator(monkeypatch, ca
     assert load_wkv("x070", 64, "", "cuda") is not None
     said = capsys.readouterr().out
     assert re.match(r"no WKV operator cuda: the cuda operator does not run on this GPU \(wkv7_forward: CUDA .*35\)\)"
-                    r": is the driver as new as the compiler\?; taking the next one", said)  # fmt: skip
+                    r": is the driver as new as the compiler\?; using the next one", said)  # fmt: skip
 
 
 @pytest.mark.parametrize("heads, chunks, length", [(128, 32, 32), (320, 5, 5), (40, 32, 6), (12, 32, 2), (64, 128, 32),
