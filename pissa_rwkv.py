@@ -62,6 +62,7 @@ import bisect
 import codecs
 import contextlib
 import copy
+import ctypes
 import difflib
 import errno
 import glob
@@ -197,7 +198,7 @@ class Config:
     tokenizer: str = opt("", "world or byte; default: world for a vocabulary of 65536 tokens, byte for up to 512")
     vocab_file: str = opt("", "the World vocabulary; default: found in the `rwkv` package")
     dataload: str = opt("", "sampler: pad, only or get; default: pad; get if the corpus is one long document")
-    loss_mask: str = opt("", "tokens learnt: pad (all), qa (the assistant's) or se; default: pad; qa for sft")
+    loss_mask: str = opt("", "tokens learnt: pad (all), qa (the assistant's) or se; default: pad; qa for sft, dummy")
     mask_id: str = opt("", 'se: JSON {"mask1": learn what follows this string, "mask0": up to this one}')
     data_shuffle: bool = opt(True, "pad, only: a new order in every pass")
     val_file: str = opt("", "corpus held out for validation, of the type of data_file")
@@ -3329,7 +3330,7 @@ def aged(path: Path, age: int) -> Path:
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) -> None:
     """`write(file)` into a neighbour of `path`, flush to disk, rename: readers see the old file or the new one.
 
-    keep: how many versions stay, including the new one; older ones are renamed to path.1, path.2 and so on, and for a
+    keep: how many versions stay, including the new one; older ones are renamed, as `aged` says, and for a
     moment there is no `path`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -3393,6 +3394,12 @@ def write_part(archive: zipfile.ZipFile, name: str, data: Any) -> None:
         file.write(data)
 
 
+def release_memory() -> None:
+    """Returns freed memory to the system. (glibc before 2.38 keeps more and more of it, as large blocks come and go.)"""
+    with contextlib.suppress(AttributeError, OSError):                # (other C libraries)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 Named = dict[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
@@ -3408,6 +3415,7 @@ def save(path: Path, tensors: Named, about: dict[str, Any] | None = None, keep: 
                 write_part(archive, f"data/{len(forms)}", t.reshape(-1).view(torch.uint8).numpy())
                 forms[name] = t.to("meta")
                 del t                                                 # before the next is made
+                release_memory()
             TensorPickler(pickled).dump(forms)
             write_part(archive, "data.pkl", pickled.getvalue())
             write_part(archive, "byteorder", sys.byteorder.encode())
