@@ -3395,7 +3395,7 @@ def write_part(archive: zipfile.ZipFile, name: str, data: Any) -> None:
 
 
 def release_memory() -> None:
-    """Returns freed memory to the system. (glibc before 2.38 keeps more and more of it, as large blocks come and go.)"""
+    """Returns freed memory to the system. (glibc before 2.38 keeps more and more, as large blocks come and go.)"""
     with contextlib.suppress(AttributeError, OSError):                # (other C libraries)
         ctypes.CDLL(None).malloc_trim(0)
 

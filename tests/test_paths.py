@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pissa_rwkv as P
 
-STEPS = 50
+STEPS = 12
 RUNS = {  # what is trained -> options, what is compiled, and how far losses and norms may then be from eager ones
-    "x070 pissa": ("--dataload get", ["products", "1"], 1e-5),
     "x070 pissa nf4, rows of two lengths": ("--quant nf4", ["products"], 1e-5),
     "x060 everything, bf16": ("--dataload get --peft none --precision bf16", ["products"], 3e-2),
     "x052 lora, rows in chunks": ("--dataload get --peft lora --train_type infctx --chunk_ctx 12 --chunk_grad full",
@@ -44,7 +43,7 @@ def curve(place, folder, name, options):
     """The loss of every step, and the gradient's norm."""
     assert P.main(shlex.split(
         f"--load_model {place}/{name[:4]}.pth --data_file {place}/data.jsonl --proj_dir '{folder}' --op chunk --rank 4"
-        f" --ctx_len 24 --micro_bsz 2 --epoch_steps {STEPS} --lr_init 2e-4 --lr_final 2e-4 {options}")) == 0
+        f" --ctx_len 24 --micro_bsz 2 --epoch_steps {STEPS} --lr_init 1e-3 --lr_final 1e-3 {options}")) == 0
     rows = [json.loads(line) for line in (folder / "loss_data.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows], [row["grad_norm"] for row in rows]
 
@@ -55,7 +54,7 @@ def test_every_way_has_the_same_losses(name, place, tmp_path):
     ways = [way for way in P.GRAD_CP if way != "products" or "full" not in options]       # (refused)
     eager = {way: curve(place, tmp_path / way, name, f"{options} --grad_cp {way}") for way in ways}
     losses, norms = eager["0"]
-    assert len(losses) == STEPS and sum(losses[-10:]) < sum(losses[:10])
+    assert len(losses) == STEPS and sum(losses[-4:]) < sum(losses[:4])
     assert all(found == eager["0"] for found in eager.values())
     for way in compiled:
         again, norms_again = curve(place, tmp_path / f"compiled {way}", name, f"{options} --grad_cp {way} --compile 1")
@@ -113,11 +112,16 @@ def test_products_are_computed_once(place):
 
 @pytest.mark.parametrize("way", P.GRAD_CP)
 def test_a_compiled_step_makes_a_quantised_matrix_twice(way, place, tmp_path):
-    """Once in forward and once in backward, also where that computes the block again: it is not kept in between."""
-    cfg = P.Config(load_model=f"{place}/x070.pth", data_file=f"{place}/data.jsonl", proj_dir=str(tmp_path / "out"),
-                   dataload="get", ctx_len=24, micro_bsz=2, rank=4, op="chunk", quant="nf4", grad_cp=way, compile=True)
-    run = P.build(cfg)
-    P.train_step(run, 1e-4)
+    """Once in forward and once in backward, also where that recomputes the block: it is not kept in between."""
+    def run(**options):
+        return P.build(P.Config(
+            load_model=f"{place}/x070.pth", data_file=f"{place}/data.jsonl", proj_dir=str(tmp_path / str(options)),
+            dataload="get", ctx_len=24, micro_bsz=2, rank=4, op="chunk", quant="nf4", grad_cp=way, **options))
+
+    eager, compiled = run(), run(compile=True)
+    wanted, found = ([P.train_step(each, 1e-4) for _ in range(2)] for each in (eager, compiled))
+    for x in ("loss", "grad_norm"):
+        assert [row[x] for row in found] == pytest.approx([row[x] for row in wanted], rel=1e-5)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
-        P.train_step(run, 1e-4)
+        P.train_step(compiled, 1e-4)
     assert sum(e.name == "pissa_rwkv::read_nf4_cuda" for e in prof.events()) == 2 * 12
