@@ -1,18 +1,26 @@
 """A GPU of sm_90 in a torch that was built without CUDA: simgpu.cpp under the name "cuda", torch.cuda as far as a
 training run and the operators ask for it, and an nvcc that is g++ and the headers of cuda_on_cpu.
 
-`open_device(folder)`, once a process and for good. What a user types then runs unmodified, only more slowly. torch asks
-what it was built with when it is imported, so the process begins once more, with the library already there.
+`open_device()`, once a process and for good. What a user types then runs unmodified, only more slowly. torch asks what
+it was built with when it is imported, so the process begins once more, with the library already there.
+
+    python tests/simcuda.py -q         the tests marked gpu, in a few minutes; what follows is pytest's
 """
 
+import atexit
 import contextlib
 import ctypes
+import functools
+import importlib
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 import types
 from pathlib import Path
 
+import pytest
 import torch
 from test_cuda_on_cpu import CPU_FLAGS
 from test_graphs import Recorder
@@ -34,23 +42,30 @@ replays = []  # how often each graph was repeated
 waited = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda why: waits.append(why.decode()))
 
 
-def open_device(folder: Path) -> None:
-    """torch knows a GPU from now on. folder: for nvcc and what it builds; BuildError without a compiler."""
+def open_device() -> None:
+    """torch knows a GPU from now on; BuildError without a compiler."""
     at = Path(torch.__file__).parent
     library = build.load("simcuda", Path(__file__).with_name("simgpu.cpp"), "c++", [
         "-std=c++20", "-O0", "-shared", "-fPIC", "-DAS_CUDA", f"-DTORCH={torch.__version__}", f"-I{at}/include",
         f"-I{at}/include/torch/csrc/api/include", f"-L{at}/lib", "-Wl,--no-as-needed", f"-Wl,-rpath,{at}/lib",
         "-ltorch_cpu", "-lc10"])
-    if "LD_PRELOAD" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": library._name})
-    del os.environ["LD_PRELOAD"]  # of compilers it would be in the way
+    preloaded = {"LD_PRELOAD": library._name, "TRITON_INTERPRET": "1"}
+    if os.environ.get("LD_PRELOAD") != library._name:
+        if torch.backends.cuda.is_built():
+            sys.exit("no GPU is simulated: this torch is built with CUDA, whose place in it is taken")
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | preloaded)
+    for name in ("triton.experimental.gluon", "triton_interpreter", "wkv7_cuda.wkv7_triton"):
+        importlib.import_module(name)  # a kernel is Triton's interpreter's if that is on when it is defined
+    for name in preloaded:
+        del os.environ[name]  # else compilers load the library too, and the triton operator is one of the CPU
     library.open_device(waited)
 
-    nvcc = folder / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
+    atexit.register(shutil.rmtree, folder := tempfile.mkdtemp())
+    nvcc = Path(folder, "bin", "nvcc")
+    nvcc.parent.mkdir()
     nvcc.write_text(NVCC.format(flags=shlex.join([*CPU_FLAGS, "-O1"])))
     nvcc.chmod(0o755)
-    os.environ |= {"CUDA_HOME": str(folder), "TORCH_EXTENSIONS_DIR": str(folder)}
+    os.environ |= {"CUDA_HOME": folder, "TORCH_EXTENSIONS_DIR": folder}
     for name in os.environ.keys() & {"NVCC_CCBIN", "CUDAHOSTCXX", "CXX"}:
         del os.environ[name]
 
@@ -62,11 +77,17 @@ def open_device(folder: Path) -> None:
     def set_rng_state(state: torch.Tensor, device: object = None) -> None:
         library.set_rng(ctypes.c_void_p(state.data_ptr()))
 
-    stream = types.SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
+    held, most = (ctypes.c_size_t.in_dll(library, name) for name in ("held", "most"))
+    stream = types.SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None, synchronize=lambda: None)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # inductor would write kernels for a GPU
+    torch._C._cuda_getCurrentRawStream = lambda device: 0  # bitsandbytes asks when it is imported
     vars(torch.cuda).update(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, device=contextlib.nullcontext,
         _lazy_init=lambda: None, _is_in_bad_fork=lambda: False, get_device_capability=lambda device=None: (9, 0),
+        get_device_properties=lambda device=None: types.SimpleNamespace(major=9, minor=0),
         is_bf16_supported=lambda including_emulation=True: True,
+        memory_allocated=lambda device=None: held.value, max_memory_allocated=lambda device=None: most.value,
+        reset_peak_memory_stats=lambda device=None: setattr(most, "value", held.value),
         get_rng_state=get_rng_state, set_rng_state=set_rng_state,
         manual_seed_all=lambda seed: set_rng_state(torch.Generator().manual_seed(seed).get_state()),
         Stream=lambda: stream, current_stream=lambda device=None: stream, stream=contextlib.nullcontext,
@@ -106,3 +127,26 @@ class Graph(Recorder):
 def capture(graph: Graph, pool: object, stream: object, capture_error_mode: str) -> Graph:
     """As torch.cuda.graph: records what is done inside `with`."""
     return graph
+
+
+class Skips:
+    """A plugin of pytest: what such a GPU cannot run."""
+
+    @staticmethod
+    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+        for item in items:
+            if item.path.name == "test_wkv_fla.py":
+                item.add_marker(pytest.mark.skip(reason="no GPU that runs fla's kernels: Triton's interpreter cannot"))
+
+
+def run_tests(*arguments: str) -> int:
+    """The tests marked gpu, on the device that is open -> pytest's exit status."""
+    from triton.runtime import driver
+
+    driver.set_active(types.SimpleNamespace(get_current_target=lambda: None))  # what the operator asks
+    return pytest.main(["-m", "gpu", *arguments], [Skips()])
+
+
+if __name__ == "__main__":
+    open_device()
+    sys.exit(run_tests(*sys.argv[1:]))

@@ -15,6 +15,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <set>
 
 #ifdef AS_CUDA
@@ -30,12 +31,20 @@ const c10::Device SIM(c10::DeviceType::KEY, 0);
 const c10::Stream STREAM(c10::Stream::DEFAULT, SIM);
 const c10::DispatchKeySet KEYS(c10::DispatchKey::KEY);
 
+std::atomic<size_t> held, most;  // bytes of tensors, and the most since Python put `most` back
+
+struct Block {
+  c10::DataPtr bytes;
+  size_t n;
+  ~Block() { held -= n; }
+};
+
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
-    auto bytes = c10::GetCPUAllocator()->allocate(n);
-    if (n) std::memset(bytes.get(), 0xff, n);
-    bytes.unsafe_set_device(SIM);
-    return bytes;
+    auto block = new Block{c10::GetCPUAllocator()->allocate(n), n};
+    if (n) std::memset(block->bytes.get(), 0xff, n);
+    most = std::max<size_t>(most, held += n);
+    return {block->bytes.get(), block, [](void* x) { delete static_cast<Block*>(x); }, SIM};
   }
   void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
 };
@@ -183,6 +192,8 @@ TORCH_LIBRARY_IMPL(aten, KEY, m) {
   m.impl("_reshape_alias", at::native::_reshape_alias);
   m.impl("unfold", at::native::unfold);
   m.impl("resize_", at::native::resize_);
+  m.impl("set_.source_Storage", static_cast<Tensor& (*)(Tensor&, at::Storage)>(at::native::set_));
+  m.impl("set_.source_Storage_storage_offset", at::native::set_storage_cpu_);
   // What would else be put together from other operators, in other roundings.
   for (auto name : {"native_layer_norm", "native_group_norm", "silu_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_host>());
@@ -194,10 +205,8 @@ void open_device(void (*f)(const char*)) {
   at::RegisterPrivateUse1HooksInterface(new Hooks());
 #endif
   on_wait = f;
+  rng = at::globalContext().defaultGenerator(at::kCPU).get_state();
 }
 void get_rng(void* state) { std::memcpy(state, rng.data_ptr(), rng.nbytes()); }
-void set_rng(const void* state) {
-  rng = at::globalContext().defaultGenerator(at::kCPU).get_state();
-  std::memcpy(rng.data_ptr(), state, rng.nbytes());
-}
+void set_rng(const void* state) { std::memcpy(rng.data_ptr(), state, rng.nbytes()); }
 }

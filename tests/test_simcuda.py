@@ -1,5 +1,6 @@
 """A run on a GPU takes the GPU's operators, and computes with them: the shipped .cu files, built and chosen as on a
-user's machine (simcuda.py). In a process of their own, the second half of this file: torch cannot forget a device."""
+user's machine (simcuda.py). So that the tests marked gpu do not rot where there is none, one of each file runs too.
+In a process of their own, the second half of this file: torch cannot forget a device."""
 
 import contextlib
 import io
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
+from test_cuda_on_cpu import HERE
 
 import pissa_rwkv as P
 from wkv7_cuda import op
@@ -29,6 +31,12 @@ RUNS = {  # on the GPU and, with `chunk` and the precision, on the CPU -> option
     "x070, cuda_precise": ("--op cuda_precise --precision fp32", "fp32", 1e-4),
 }
 GRAPHS = {"x070, as ever": "", "x070, a graph": "--cuda_graph 1"}
+OF_EACH_FILE = [  # (all of them: `python tests/simcuda.py`)
+    "test_dequant.py::test_gpu_in_a_frozen_layer[nf4]", "test_gpu.py::test_losses_are_the_cpus[bf16-0.03-1]",
+    "test_wkv.py::test_compiled_is_equal[cuda]", "test_wkv6_cuda.py::test_gpu[segments-17-dtype1]",
+    "test_wkv_cuda.py::test_gpu_operator_on_another_stream", "test_wkv_fast.py::test_gpu[segments-17-random]",
+    "test_wkv_triton.py::test_lengths_in_float32[gpu-17]",
+]
 LOOK = 'with torch.device("cpu"):'  # in op.verify
 
 
@@ -40,7 +48,6 @@ def found(tmp_path_factory):
     if not shutil.which("g++") or not shutil.which("c++"):
         pytest.skip("no C++ compiler")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    env.pop("LD_PRELOAD", None)                                       # simcuda.py needs it
     child = subprocess.run([sys.executable, __file__], cwd=tmp_path_factory.mktemp("simcuda"), env=env, text=True,
                            capture_output=True)
     assert child.returncode == 0, child.stderr[-3000:]
@@ -65,6 +72,11 @@ def test_a_graph_is_recorded_and_repeated(found):
     (losses, _), (again, said) = (found[name] for name in GRAPHS)
     assert found["replays"] == [3]                                    # of 4 steps: the first runs as ever
     assert again == losses and len(losses) == 4 and "--cuda_graph 1" not in said
+
+
+def test_a_test_of_each_file_passes(found):
+    status, said = found["gpu tests"]
+    assert status == 0 and f"{len(OF_EACH_FILE)} passed in" in said, said
 
 
 # ------------------------------------------------------------------------------------------ the process of its own
@@ -100,14 +112,17 @@ def main() -> dict:
     import simcuda
     Path("data.txt").write_text("A quick brown fox jumps over the lazy dog. " * 12)
     random_model("x070.pth"), random_model("x060.pth", version="x060")
-    simcuda.open_device(Path("toolkit").resolve())
+    simcuda.open_device()
     with numbers_missing():                                           # (first: an operator that loads is kept)
         results = {"no numbers": run("x070", "--epoch_steps 2")}
     for name, (options, precision, _) in RUNS.items():
         cpu = f"--accelerator cpu --op chunk --precision {precision}"
         results[name] = [run(name, f"--epoch_steps 2 {options} {more}") for more in ("", cpu)]
     results |= {name: run(name, f"--epoch_steps 4 {options}") for name, options in GRAPHS.items()}
-    return results | {"replays": simcuda.replays}
+    results["replays"] = list(simcuda.replays)                        # (before others record more)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = simcuda.run_tests("-p", "no:cacheprovider", *(f"{HERE / test}" for test in OF_EACH_FILE))
+    return results | {"gpu tests": (status, said.getvalue())}
 
 
 if __name__ == "__main__":
