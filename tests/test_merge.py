@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from conftest import load_model, logits_of, random_tensors
 
 import merge as command
-from pissa_rwkv import Config, Fatal, build, merge_files, parse, read_described, save, train
+from pissa_rwkv import Config, Fatal, PiSSALinear, build, merge_files, parse, read_described, save, train
 
 TOKENS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 26, 43, 0, 83, 27]
 MATRICES = [f"blocks.{i}.{m}" for i in range(2) for m in (
@@ -115,6 +116,22 @@ def test_keys_order_shapes_and_dtypes_are_the_bases_whatever_these_are(tmp_path)
     assert [(n, t.shape, t.dtype) for n, t in found.items()] == [(n, t.shape, t.dtype) for n, t in odd.items()]
     assert all(t.is_contiguous() for t in found.values())
     assert all(found[f"blocks.0.att.v{i}"].isnan().all() for i in "012")
+
+
+def test_a_matrix_is_made_when_it_is_asked_for_and_none_is_kept(model_file, tmp_path, monkeypatch):
+    run, alive, most = finished(tmp_path / "run", model_file()), weakref.WeakSet(), []
+    residual = PiSSALinear.residual
+
+    def seen(*args):
+        alive.add(W := residual(*args))
+        most.append(len(alive))
+        return W
+
+    monkeypatch.setattr(PiSSALinear, "residual", staticmethod(seen))
+    found = merge_files(run.kind, str(run.base), str(run.init), str(run.checkpoint))
+    assert not most and next(found)[0] == "emb.weight" and not most   # (all was compared with the base before)
+    save(run.output, found)
+    assert most == [1] * len(MATRICES)
 
 
 def test_merging_what_was_not_trained_gives_the_base_again(model_file, tmp_path):
