@@ -3416,7 +3416,7 @@ def merge(
     what training multiplied with. Names, order, shapes and dtypes are the base's, by which other programs know a model;
     a trained time_state is added to them.
     """
-    unused, merged, layer = dict(trained), {}, method.layer
+    unused, merged, layer, in_block = dict(trained), {}, method.layer, {}
     tensors = dict(with_states(base, trained)) if method.state else base
     for name, W in progress(tensors.items(), "merging"):
         module, new = name.removesuffix(".weight"), W
@@ -3424,6 +3424,8 @@ def merge(
             new = unused.pop(name)
         elif is_matrix(name, W):
             own = {x: unused.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in unused}
+            block = name.split(".")[1]
+            in_block[block] = in_block.get(block, False) or bool(own)
             if own:
                 check_fit(module, W.shape, own, layer)
             taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float()
@@ -3437,6 +3439,9 @@ def merge(
             raise Fatal(f"{name} would hold NaN or infinity, in {W.dtype}")
     if layer.names and not any(name.endswith(layer.names) for name in trained):
         raise Fatal(f"it holds no adapters, whose names end in {' or '.join(layer.names)}")
+    if layer.names and not all(in_block.values()):
+        raise Fatal(f"it holds adapters for {sum(in_block.values())} of the base's {len(in_block)} blocks; is it of"
+                    " another model?")
     if unused:
         raise Fatal(f"it holds {some(unused)}, which the base lacks")
     return merged
