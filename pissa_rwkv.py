@@ -2268,7 +2268,12 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     if bin.stat().st_size != starts[-1] * itemsize:
         raise Fatal(f"{bin}: {bin.stat().st_size} bytes, but {idx.name} describes {starts[-1]} tokens of {itemsize};"
                     " the two are not of one corpus, or the file is truncated")
-    return Corpus(np.memmap(bin, IDX_DTYPE[code], "r"), starts)
+    tokens = np.memmap(bin, IDX_DTYPE[code], "r")
+    endless = int((tokens[starts[1:][sizes > 0] - 1] != 0).sum())
+    if endless > N / 2:
+        say(f"{bin}: {endless:,} of its {N:,} documents do not end with token 0, by which a model learns to end;"
+            " json2binidx writes it with --append-eod")
+    return Corpus(tokens, starts)
 
 
 # ---------------------------------------------------------------------------------- streams of tokens, without an index
