@@ -280,7 +280,8 @@ JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
     "peft_config": {"r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
 }
 WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothing is lost
-    **dict.fromkeys("ds_bucket_mb num_nodes enable_progress_bar fp32_logits num_workers persistent_workers"
+    "num_nodes": "torchrun's --nnodes says on how many a run is started",
+    **dict.fromkeys("ds_bucket_mb enable_progress_bar fp32_logits num_workers persistent_workers"
                     " prefetch_factor fused_kernel".split(), "there is no such knob to turn"),
     **dict.fromkeys("my_pile_version my_pile_stage my_pile_shift my_pile_edecay train_stage my_random_steps my_qa_mask"
                     " my_sample_len".split(), "it belongs to pretraining on the Pile"),
@@ -3204,7 +3205,8 @@ def read_pth(path: str | Path, what: str, checks: bool = True) -> dict[str, Tens
     path = Path(path)
     refuse_device(path, what)
     if not path.is_file():
-        raise Fatal(f"{what} {path}: {'this is a folder' if path.is_dir() else 'no such file'}{what_is_beside(path)}")
+        found = "this is a folder, and a .pth is wanted" if path.is_dir() else "no such file"
+        raise Fatal(f"{what} {path}: {found}{what_is_beside(path)}")
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -3231,8 +3233,9 @@ def read_pth(path: str | Path, what: str, checks: bool = True) -> dict[str, Tens
 
 
 def what_is_beside(path: Path) -> str:
-    found = some(p.name for p in path.parent.glob("*.pth"))
-    return f"; beside it: {found}" * bool(found)
+    where, folder = ("in it", path) if path.is_dir() else ("beside it", path.parent)
+    found = some(p.name for p in folder.glob("*.pth"))
+    return f"; {where}: {found}" * bool(found)
 
 
 def wrapper_of(names: dict[str, Any]) -> str:

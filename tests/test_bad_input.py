@@ -317,7 +317,7 @@ def check_line(place, capfd, call, words, program="pissa_rwkv"):
 MODEL = [  # (what is wrong, options, words in the line)
     ("no such model", "--load_model nope.pth", "--load_model nope.pth|no such file|another.pth"),
     ("no model at all", "--load_model ''", "--load_model"),
-    ("folder as model", "--load_model run", "--load_model run|folder"),
+    ("folder as model", "--load_model run", "--load_model run|folder|; in it: init_pissa.pth"),
     ("empty file", "--load_model empty.pth", "empty.pth|empty"),
     ("text", "--load_model text.pth", "text.pth|not a .pth"),
     ("web page", "--load_model page.pth", "page.pth|web page"),
