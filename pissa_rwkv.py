@@ -280,7 +280,7 @@ JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
     "peft_config": {"r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
 }
 WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothing is lost
-    "num_nodes": "torchrun's --nnodes says on how many a run is started",
+    "num_nodes": "torchrun says on how many a run is started",
     **dict.fromkeys("ds_bucket_mb enable_progress_bar fp32_logits num_workers persistent_workers"
                     " prefetch_factor fused_kernel".split(), "there is no such knob to turn"),
     **dict.fromkeys("my_pile_version my_pile_stage my_pile_shift my_pile_edecay train_stage my_random_steps my_qa_mask"
@@ -3447,11 +3447,11 @@ def merge(
             raise Fatal(f"{name} would hold NaN or infinity, in {W.dtype}")
     if layer.names and not any(name.endswith(layer.names) for name in trained):
         raise Fatal(f"it holds no adapters, whose names end in {' or '.join(layer.names)}")
+    if unused:
+        raise Fatal(f"it holds {some(unused)}, which the base lacks")
     if layer.names and not all(in_block.values()):
         raise Fatal(f"it holds adapters for {sum(in_block.values())} of the base's {len(in_block)} blocks; is it of"
                     " another model?")
-    if unused:
-        raise Fatal(f"it holds {some(unused)}, which the base lacks")
     return merged
 
 
