@@ -6,10 +6,10 @@
     python merge.py --type pissa2lora --base_model M.pth --lora_init out/init_pissa.pth \\
                     --lora_checkpoint out/rwkv-0.pth --output lora.pth
 
-An output named .st is written for web-rwkv, Ai00 and RWKV Runner (extra `export`). --type pissa2lora writes no model
-but what PiSSA changed, as a LoRA of twice the rank, for programs that know no PiSSA. Adapters trained on a quantised
-base are merged into what was trained on: ours say what that was, for RWKV-PEFT's --quant does. The formula is
-`pissa_rwkv.merge`; here are its command line, those two formats, and RWKV-PEFT's old int8.
+An output named .st is written for web-rwkv, Ai00 and RWKV Runner (extra `export`). --type pissa2lora writes not a
+model but what PiSSA changed, as a LoRA of twice the rank, for programs that do not know PiSSA. Adapters trained on a
+quantised base are merged into what was trained on: our files say what that was; for RWKV-PEFT's, --quant does. The
+formula is `pissa_rwkv.merge`; here are its command line, those two formats, and RWKV-PEFT's old int8.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from torch import Tensor
 import pissa_rwkv as P
 from pissa_rwkv import Fatal, Parser, merge_files, pick, save, write_whole
 
-# What web-rwkv wants otherwise than a .pth has it: names, all in lower case, and the two last dims of these swapped: it
-# reads every matrix as (out,in), and the low-rank factors are stored (in,out), a state as (value,key).
+# Where web-rwkv differs from a .pth: names, all in lower case, and the last two dims of these, swapped: it reads every
+# matrix as (out,in), and the low-rank factors are stored (in,out), a state as (value,key).
 RENAMED = {"time_faaaa": "time_first", "time_maa": "time_mix"}
 SWAPPED = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2",                                # x070
            "time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state")  # x060; state tuning
@@ -40,14 +40,14 @@ def for_web_rwkv(name: str, t: Tensor) -> tuple[str, Tensor]:
     return name.lower(), t.to(torch.float16).contiguous()
 
 
-def save_st(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_st(path: Path, tensors: P.Named) -> None:
     """Safetensors as web-rwkv reads them: everything fp16, `RENAMED` and `SWAPPED` applied."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise Fatal(f"--output {path}: .st needs the package safetensors: `pip install safetensors`") from None
-    ready = dict(for_web_rwkv(name, t) for name, t in tensors.items())
+    ready = dict(for_web_rwkv(name, t) for name, t in dict(tensors).items())
     unused = {name.lower() for name in P.UNUSED}
     for name, t in ready.items():
         if not t.isfinite().all() and name not in unused:
@@ -56,9 +56,9 @@ def save_st(path: Path, tensors: dict[str, Tensor]) -> None:
     def write(file: IO[bytes]) -> None:
         mode = os.fstat(file.fileno()).st_mode
         try:
-            save_file(ready, file.name, metadata={"format": "pt"})    # it puts another file there, for its owner alone
+            save_file(ready, file.name, metadata={"format": "pt"})    # it puts a new file there, for its owner alone
         except SafetensorError as e:
-            raise RuntimeError(e) from None
+            raise OSError(e) from None
         os.chmod(file.name, mode)
         with open(file.name, "rb+") as other:
             os.fsync(other.fileno())
@@ -86,16 +86,16 @@ QUANT = P.QUANT | {"legacy_int8": P.Quant(hold_legacy_int8, read_legacy_int8)}
 
 
 def quant_of(args: argparse.Namespace) -> str:
-    """--quant in our words: a run of RWKV-PEFT's, whose files describe nothing, had another code called int8."""
+    """--quant in our words: RWKV-PEFT, whose files describe nothing, called another code int8."""
     files = ((args.lora_checkpoint, "--lora_checkpoint"), (args.lora_init, "--lora_init"))
     if args.quant != "int8" or any(P.read_described(file, flag)[1] for file, flag in files if file):
         return args.quant
-    P.say(f"--quant int8: {args.lora_checkpoint} is RWKV-PEFT's, whose int8 is called legacy_int8 here; taking that")
+    P.say(f"--quant int8: {args.lora_checkpoint} is RWKV-PEFT's, whose int8 is called legacy_int8 here; using that")
     return "legacy_int8"
 
 
 def merge_to_model(args: argparse.Namespace) -> None:
-    """The full model, in the format that --output is named after."""
+    """The full model, in the format that --output's suffix names."""
     write = pick(FORMAT, "--output ends in", Path(args.output).suffix)
     write(Path(args.output), merge_files(TYPE[args.type][0], args.base_model, args.lora_init, args.lora_checkpoint,
                                          args.lora_alpha, quant_of(args), QUANT))
@@ -107,7 +107,7 @@ def as_lora(init: dict[str, Tensor], trained: dict[str, Tensor], modules: list[s
 
         W' - W = B A - B0 A0 = B' A',   A' = [A; A0] (2r,in),   B' = [B, -B0] (out,2r)
 
-    In fp32, for A and A0 may differ by less than bf16 can tell; trained parts go along. The names are RWKV-PEFT's.
+    In fp32, since A and A0 may differ by less than bf16 can tell; trained parts go along. The names are RWKV-PEFT's.
     """
     lora = dict(trained)
     for module in modules:
@@ -133,15 +133,17 @@ def write_lora(args: argparse.Namespace) -> None:
     quant = about.get("quant", args.quant or "none")
     if pick(QUANT, "--quant", quant).lossy:
         raise Fatal(f"--type pissa2lora: {args.lora_checkpoint} was trained on a base held as {quant}, and what that"
-                    " changed is no LoRA; --type pissa merges it")
+                    " changed is not a LoRA; --type pissa merges it")
     merged = merge_files("pissa", args.base_model, args.lora_init, args.lora_checkpoint, args.lora_alpha, args.quant,
                          QUANT)
     modules = [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]
     lora = as_lora(P.read_described(args.lora_init, "--lora_init")[0], trained, modules)
     again = P.merge(P.read_pth(args.base_model, "--base_model"), {}, lora, P.ADAPTER["lora"])
-    off = max(apart(again[f"{module}.weight"], merged[f"{module}.weight"]) for module in modules)
+    rank, off, adapted = len(lora[f"{modules[0]}.lora_A"]), 0.0, {f"{module}.weight" for module in modules}
+    for (name, wanted), (_, found) in zip(merged, again, strict=True):
+        if name in adapted:
+            off, dtype = max(off, apart(found, wanted)), wanted.dtype
     save(Path(args.output), lora)
-    rank, dtype = len(lora[f"{modules[0]}.lora_A"]), merged[f"{modules[0]}.weight"].dtype
     P.say(f"LoRA of rank {rank}, to be used with alpha {rank}: {args.output}\nMerged it is the model of --type pissa,"
           f" but for {off:.0e} of a matrix's largest number, by rounding to {dtype}")
 
@@ -161,14 +163,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lora_checkpoint", *(f"--{x}_checkpoint" for x in ("pissa", "bone", "peft", "state")),
                    required=True, help="rwkv-<N>.pth of the run")
     p.add_argument("--output", required=True, help="where the full model, or the LoRA, goes")
-    p.add_argument("--quant", default="", help=f"what the base was held as: {', '.join(QUANT)}; ours know that")
+    p.add_argument("--quant", default="", help=f"what the base was held as: {', '.join(QUANT)}; our files know that")
     p.add_argument("--lora_alpha", type=float, help="LoRA: alpha; a checkpoint of pissa_rwkv knows its own")
     p.add_argument("--device", help=argparse.SUPPRESS)                # RWKV-PEFT's: where to compute, which is the CPU
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one line about what the user can mend."""
+    """Returns the exit status: 0, or 2 after one line about what the user can fix."""
     try:
         args = parser().parse_args(argv)
         method, make = TYPE[args.type]
@@ -177,11 +179,11 @@ def main(argv: list[str] | None = None) -> int:
         if Path(args.output).exists():
             raise Fatal(f"--output {args.output} exists already; name another file")
         if not Path(args.output).resolve().parent.is_dir():
-            raise Fatal(f"--output {args.output}: there is no folder {Path(args.output).parent}")
+            raise Fatal(f"--output {args.output}: no such folder {Path(args.output).parent}")
         make(args)
         return 0
     except Exception as e:
-        if not (error := P.in_one_line(e, "merging takes about twice the model")):
+        if not (error := P.in_one_line(e, "a .pth takes a few matrices of it, a .st twice the model")):
             raise
         print(f"merge.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,15 +1,15 @@
-"""pissa_rwkv: fine-tune RWKV-7, 6 and 5 with PiSSA. The whole of it, in one file to be read from top to bottom.
+"""pissa_rwkv: fine-tune RWKV-7, 6 and 5 with PiSSA, all in one file, to be read from top to bottom.
 
-A trained matrix W acts along some directions more than along others. PiSSA takes the strongest out, W = W_res + B A,
-trains A and B, and freezes the rest. The run starts exactly where the base model is; what is trained are one to three
-numbers in a hundred. In the end B A is added back, and the file is an ordinary model again.
+A trained matrix W acts more strongly along some directions than along others. PiSSA takes the strongest out,
+W = W_res + B A, trains A and B, and freezes the rest. A run starts exactly at the base model and trains one to three
+numbers in a hundred. At the end B A is added back, and the file is an ordinary model again.
 
     torchrun pissa_rwkv.py                                                       # a demonstration, 3 minutes on a CPU
     torchrun pissa_rwkv.py --load_model RWKV-x070.pth --data_file chats.jsonl    # your model, your data
     python merge.py --type pissa --base_model RWKV-x070.pth --lora_init out/init_pissa.pth \\
                     --lora_checkpoint out/rwkv-0.pth --output tuned.pth
 
-The file follows a run; a section uses only what stands above it:
+The file follows a run; a section uses only what is above it:
 
      1 configuration    the options, once: default, help; processes         Config, parse, Ranks
      2 the operator     the memory as a recurrence, two kinds of it         wkv7_ref, wkv6_ref
@@ -22,7 +22,7 @@ The file follows a run; a section uses only what stands above it:
      9 files            read and written safely; merging                    read_pth, save, merge
     10 training         the loop, resuming, talking, --dry_run, demo        build, train, generate, main
 
-Names. Parameters have the names they have in model files; locals have the papers' letters.
+Names. Parameters are named as in model files; locals use the papers' letters.
 
     code                    word                                shape           in the papers
     B T C V L               batch, time, width, vocabulary, layers
@@ -62,6 +62,7 @@ import bisect
 import codecs
 import contextlib
 import copy
+import ctypes
 import difflib
 import errno
 import glob
@@ -88,6 +89,7 @@ import time
 import warnings
 import weakref
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
@@ -96,9 +98,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 if __name__ == "__main__":
-    # A thread that waits for others spins for some 10 us, then sleeps. (OpenMP's own measure is a hundred times
-    # that: with other programs beside it a step takes ten times as long. It reads this when torch is imported: for the
-    # command that pip installs, which imports this file, that is too late.)
+    # A waiting thread spins for some 10 us, then sleeps. (OpenMP's default is a hundred times that: with other programs
+    # running, a step takes ten times as long. It reads this when torch is imported: too late for the command that pip
+    # installs, which imports this file.)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -116,7 +118,7 @@ import wkv7_cuda
 from wkv7_cuda import dequant
 
 # ======================================================================================================================
-# 1. Configuration: every option stands once, with its default and its help. The parser, the checks, the checkpoint's
+# 1. Configuration: every option is defined once, with its default and help. The parser, the checks, the checkpoint's
 #    description and README's table of options are all made from this class.
 # ======================================================================================================================
 
@@ -124,19 +126,19 @@ __version__ = "0.1.0"
 
 
 class Fatal(Exception):
-    """Something the user can mend: one line that names the file or flag, what was found, and what to do."""
+    """Something the user can fix: one line that names the file or flag, what was found, and what to do."""
 
 
 def pick(table: dict[str, Any], flag: str, name: str) -> Any:
-    """The row `name` of a table, or an error that lists the rows there are."""
+    """The row `name` of a table, or an error that lists those it has."""
     if name not in table:
         names = [row for row in table if row]                         # ('' stands for the default)
-        raise Fatal(f"{flag} {name}: no such choice; there is {', '.join(map(repr, names))}{nearest(name, names)}")
+        raise Fatal(f"{flag} {name}: unknown; choose from {', '.join(map(repr, names))}{nearest(name, names)}")
     return table[name]
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean X?`, or nothing where no name is near."""
+    """`; did you mean X?`, or nothing if no name is close."""
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
@@ -152,30 +154,30 @@ def some(names: Iterable[str]) -> str:
 
 
 def refuse_device(path: str | Path, what: str) -> None:
-    """A pipe or a device would be read to an end that may never come."""
+    """Refuses a pipe or a device: reading one to its end may never finish."""
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
-        raise Fatal(f"{what} {path}: this is no ordinary file; write what it gives into one")
+        raise Fatal(f"{what} {path}: not a regular file; write its contents to one")
 
 
 def opt(default: Any, help: str, also: str = "", within: str = "[0,1e9]") -> Any:
-    """One option: its default, which also gives its type (0 a whole number, 0.0 any), its help, a second name, and the
-    interval that a number must lie in."""
+    """One option: its default, which also sets its type (0 an integer, 0.0 any number), its help, a second name, and
+    the interval that a number must be in."""
     return field(default=default, metadata={"help": help, "also": also, "within": within})
 
 
 def check_within(flag: str, x: float, interval: str) -> None:
-    """Refuses an x outside of an interval like [0,1), which has 0 and lacks 1. (NaN is in none.)"""
+    """Refuses an x outside an interval like [0,1), which includes 0 but not 1. (NaN is in none.)"""
     has_low, has_high = interval[0] == "[", interval[-1] == "]"
     low, high = interval[1:-1].split(",")
     if not (float(low) < x < float(high) or (has_low and x == float(low)) or (has_high and x == float(high))):
-        raise Fatal(f"{flag} {x}: a number {'from' if has_low else 'above'} {low} to {'below ' * (not has_high)}{high}"
-                    " is wanted")
+        raise Fatal(f"{flag} {x}: expected a number {'from' if has_low else 'above'} {low} to"
+                    f" {'below ' * (not has_high)}{high}")
 
 
 @dataclass
 class Config:
-    """What one run does. Where a help text names a default, that replaces the empty string or 0 written here: it comes
-    from the base file, the data or the machine."""
+    """What one run does. A default named in a help text replaces the empty string or 0 given here: it comes from the
+    base file, the data or the machine."""
 
     # the base model
     load_model: str = opt("", "base model, a .pth of RWKV-7, 6 or 5; without one, --peft none pretrains a new model")
@@ -184,34 +186,34 @@ class Config:
     n_embd: int = opt(0, "embedding width; default: the base file's (new models: 768)")
     dim_att: int = opt(0, "attention width; default: the base file's (new models: n_embd)")
     dim_ffn: int = opt(0, "width of the channel mixing; default: the base file's (new models: 4 or 3.5 n_embd)")
-    head_size: int = opt(0, "channels of a head; default: the base file's (new models: 64)", "head_size_a")
-    pre_ffn: bool = opt(False, "x052, x060: block 0 has a channel mixing for time mixing; default: the base file's")
+    head_size: int = opt(0, "channels per head; default: the base file's (new models: 64)", "head_size_a")
+    pre_ffn: bool = opt(False, "x052, x060: block 0 has channel mixing, not time mixing; default: the base file's")
     head_qk: int = opt(0, "width of a head that copies earlier tokens; default: the base file's")
-    vocab_size: int = opt(0, "vocabulary; default: the base file's (new: 65536 world, 256 byte, or the data's)")
+    vocab_size: int = opt(0, "vocabulary size; default: the base file's (new: 65536 world, 256 byte, or the data's)")
     # data
-    data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family, base or shift")
+    data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family: base or shift")
     data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img, dummy; default: by its name")
-    sft_fields: tuple = opt(("question", "answer"), "sft: question and answer, or one, a list of messages", "sft_field")
-    img_side: int = opt(64, "wds_img: pixels a side of an image, cut square", "my_img_size", within="[1,1e6]")
+    sft_fields: tuple = opt(("question", "answer"), "sft: question and answer, or one with all messages", "sft_field")
+    img_side: int = opt(64, "wds_img: side of the square images, in pixels", "my_img_size", within="[1,1e6]")
     tokenizer: str = opt("", "world or byte; default: world for a vocabulary of 65536 tokens, byte for up to 512")
     vocab_file: str = opt("", "the World vocabulary; default: found in the `rwkv` package")
-    dataload: str = opt("", "sampler: pad, only or get; default: pad, and get where the corpus is one long document")
-    loss_mask: str = opt("", "tokens learnt: pad (all), qa (the assistant's) or se; default: pad, and qa for sft")
-    mask_id: str = opt("", 'se: JSON {"mask1": learn after this string, "mask0": and no more from this one on}')
+    dataload: str = opt("", "sampler: pad, only or get; default: pad; get if the corpus is one long document")
+    loss_mask: str = opt("", "tokens learnt: pad (all), qa (the assistant's) or se; default: pad; qa for sft, dummy")
+    mask_id: str = opt("", 'se: JSON {"mask1": learn what follows this string, "mask0": up to this one}')
     data_shuffle: bool = opt(True, "pad, only: a new order in every pass")
     val_file: str = opt("", "corpus held out for validation, of the type of data_file")
     val_split: float = opt(0.0, "share of the corpus held out for validation, taken from its end", within="[0,1)")
-    make_binidx: str = opt("", "only convert this .jsonl (of --data_type jsonl or sft) into binidx, then stop")
+    make_binidx: str = opt("", "only convert this .jsonl (--data_type jsonl or sft) to binidx, then stop")
     # the length of the run
-    ctx_len: int = opt(1024, "tokens of a training row", within="[1,1e6]")
-    train_type: str = opt("normal", "normal: a row at once; infctx: in chunks that pass on their state")
-    chunk_ctx: int = opt(0, "infctx: tokens of a chunk, which memory follows in place of ctx_len; default: 512")
-    chunk_grad: str = opt("truncated", "infctx: gradients reach back in the chunk (truncated) or over the row (full)")
-    micro_bsz: int = opt(4, "rows of a micro-batch", within="[1,1e6]")
-    accumulate_grad_batches: int = opt(1, "micro-batches of an optimiser step", within="[1,1e6]")
-    epoch_steps: int = opt(0, "optimiser steps of an epoch; default: one pass over the corpus")
-    epoch_count: int = opt(1, "epochs of this run", within="[1,1e6]")
-    epoch_begin: int = opt(0, "number of the first epoch; above 0 it goes on from rwkv-<N-1>.pth of proj_dir")
+    ctx_len: int = opt(1024, "tokens per training row", within="[1,1e6]")
+    train_type: str = opt("normal", "normal: whole rows at once; infctx: in chunks that pass on their state")
+    chunk_ctx: int = opt(0, "infctx: tokens per chunk; memory grows with these, not with ctx_len; default: 512")
+    chunk_grad: str = opt("truncated", "infctx: gradients reach back through the chunk (truncated) or the row (full)")
+    micro_bsz: int = opt(4, "rows per micro-batch", within="[1,1e6]")
+    accumulate_grad_batches: int = opt(1, "micro-batches per optimiser step", within="[1,1e6]")
+    epoch_steps: int = opt(0, "optimiser steps per epoch; default: one pass over the corpus")
+    epoch_count: int = opt(1, "epochs in this run", within="[1,1e6]")
+    epoch_begin: int = opt(0, "number of the first epoch; above 0 it continues from rwkv-<N-1>.pth in proj_dir")
     # the optimiser
     lr_init: float = opt(2e-5, "learning rate after warm-up")
     lr_final: float = opt(2e-5, "learning rate at the end")
@@ -221,53 +223,53 @@ class Config:
     beta1: float = opt(0.9, "Adam's decay of the first moment", within="[0,1)")
     beta2: float = opt(0.99, "Adam's decay of the second moment", within="[0,1)")
     adam_eps: float = opt(1e-8, "Adam's epsilon", within="(0,1e9]")
-    moments: str = opt("fp32", "how Adam's moments are held: fp32, or 8bit, which takes 6 bytes a number less")
+    moments: str = opt("fp32", "how Adam's moments are held: fp32, or 8bit, which saves 6 bytes a number")
     weight_decay: float = opt(0.0, "decoupled weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
-    layerwise_lr: bool = opt(True, "doubles the learning rate of the decay: w0, in x060 and x052 time_decay")
+    layerwise_lr: bool = opt(True, "double the learning rate of the decay: w0, or time_decay in x060 and x052")
     # adapters
     peft: str = opt("pissa", "what is trained: pissa, lora, bone (disha, miss), state, none (no adapters: everything)")
     rank: int = opt(32, "rank of the adapters")
-    svd_niter: int = opt(4, "PiSSA: power iterations of the fast SVD; 0 is the exact SVD")
+    svd_niter: int = opt(4, "PiSSA: power iterations of the fast SVD; 0: the exact SVD")
     lora_alpha: float = opt(32.0, "LoRA: its output is scaled by alpha / rank")
     lora_dropout: float = opt(0.0, "LoRA: dropout on its input", within="[0,1)")
-    bone_mode: str = opt("bone", "bone: bone, or bat, whose update is multiplied with the matrix")
+    bone_mode: str = opt("bone", "bone: bone, or bat, whose update is multiplied by the matrix")
     adapter_load: str = opt("", "start from these adapters, a rwkv-<N>.pth")
     adapter_init: str = opt("", "PiSSA: the init_pissa.pth that belongs to adapter_load")
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
     peft_config: str = opt("", "likewise, of today's RWKV-PEFT, for every --peft: r, lora_alpha, lora_dropout")
-    train_parts: tuple = opt(("auto",), "also trained: names with emb, head, ln, time (x070 has none); auto: time ln")
+    train_parts: tuple = opt(("auto",), "also train names with emb, head, ln or time (not in x070); auto: time ln")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
-    qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs of its start; more lessen its error", within="[1,5]")
+    qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs for its start; more reduce its error", within="[1,5]")
     # the machine
-    accelerator: str = opt("", "gpu or cpu; default: gpu where there is one")
-    devices: int = opt(0, "processes, a device each, that plain python starts; torchrun says so by --nproc_per_node")
-    strategy: str = opt("", "several share: zero1 (optimiser), zero2 (gradients too), ddp (nothing); default: zero1")
-    dist_timeout: float = opt(600.0, "seconds without an answer of a process that end the run; more than a save takes")
+    accelerator: str = opt("", "gpu or cpu; default: gpu if there is one")
+    devices: int = opt(0, "processes, one device each, for plain python to start; torchrun has --nproc_per_node")
+    strategy: str = opt("", "sharded over ranks: zero1 (optimiser), zero2 (gradients too), ddp (none); default: zero1")
+    dist_timeout: float = opt(600.0, "seconds to wait for another process before giving up; longer than a save takes")
     precision: str = opt("", "bf16, fp16, fp32, tf32; default: bf16 on a GPU, fp16 before Ampere, fp32 on a CPU")
     op: str = opt("", "WKV operator: cuda, cuda_precise, triton, fla, cpu, chunk, torch; default: the fastest here")
-    grad_cp: str = opt("1", "kept for backward: 1 a block's input, products these too, 0 all; auto: most that fits")
-    compile: bool = opt(False, "torch.compile: faster steps, the first of which takes a minute longer")
-    cuda_graph: bool = opt(False, "on a GPU: forward and backward as one launch; rows are filled up to few lengths")
+    grad_cp: str = opt("1", "kept for backward: 1 block inputs, products these too, 0 all; auto: as much as fits")
+    compile: bool = opt(False, "torch.compile: faster steps, but the first takes a minute longer")
+    cuda_graph: bool = opt(False, "on a GPU: forward and backward as one launch; rows are padded to a few lengths")
     emb_on_cpu: bool = opt(False, "leave the embedding in its file and fetch the rows of each micro-batch")
     random_seed: int = opt(0, "seeds the SVD, new weights, dropout and the order of the data", within="[0,1e18]")
     # results
-    proj_dir: str = opt("out", "folder of the results")
-    epoch_save: int = opt(1, "save after this run's first epoch, every so many more, and the last", within="[1,1e6]")
-    save_steps: int = opt(0, "also write what --resume needs every so many steps")
-    keep: int = opt(2, "how many of these files are kept; --resume takes the newest that is whole", within="[1,999]")
-    resume: bool = opt(False, "go on with the run in proj_dir, exactly where it stopped")
+    proj_dir: str = opt("out", "folder for the results")
+    epoch_save: int = opt(1, "save after this run's first epoch, every N after it, and the last", within="[1,1e6]")
+    save_steps: int = opt(0, "also write what --resume needs every N steps")
+    keep: int = opt(2, "how many of these files to keep; --resume uses the newest that is intact", within="[1,999]")
+    resume: bool = opt(False, "continue the run in proj_dir exactly where it stopped")
     auto_merge: bool = opt(False, "merge into a full model, rwkv-<N>-merged.pth, after the last epoch", "merge")
-    sample_prompt: str = opt("", "after every epoch, print what the model writes after this text")
-    sample_len: int = opt(100, "tokens of that sample, or of an answer of --chat, at most")
-    sample_top_p: float = opt(0.5, "nucleus of what is written; 0 takes the likeliest token always", within="[0,1]")
-    sample_temperature: float = opt(1.0, "of what is written: below 1 the likely comes oftener", within="(0,1e9]")
-    chat: bool = opt(False, "talk to load_model, or to it with adapter_load: a line is a question, /exit ends")
-    wandb: str = opt("", "project of Weights & Biases (`pip install wandb`) to log to; WANDB_MODE=offline: no network")
+    sample_prompt: str = opt("", "after every epoch, print how the model continues this text")
+    sample_len: int = opt(100, "most tokens in that sample, or in an answer of --chat")
+    sample_top_p: float = opt(0.5, "nucleus sampling; 0 always takes the likeliest token", within="[0,1]")
+    sample_temperature: float = opt(1.0, "of sampling; below 1 favours likely tokens", within="(0,1e9]")
+    chat: bool = opt(False, "talk to load_model, with adapter_load if given: a line is a question, /exit ends")
+    wandb: str = opt("", "Weights & Biases project to log to (`pip install wandb`); WANDB_MODE=offline: no network")
     dry_run: bool = opt(False, "say what would be trained, in how many steps, with how much memory; then stop")
-    vram_gb: float = opt(0.0, "dry_run, grad_cp auto: 10^9 bytes that may be filled; default: what is free on the GPU")
+    vram_gb: float = opt(0.0, "dry_run, grad_cp auto: memory to fill, in 10^9 bytes; default: what is free on the GPU")
 
 
 JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
@@ -279,20 +281,20 @@ JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
                     for key, name in {"load": "adapter_load", "r": "rank", "mode": "bone_mode"}.items()},
     "peft_config": {"r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
 }
-WITHOUT_EFFECT = {  # flags of RWKV-PEFT that commands still carry -> why nothing is lost
-    "num_nodes": "torchrun says on how many a run is started",
+WITHOUT_EFFECT = {  # RWKV-PEFT's flags that commands may still have -> why ignoring them loses nothing
+    "num_nodes": "torchrun sets how many nodes a run has",
     **dict.fromkeys("ds_bucket_mb enable_progress_bar fp32_logits num_workers persistent_workers"
-                    " prefetch_factor fused_kernel".split(), "there is no such knob to turn"),
+                    " prefetch_factor fused_kernel".split(), "there is nothing to tune"),
     **dict.fromkeys("my_pile_version my_pile_stage my_pile_shift my_pile_edecay train_stage my_random_steps my_qa_mask"
                     " my_sample_len".split(), "it belongs to pretraining on the Pile"),
     **dict.fromkeys("magic_prime my_exit my_exit_tokens".split(), "a run ends after --epoch_count epochs"),
     **dict.fromkeys("head_size_divisor my_ffn_shift my_att_shift my_pos_emb tiny_att_dim tiny_att_layer load_partial"
                     " dropout".split(), "no released model uses it"),
     "weight_decay_final": "weight decay is constant",
-    "l2warp_sparse": "logits are never all held",
+    "l2warp_sparse": "the logits are never all held at once",
     "avg_loss": "a step's loss is always the mean over its learnt tokens",
     **dict.fromkeys(["optim", "optimizer"], "the optimiser is AdamW"),
-    "sft_split": "all rows of --data_file are taken",
+    "sft_split": "all rows of --data_file are used",
 }
 
 
@@ -302,8 +304,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """The parser that Config describes. What a command line does not name is absent from its result: the defaults are
-    Config's. (Options are spelt out in full: torchrun takes abbreviations for its own.)"""
+    """The parser that Config describes. Its result has only what the command line names: the defaults are Config's.
+    (Options must be spelt out: torchrun takes abbreviations for its own.)"""
     p = Parser("torchrun pissa_rwkv.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                description="Without options it runs a demonstration.")
     a_switch = dict(type=switch, nargs="?", const=True)
@@ -321,20 +323,20 @@ def parser() -> Parser:
 
 
 def options_given(argv: list[str], peft: str) -> set[str]:
-    """The options that a command line names, also those inside the JSON of --pissa_config and its like."""
+    """The options that a command line names, including those in the JSON of --pissa_config and the like."""
     given = vars(parser().parse_known_args(argv)[0])
     inside = ((JSON_OPTIONS[option], read_json(option, given.get(option, ""))) for option in json_options(peft))
     return {*given, *(keys[key] for keys, values in inside for key in values if key in keys)}
 
 
 def json_options(peft: str) -> list[str]:
-    """The JSON options that a method listens to."""
+    """The JSON options that a method reads."""
     own = f"{peft}_config"
     return [own, "peft_config"] if own in JSON_OPTIONS else []
 
 
 def is_text(x: Any) -> bool:
-    """Whether it is a string of whole characters. (A command line's other bytes come as lone surrogates.)"""
+    """Whether x is a string that UTF-8 can encode. (Undecodable bytes of a command line become lone surrogates.)"""
     try:
         return isinstance(x, str) and x.encode() is not None
     except UnicodeEncodeError:
@@ -345,12 +347,12 @@ def switch(text: str) -> bool:
     """0 or 1, as the tutorial writes its switches."""
     known = {"0": False, "1": True, "false": False, "true": True}
     if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is given to a switch, which takes 0 or 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or 1")
     return known[text.lower()]
 
 
 def parse(argv: list[str]) -> Config:
-    """The command line as a Config. Raises Fatal at an unknown flag, a wrong type, or JSON with a typo."""
+    """The command line as a Config. Raises Fatal on an unknown flag, a wrong type, or JSON with a typo."""
     named, unknown = parser().parse_known_args(argv)
     given = asdict(Config()) | vars(named)
     if unknown:
@@ -372,20 +374,20 @@ def parse(argv: list[str]) -> Config:
         if isinstance(f.default, tuple):
             given[f.name] = list_of(f.name, given[f.name])
         if isinstance(f.default, str) and not is_text(given[f.name]):
-            raise Fatal(f"--{f.name} {given[f.name]!r}: that is no UTF-8 text")
+            raise Fatal(f"--{f.name} {given[f.name]!r}: not valid UTF-8")
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name, None) is not None:
             say(f"--{name} has no effect here: {reason}")
     for option in JSON_OPTIONS:
         if option in json_options(given["peft"]):
             given |= in_json(option, given)
-        elif read_json(option, given[option]):                        # (its load and r would be another method's)
+        elif read_json(option, given[option]):                        # (its load and r are for another method)
             say(f"--{option} has no effect with --peft {given['peft']}")
     return Config(**given)
 
 
 def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The options that are given inside another, with values of their types; what is null there stays as it was."""
+    """The options given inside another, with values of their types; null leaves one as it was."""
     keys, values = JSON_OPTIONS[option], {}
     for key, value in read_json(option, given[option]).items():
         if key not in keys:
@@ -398,37 +400,37 @@ def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(usual, str) and (isinstance(value, bool) or float(value) != typed):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            raise Fatal(f"--{option}: {key} is {value!r}; a value like {usual!r} is wanted") from None
+            raise Fatal(f"--{option}: {key} is {value!r}; expected a value like {usual!r}") from None
     return values
 
 
 def list_of(option: str, words: Sequence[str]) -> Sequence[str]:
-    """The words of an option. Scripts also write them as '["time", "ln"]'; without the outer quotes a shell takes some
-    of these away."""
+    """The words of an option. Scripts also write them as '["time", "ln"]'; without the outer quotes a shell strips some
+    of the inner ones."""
     text = " ".join(words)
     if text[:1] != "[":
         return words
     with contextlib.suppress(ValueError, RecursionError):
         return [str(word) for word in json.loads(text)]
     if text[-1] != "]":
-        raise Fatal(f"--{option} {text}: the list is not closed; write words, or a list in brackets")
+        raise Fatal(f"--{option} {text}: the list has no closing bracket; write words, or a list in brackets")
     return re.findall(r"""[^][,\s"']+""", text)
 
 
 def read_json(option: str, text: str) -> dict[str, Any]:
-    """The JSON object an option was given; an empty one for nothing."""
+    """The JSON object given to an option; an empty one if none was."""
     def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [key for i, (key, _) in enumerate(items) if key in dict(items[:i])]
         if twice:
-            raise Fatal(f"--{option}: {twice[0]!r} is there twice: {text}")
+            raise Fatal(f"--{option}: {twice[0]!r} appears twice: {text}")
         return dict(items)
 
     try:
         value = json.loads(text or "{}", object_pairs_hook=once)
-    except (ValueError, RecursionError) as e:                         # (also of 5000 digits, or brackets in brackets)
+    except (ValueError, RecursionError) as e:                         # (also of 5000 digits, or of deep nesting)
         raise Fatal(f"--{option}: not valid JSON ({first_line(e)}): {text[:200]}") from None
     if not isinstance(value, dict):
-        raise Fatal(f'--{option}: an object like {{"key": 1}} is wanted, this is {text}')
+        raise Fatal(f'--{option}: expected an object like {{"key": 1}}, not {text}')
     return value
 
 
@@ -441,29 +443,29 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """One line for the user, above a progress bar that may be running."""
+    """One line for the user, above any progress bar."""
     if is_first():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn(text: str) -> None:
-    """One line from any process, the first or not: where one GPU lacks something, all the others wait for it."""
+    """One line from any process, first or not: if one GPU lacks something, all the others wait for it."""
     say(text) if is_first() else print(f"rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """The items, with a bar that goes away at their end; none where nobody watches."""
+    """The items, with a bar that vanishes at the end; no bar if nobody is watching."""
     return tqdm(items, what, total, leave=False, disable=None if is_first() else True)
 
 
 def of_gloo(error: RuntimeError) -> str:
-    """Its first sentence, without places in gloo's source."""
+    """The error's first sentence, without gloo's source locations."""
     return re.sub(r"\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
 
 
 def in_time(seconds: float, action: Callable[[], Any]) -> Any:
-    """What action() returns, or None if it takes longer: then nobody waits for it any more."""
+    """What action() returns, or None if it takes longer: then it is abandoned."""
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
     thread.start()
@@ -473,11 +475,11 @@ def in_time(seconds: float, action: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together, and which of them this is. Collectives do nothing where there is only one. All
+    """The processes that train together, and which of them this is. Collectives do nothing if there is only one. All
     ranks must call the same collectives in the same order.
 
-    A collective of gloo fails when a rank is lost; then an error names that rank. (NCCL's collectives return at once:
-    if a rank is lost during one, NCCL's watchdog ends the others after --dist_timeout, in its own words.)"""
+    A gloo collective fails when a rank is lost; then an error names that rank. (NCCL's collectives return at once: if a
+    rank is lost during one, NCCL's watchdog ends the others after --dist_timeout, with its own message.)"""
 
     rank: int = 0
     size: int = 1
@@ -488,19 +490,19 @@ class Ranks:
         try:
             return collective(*inputs)
         except RuntimeError as e:
-            slow = "--dist_timeout has to be longer than rank 0 takes to save; " if "imed out" in str(e) else ""
-            raise Fatal(f"{self.who_is_lost()} ({of_gloo(e)}); {slow}--resume goes on from what was saved last, as"
+            slow = "--dist_timeout must be longer than rank 0 takes to save; " if "imed out" in str(e) else ""
+            raise Fatal(f"{self.who_is_lost()} ({of_gloo(e)}); {slow}--resume continues from the last save, as"
                         " torchrun --max-restarts=3 does by itself") from None
 
     def who_is_lost(self, patience: float = 5.0) -> str:
-        """A collective has failed. Says which rank is lost, or that the store is, which on a host that has stopped does
-        not answer at all."""
+        """After a collective has failed: which rank is lost, or that the store is. (On a host that has stopped, it does
+        not answer at all.)"""
         found = in_time(patience + 2, partial(self.ask_all, patience))
         return found or f"rank {self.rank}: the host of rank 0 stopped, or does not answer"
 
     def ask_all(self, patience: float) -> str:
-        """The ranks that are there say so, for `patience` seconds; the others are lost. Where a rank has said that it
-        fails, it is that one: others may still wait for a rank that has found out."""
+        """For `patience` seconds, ranks that are alive say so; the others are lost. If a rank has reported a failure of
+        its own, it is that one: the others may still be waiting for a rank that already knows."""
         ranks, deadline = range(self.size), time.monotonic() + patience
         try:
             self.store.set(f"{self.rank} is there", "")
@@ -516,7 +518,7 @@ class Ranks:
         return f"rank {', '.join(map(str, lost))} stopped, or does not answer"
 
     def tell_failure(self) -> None:
-        """Before this rank ends: says in the store that it fails, unless it ends because another one has."""
+        """Before this rank ends: tells the store that it failed, unless it ends because another did."""
         def tell() -> None:
             with contextlib.suppress(RuntimeError):                   # (the store may be lost)
                 if not self.store.check([f"{self.rank} is there"]):
@@ -532,8 +534,8 @@ class Ranks:
         return x
 
     def totals(self, *numbers: float) -> list[float]:
-        """Each number summed over the ranks, in fp64, on the host even where there are GPUs: there gloo notices at once
-        that a rank is lost. (A step begins with such a sum, and makes another after backward, before NCCL is used.)"""
+        """Each number summed over the ranks, in fp64, on the host even if there are GPUs: gloo notices at once that a
+        rank is lost. (A step begins with such a sum, and makes another after backward, before NCCL is used.)"""
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def first(self, action: Callable[[], Any]) -> Any:
@@ -543,17 +545,17 @@ class Ranks:
         return result if self.rank == 0 else action()
 
     def each(self, question: str, own: str) -> list[str]:
-        """What every rank answers to a question, in their order, over the store. A question is asked once."""
+        """Every rank's answer to a question, in rank order, through the store. A question is asked only once."""
         if self.size == 1:
             return [own]
         self.call(self.store.set, f"{question} {self.rank}", own)
         self.totals(0)                                                # (which notices at once that a rank is lost)
         answers = [self.call(self.store.get, f"{question} {rank}").decode() for rank in range(self.size)]
-        self.totals(0)                                                # rank 0, which may have the store, waits for all
+        self.totals(0)                                                # rank 0, which may host the store, waits for all
         return answers
 
     def agree(self, question: str, own: dict[str, Any], advice: str) -> None:
-        """If a rank has something else than rank 0, all end with one line: which rank, what, and what to do."""
+        """If a rank differs from rank 0, all end with one line: which rank, in what, and what to do."""
         first, *others = map(json.loads, self.each(question, json.dumps(own)))
         for rank, its in enumerate(others, 1):
             odd = [f"{item} is {its.get(item)}, not {value}" for item, value in first.items() if its.get(item) != value]
@@ -574,7 +576,7 @@ class Ranks:
             self.call(getattr(dist, "all_gather_single", dist.all_gather_into_tensor), x, own.clone())
 
     def collect(self, own: Tensor) -> Tensor | None:
-        """For rank 0, `own` (S,...) of all end to end (R S,...), in the host's memory."""
+        """For rank 0: the `own` (S,...) of all ranks, end to end (R S,...), in host memory."""
         all_ranks = own.new_empty(self.size * len(own), *own.shape[1:]) if self.size > 1 else own
         self.gather_slices(all_ranks, own)
         return all_ranks.cpu() if self.rank == 0 else None
@@ -587,7 +589,7 @@ class Ranks:
 
 
 class Unheard(Ranks):
-    """One of several ranks that sends nothing and leaves tensors as they are: to count bytes, not values."""
+    """One of several ranks, but it sends nothing and leaves tensors as they are: to count bytes, not values."""
 
     def each(self, question: str, own: str) -> list[str]:
         return [own]
@@ -600,7 +602,7 @@ class Unheard(Ranks):
 
 
 ONE_RANK = Ranks()
-JOINED = [ONE_RANK]                                                   # last, those that this process has joined
+JOINED = [ONE_RANK]                                                   # the last: those that this process has joined
 
 
 # ======================================================================================================================
@@ -616,7 +618,7 @@ def wkv7_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s
         S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
         y_t = S_t r_t
 
-    With a = -kappa and b = kappa eta the second summand erases: of what S answers to kappa, of length 1, the share eta.
+    With a = -kappa and b = kappa eta the second summand erases a share eta of what S answers to kappa, a unit vector.
     Takes r w k v a b (B,T,H,N), w the raw decay logit, and the state S_0 (B,H,N value,N key).
     Returns y (B,T,H,N) in the inputs' dtype, and S_T like S_0.
     """
@@ -635,7 +637,7 @@ def wkv6_ref(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tenso
     """The recurrence of RWKV-6, and of RWKV-5, whose decay is the same at every token (arXiv 2404.05892).
 
         d_t = exp(-exp(w_t))                                      decay, in (0, 1): it has no floor
-        y_t = (S_{t-1} + v_t (u k_t)^T) r_t                       what was there before, and the token with a bonus
+        y_t = (S_{t-1} + v_t (u k_t)^T) r_t                       what was there before, and this token with a bonus
         S_t = S_{t-1} diag(d_t) + v_t k_t^T
 
     Takes r w k v (B,T,H,N), w the raw decay logit, the bonus u (H,N), and the state S_0 (B,H,N value,N key).
@@ -656,19 +658,19 @@ WKV: dict[str, dict[str, Callable[[], Callable]]] = {  # version -> op -> what l
     version: {op: partial(wkv7_cuda.load, op, name) for op in wkv7_cuda.OPS[name]} | {"torch": lambda ref=ref: ref}
     for version, (name, ref) in RECURRENCE.items()
 }
-FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # what is compiled, is compiled for these
-COUNTED = ("cuda", "cuda_precise", "chunk")                           # their bytes can be, unbuilt and without a GPU
+FOR_HEADS_OF_64 = ("cuda", "cuda_precise", "triton", "fla", "cpu")    # all that are compiled support only these
+COUNTED = ("cuda", "cuda_precise", "chunk")                           # whose bytes are counted unbuilt, without a GPU
 FASTEST_FIRST = {"cuda": ("cuda", "triton", "chunk", "torch"), "cpu": ("cpu", "chunk", "torch")}
 
 
 def find_wkv(version: str, head_size: int, op: str, device: str, ready: bool = True) -> tuple[str, Callable]:
     """The operator `op` of a version, and its name; for op "" the fastest that this machine can build.
 
-    Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded without being built.
-    For triton's and fla's, whose kernels would run all the same, the fastest other one stands in.
+    Not `ready`: to count bytes, with tensors that have no values. Then a GPU's operator is loaded but not built; triton
+    and fla, whose kernels would run regardless, are replaced by the fastest of the others.
     """
     if head_size != 64 and op in FOR_HEADS_OF_64:
-        raise Fatal(f"--op {op}: it is made for heads of 64 channels, this model's have {head_size}; take chunk")
+        raise Fatal(f"--op {op}: it needs heads of 64 channels, this model's have {head_size}; use chunk")
     ops = {o: load for o, load in WKV[version].items() if head_size == 64 or o not in FOR_HEADS_OF_64}
     if not ready:
         op = "" if op in ops and op in ("triton", "fla") and device == "cuda" else op
@@ -683,21 +685,21 @@ def find_wkv(version: str, head_size: int, op: str, device: str, ready: bool = T
         try:
             return op, ops[op]()
         except wkv7_cuda.BuildError as e:
-            warn(f"no WKV operator {op}: {e.why}; taking the next one, which is slower")
+            warn(f"no WKV operator {op}: {e.why}; using the next one, which is slower")
     raise AssertionError("the definition always loads")
 
 
 def load_wkv(version: str, head_size: int, op: str, device: str) -> Callable:
-    """The operator that a run computes with; one that was chosen for it is named in a line."""
+    """The operator that a run computes with; if it was chosen automatically, a line names it."""
     name, wkv = find_wkv(version, head_size, op, device)
     if not op:
-        why = f" (faster ones are for heads of 64, these have {head_size})" * (head_size != 64)
+        why = f" (faster ones need heads of 64, these have {head_size})" * (head_size != 64)
         say(f"WKV operator: {name}{why}")
     return wkv
 
 
 # ======================================================================================================================
-# 3. The model. Parameters bear the checkpoint's names, locals the paper's letters. State is an argument: training on
+# 3. The model. Parameters have the checkpoint's names, locals the paper's letters. State is an argument: training on
 #    chunks, continuing a text and generating token by token are the same forward pass.
 # ======================================================================================================================
 
@@ -714,9 +716,9 @@ class Arch:
     head_size: int                                                    # N
     vocab_size: int                                                   # V
     ranks: dict[str, int]                                             # of the built-in low-rank maps
-    pre_ffn: bool = False                                             # a channel mixing is block 0's time mixing
+    pre_ffn: bool = False                                             # block 0 has channel mixing, not time mixing
     head_qk: int = 0                                                  # Q, the width of the copying head
-    time_state: bool = False                                          # blocks know with which memory a text begins
+    time_state: bool = False                                          # blocks hold the memory that a text begins with
 
     @property
     def n_head(self) -> int:
@@ -740,7 +742,7 @@ class BlockState:
 
 
 def shift(x: Tensor, last: Tensor) -> Tensor:
-    """Token shift: x_{t-1} in the place of x_t; `last` (B,C) is what came before the first token. (B,T,C)"""
+    """Token shift: x_{t-1} in place of x_t; `last` (B,C) is what came before the first token. (B,T,C)"""
     return torch.cat([last[:, None], x[:, :-1]], dim=1)
 
 
@@ -750,7 +752,7 @@ def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None
 
 
 class Linear(nn.Linear):
-    """y = x W^T. W may still lie in the file it came from until it gets adapters; then each use fetches it."""
+    """y = x W^T. Until it gets adapters, W may stay in the file it came from; each use then fetches it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x))
@@ -759,8 +761,8 @@ class Linear(nn.Linear):
 class TimeMix(nn.Module):
     """What all versions share: token shift, the WKV memory, a norm per head, the gate, the output projection.
 
-    A version adds `project`, which turns tokens into the operator's inputs and the gate, and where it has one
-    `bonus`, which adds to what was read from the memory. Four attributes say what its files hold.
+    A version adds `project`, which turns tokens into the operator's inputs and the gate, and maybe `bonus`, which is
+    added to what was read from the memory. Four attributes describe its files.
     """
 
     signature: tuple[str, ...]                                        # parameters that no other version has all of
@@ -804,7 +806,7 @@ class TimeMix(nn.Module):
 
 
 class TimeMix_x052(TimeMix):
-    """RWKV-5.2 "Eagle" (arXiv 2404.05892): every channel forgets at a pace of its own, the same at every token."""
+    """RWKV-5.2 "Eagle" (arXiv 2404.05892): every channel forgets at its own pace, the same at every token."""
 
     signature, per_head, low_rank = ("time_mix_g", "time_decay", "time_faaaa", "gate.weight"), "time_faaaa", {}
     maps = (*TimeMix.maps, "gate")
@@ -850,7 +852,7 @@ class TimeMix_x052(TimeMix):
 
 
 class TimeMix_x060(TimeMix_x052):
-    """RWKV-6 "Finch" (arXiv 2404.05892): the token decides what is mixed into it, and how fast is forgotten."""
+    """RWKV-6 "Finch" (arXiv 2404.05892): the token decides what is mixed into it, and how fast the memory forgets."""
 
     signature = ("time_maa_x", "time_maa_w1", "time_faaaa", "gate.weight")
     low_rank = {"decay": "time_decay_w2", "mix": "time_maa_w2"}
@@ -894,7 +896,7 @@ class TimeMix_x070(TimeMix):
 
     @staticmethod
     def new_ranks(C: int) -> dict[str, int]:
-        """What RWKV-LM gives to such a width since July 2025."""
+        """RWKV-LM's for this width, since July 2025."""
         return {m: max(32, 32 * round(f * math.sqrt(C) / 32)) for m, f in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -925,7 +927,7 @@ class TimeMix_x070(TimeMix):
         return (r * k * self.r_k).sum(-1, keepdim=True) * v                               # (B,T,H,N)
 
     def initialise(self) -> None:
-        """As RWKV-LM does since May 2025."""
+        """As RWKV-LM has done since May 2025."""
         C, N, (rho, tau) = self.arch.n_embd, self.arch.head_size, self.arch.depth(self.layer)
         c = torch.arange(C)
         linear, delta = c / (C - 1) - 0.5, c / C
@@ -945,7 +947,7 @@ class TimeMix_x070(TimeMix):
 
 
 class ChannelMix(nn.Module):
-    """key, squared relu, value: the memory of a token's own channels. Before version 7 a gate stands behind it."""
+    """key, squared relu, value: the memory of a token's own channels. Before version 7 a gate follows."""
 
     mixes: tuple[str, ...]                                            # token-shift weights
     maps = ("key", "receptance", "value")                             # in the order of the file
@@ -1053,7 +1055,7 @@ class Block(nn.Module):
 
 
 def policy(usual: CheckpointPolicy, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """The usual answer; but what is made from codes, a quantised matrix, is never saved."""
+    """The usual answer, but a matrix made from its codes is never saved."""
     return CheckpointPolicy.MUST_RECOMPUTE if op.name().startswith("pissa_rwkv::read") else usual
 
 
@@ -1073,13 +1075,13 @@ RunBlock = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Te
 
 
 def checkpointed(policy: Callable | None, block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """Runs the block; backward computes again what the policy did not save, or without one all of it."""
+    """Runs the block; backward recomputes what the policy did not save, or without one everything."""
     context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if policy else {}
     return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws, **context)
 
 
 def keep_all(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    # Eager code does not keep what is made from codes (see FrozenProduct); a compiler has to be told.
+    # Eager code does not keep what is made from codes (see FrozenProduct); a compiler must be told.
     return checkpointed(save_all, block, x, *rest) if torch.compiler.is_compiling() else block(x, *rest)
 
 
@@ -1089,7 +1091,7 @@ def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
 
 
 def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    # (The compiler of torch 2.10 and 2.11 has to be told here as well.)
+    # (The compiler of torch 2.10 and 2.11 must be told here as well.)
     return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, x, *rest)
 
 
@@ -1098,7 +1100,7 @@ GRAD_CP: dict[str, RunBlock] = {"0": keep_all, "products": keep_products, "1": k
 
 
 class RWKV(nn.Module):
-    """Tokens to hidden states; `head` turns these into logits. When gradients are wanted, `run_block` calls the blocks.
+    """Tokens to hidden states; `head` turns these into logits. When gradients are needed, `run_block` calls the blocks.
     """
 
     def __init__(self, arch: Arch, wkv: Callable, grad_cp: str = "0"):
@@ -1118,7 +1120,7 @@ class RWKV(nn.Module):
         x = self.blocks[0].ln0(x)
         states = states or self.first_states(len(tokens), x)
         run_block, after = self.run_block if torch.is_grad_enabled() else keep_all, []
-        v_first = None                                                # (of these tokens, so no part of the state)
+        v_first = None                                                # (of these tokens, so not part of the state)
         for block, state in zip(self.blocks, states, strict=True):
             x, v_first, state = run_block(block, x, v_first, state)
             after.append(state)
@@ -1142,7 +1144,7 @@ class RWKV(nn.Module):
         return (self.head_q(x) @ self.head_k(x).mT / self.arch.head_qk).tril()
 
     def next_logits(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """(B,V), of the token that follows tokens (B,T), which forward turned into x (B,T,C)."""
+        """Logits (B,V) for the token after tokens (B,T), which forward turned into x (B,T,C)."""
         votes = self.votes(x)[:, -1]                                                      # (B,T) or (B,0)
         return (x[:, -1] @ self.head.weight.T).scatter_add(-1, tokens[:, :votes.shape[-1]], votes)
 
@@ -1163,15 +1165,15 @@ class RWKV(nn.Module):
         return self
 
 
-NOT_OURS = {  # a key that ends so -> what the file is
+NOT_OURS = {  # how a key ends -> what the file is
     "att.time_first": "RWKV-4 or an early RWKV-5", "att.gate_w1": "x060a, an experiment",
     "att.time_maa_rkvw_w1": "x060b or x060c, experiments",
     "qkv.qq.weight": "x070b (with attention)", "ffn.s_emb.weight": "x070a (DeepEmbed)",
     "pos_emb_x": "a model with --my_pos_emb", "tiny_q.weight": "a model with --tiny_att_dim",
-    **dict.fromkeys((".lora_A", ".disha"), "a run's adapters, which --adapter_load takes, beside the base they are of"),
-    "init_lora_A": "a run's init_pissa.pth, which --adapter_init takes", "master": "a run's resume.pth, for --resume",
+    **dict.fromkeys((".lora_A", ".disha"), "a run's adapters, for --adapter_load; --load_model takes their base"),
+    "init_lora_A": "a run's init_pissa.pth, for --adapter_init", "master": "a run's resume.pth, for --resume",
 }
-# Some files have layer 0's value residual, and those with head_qk the mask that `tril` is.
+# Some files hold a value residual for layer 0; those with head_qk, the mask that `tril` applies.
 UNUSED = (*(f"blocks.0.att.v{i}" for i in "012"), "copy_mask")
 
 
@@ -1183,8 +1185,8 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     version = next((v for v, mix in TIME_MIX.items() if held.issuperset(mix.signature)), None)
     odd = next((what for key, what in NOT_OURS.items() if any(name.endswith(key) for name in tensors)), "")
     if odd or version is None:
-        raise Fatal(f"--load_model {path}: {f'this is {odd}' if odd else 'no RWKV model'} ({len(tensors)} tensors,"
-                    f" first {next(iter(tensors))!r}); it takes {', '.join(TIME_MIX)}")
+        raise Fatal(f"--load_model {path}: {f'this is {odd}' if odd else 'not an RWKV model'} ({len(tensors)} tensors,"
+                    f" first {next(iter(tensors))!r}); supported are {', '.join(TIME_MIX)}")
     if layers != set(range(len(layers))):
         raise Fatal(f"--load_model {path}: its blocks are numbered {sorted(layers)}, with gaps; the file is incomplete")
     mix = TIME_MIX[version]
@@ -1194,7 +1196,7 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     missing = [name for name in (*matrices, *low_rank.values())
                if name not in tensors or tensors[name].dim() < 2 or name in matrices and tensors[name].dim() > 2]
     if missing:
-        raise Fatal(f"--load_model {path}: lacks {', '.join(missing)}, as matrices")
+        raise Fatal(f"--load_model {path}: missing {', '.join(missing)} (as matrices)")
     V, C = tensors["emb.weight"].shape
     A, width = (tensors[f"{last}{part}.key.weight"].shape[0] for part in ("att", "ffn"))
     H, N = tensors[f"{last}att.{mix.per_head}"].shape
@@ -1208,15 +1210,15 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
 
 
 def new_arch(cfg: Config) -> Arch:
-    """The sizes of a new model: the flags', and for the rest what RWKV-LM gives to such a width."""
+    """The sizes of a new model: from the flags, the rest as RWKV-LM chooses them for this width."""
     C, N, version = cfg.n_embd or 768, cfg.head_size or 64, cfg.version or "x070"
     time_mix, channel_mix = pick(TIME_MIX, "--version", version), CHANNEL_MIX[version]
     if C % N or cfg.dim_att not in (0, C):
-        raise Fatal(f"--n_embd {C} is no multiple of --head_size {N}, or not --dim_att {cfg.dim_att or C}")
+        raise Fatal(f"--n_embd {C}: expected a multiple of --head_size {N}, equal to --dim_att {cfg.dim_att or C}")
     if cfg.pre_ffn and cfg.n_layer == 1:
-        raise Fatal("--pre_ffn 1: a model of one layer would have no memory; take --n_layer 2 or more")
+        raise Fatal("--pre_ffn 1: a model of one layer would have no memory; use --n_layer 2 or more")
     if cfg.pre_ffn and version not in PRE_FFN:
-        raise Fatal(f"--pre_ffn 1: {version} has no such form; {' and '.join(PRE_FFN)} have")
+        raise Fatal(f"--pre_ffn 1: {version} does not support it; {' and '.join(PRE_FFN)} do")
     vocab_size = cfg.vocab_size or (65536 if cfg.tokenizer == "world" else 256)
     return Arch(version, cfg.n_layer or 12, C, C, cfg.dim_ffn or channel_mix.new_width(C), N, vocab_size,
                 time_mix.new_ranks(C), cfg.pre_ffn, cfg.head_qk)
@@ -1231,16 +1233,16 @@ def check_arch(cfg: Config, arch: Arch) -> None:
 
 
 def check_tensors(model: RWKV, tensors: dict[str, Tensor], path: str) -> None:
-    """A file must have every key of the model and no other, and every shape must fit."""
+    """A file must have every key of the model and no others, and every shape must match."""
     wanted = dict(model.named_parameters())
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys() - set(UNUSED)
     if missing or unknown:
-        wrong = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        wrong = [f"{word} {some(names)}" for word, names in (("missing", missing), ("unexpected", unknown)) if names]
         raise Fatal(f"--load_model {path}: {'; '.join(wrong)}")
     for name, p in wanted.items():
         t = tensors[name]
         if [n for n in t.shape if n > 1] != [n for n in p.shape if n > 1] or not t.is_floating_point():
-            raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; {list(p.shape)} is wanted")
+            raise Fatal(f"--load_model {path}: {name} is {list(t.shape)} {t.dtype}; expected {list(p.shape)}")
 
 
 def fill(
@@ -1248,16 +1250,16 @@ def fill(
 ) -> RWKV:
     """Puts a file's tensors into a model built on the meta device.
 
-    The modules named in `in_file` get theirs memory-mapped, as it lies in the file: that takes no memory.
+    The modules named in `in_file` get theirs memory-mapped, as they are in the file: that takes no memory.
     """
     check_tensors(model, tensors, path)
     for name, p in progress(list(model.named_parameters()), "loading"):
         t = tensors[name]
         largest = torch.stack(t.aminmax()).abs().max() if t.numel() else torch.zeros(())  # (of NaN it is NaN)
         if not largest.isfinite():
-            raise Fatal(f"--load_model {path}: {name} holds NaN or infinity; the file is of no use")
+            raise Fatal(f"--load_model {path}: {name} holds NaN or infinity; the file is unusable")
         if not largest.double() <= torch.finfo(dtype).max:
-            raise Fatal(f"--load_model {path}: {name} reaches {largest:.1e}, beyond {dtype}; take --precision bf16")
+            raise Fatal(f"--load_model {path}: {name} reaches {largest:.1e}, beyond {dtype}; use --precision bf16")
         module, _, leaf = name.rpartition(".")
         if module not in in_file:
             t = t.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
@@ -1266,7 +1268,7 @@ def fill(
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Names a model by its contents: names, shapes, and some thousand values spread over every tensor."""
+    """Identifies a model by its contents: names, shapes, and some thousand values spread over every tensor."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         flat = tensors[name].reshape(-1)
@@ -1276,22 +1278,22 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 # ======================================================================================================================
-# 4. Frozen weights: matrices that are multiplied with and never trained. `QUANT` says how they are held: as they are,
-#    or as codes of 8 or 4 bits, from which a matrix is made whenever it is needed, one at a time.
+# 4. Frozen weights: matrices that take part in products but are never trained. `QUANT` says how they are held: as they
+#    are, or as codes of 8 or 4 bits, from which a matrix is made whenever it is needed, one at a time.
 # ======================================================================================================================
 
 BLOCK = 64                                                            # weights, in row-major order, that share a scale
-SLABS = 8                                                             # in so many pieces a matrix is worked through
+SLABS = 8                                                             # a matrix is processed in this many pieces
 
-# The sixteen levels of nf4, quantiles of the normal distribution (QLoRA, arXiv 2305.14314): the very float32 numbers of
-# bitsandbytes, since the formula does not give them to the last bit.
+# The sixteen levels of nf4, quantiles of the normal distribution (QLoRA, arXiv 2305.14314): exactly the float32 numbers
+# of bitsandbytes, since the formula does not give them to the last bit.
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
 def once_per_device(make: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
-    """make(device), made once for each; but always anew where tensors have no values (under FakeTensorMode)."""
+    """make(device), made once for each device; but always anew if tensors have no values (under FakeTensorMode)."""
     once = lru_cache(make)
     return lambda device: once(device) if type(torch.empty(0)) is Tensor else make(device)
 
@@ -1318,13 +1320,13 @@ def dynamic_levels(device: torch.device) -> Tensor:
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
-    """x, row after row, as (blocks,size); the last block is filled up with zeros."""
+    """x, row after row, as (blocks,size); the last block is padded with zeros."""
     flat = x.reshape(-1)
     return (F.pad(flat, (0, -len(flat) % size)) if len(flat) % size else flat).view(-1, size)
 
 
 def in_slabs(width: int, dtype: torch.dtype, rows_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """rows_of(rows of the inputs), (rows,width), an eighth at a time: on the way there is never a second matrix."""
+    """rows_of(rows of the inputs), (rows,width), an eighth at a time, so that no second matrix is ever held."""
     out = inputs[0].new_empty(len(inputs[0]), width, dtype=dtype)
     for rows, *parts in zip(out.chunk(SLABS), *(x.chunk(SLABS) for x in inputs), strict=True):
         rows.copy_(rows_of(*parts))
@@ -1332,7 +1334,7 @@ def in_slabs(width: int, dtype: torch.dtype, rows_of: Callable[..., Tensor], *in
 
 
 def nearest_level(x: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
-    """For x (blocks,size) and absmax (blocks): the number of the level nearest to x / absmax, the lower of two."""
+    """For x (blocks,size) and absmax (blocks): the index of the level nearest to x / absmax, the lower of two."""
     scaled = torch.where(absmax > 0, absmax, 1)[:, None].reciprocal() * x                 # (zeros stay zeros)
     return torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True)
 
@@ -1359,7 +1361,7 @@ def hold_int8(W: Tensor, dtype: torch.dtype) -> Parts:
     """
     blocks = in_blocks(W, BLOCK)                                                          # (n/64,64)
     absmax = blocks.abs().amax(1)
-    scale = (absmax / absmax.new_tensor(127)).half()                  # (by a plain 127 CUDA multiplies with 1/127)
+    scale = (absmax / absmax.new_tensor(127)).half()                  # (for a plain 127 CUDA multiplies by 1/127)
 
     def whole(w: Tensor, s: Tensor) -> Tensor:
         return (w / torch.where(s > 0, s.float(), 1)[:, None]).round_().clamp_(-127, 127)
@@ -1380,7 +1382,7 @@ def hold_nf4(W: Tensor, dtype: torch.dtype) -> Parts:
         absmax = max |w|,  code = the level of NF4 nearest to w / absmax, the lower of two;   w ~ NF4[code] * absmax
 
     n = out * in weights in row-major order; a block is 64 consecutive ones, maybe fewer at the end. A byte holds two
-    codes, the first in its high four bits; where n is odd, the last low ones are 7, that of 0. Of zeros absmax is 0.
+    codes, the first in its high four bits; if n is odd, the last low ones are 7, the code of 0. For zeros absmax is 0.
     """
     blocks, (levels, _) = in_blocks(W, BLOCK), nf4_levels(W.device)                       # (n/64,64)
     absmax = blocks.abs().amax(1).float()
@@ -1414,7 +1416,7 @@ def hold_nf4dq(W: Tensor, dtype: torch.dtype) -> Parts:
     """
     parts = hold_nf4(W, dtype)
     absmax = parts.pop("absmax")
-    offset = absmax.double().mean().float()                           # (in fp64: the same bits in whatever order)
+    offset = absmax.double().mean().float()                           # (in fp64: the same bits in any order)
     blocks = in_blocks(absmax - offset, 256)                                              # (n/16384,256)
     absmax_max = blocks.abs().amax(1)
     codes = nearest_level(blocks, absmax_max, dynamic_levels(W.device)).to(torch.uint8)
@@ -1436,13 +1438,13 @@ class Quant(NamedTuple):
     lossy: bool = True
 
     def through(self, W: Tensor, dtype: torch.dtype) -> Tensor:
-        """W as it is multiplied with when held so: in the compute dtype."""
+        """W as products see it when held this way: in the compute dtype."""
         return self.read(self.hold(W, dtype), W.shape, dtype)
 
     def merged_as(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Returns what turns W into the matrix that an adapter is merged into. A quantised W: the very matrix that
-        training multiplied with, or the adapter would mend errors that are not there. Else W in fp32: what the compute
-        dtype rounded off comes back."""
+        """Returns a function from W to the matrix that an adapter is merged into. If W was quantised: the very matrix
+        that training multiplied by, or the adapter would correct errors that are not there. Else W in fp32: what the
+        compute dtype rounded off comes back."""
         return partial(self.through, dtype=dtype if self.lossy else torch.float32)
 
 
@@ -1450,7 +1452,7 @@ def levels_of_codes(device: torch.device) -> tuple[Tensor, Tensor]:
     return nf4_levels(device)[0], dynamic_levels(device)
 
 
-# On a GPU a kernel (dequant.cu) takes the place of `read_*`, in one pass: the same parts, the same values.
+# On a GPU a kernel (dequant.cu) replaces `read_*`, in one pass: the same parts, the same values.
 fused = partial(dequant.fused, levels=levels_of_codes, say=warn)
 QUANT = {"none": Quant(hold_dense, read_dense, lossy=False),
          "int8": Quant(hold_int8, fused("int8", read_int8)),
@@ -1459,7 +1461,7 @@ QUANT = {"none": Quant(hold_dense, read_dense, lossy=False),
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T. For backward it keeps what W is held as, and neither x nor W."""
+    """x W^T. For backward it keeps the parts that W is held as, neither x nor W itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen: FrozenLinear) -> Tensor:
@@ -1472,7 +1474,7 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T for W (out,in), held as QUANT[quant] says, multiplied with in the compute dtype. W gets no gradient."""
+    """y = x W^T for W (out,in), held as QUANT[quant] says, multiplied in the compute dtype. W gets no gradient."""
 
     def __init__(self, W: Tensor, dtype: torch.dtype, quant: str):
         super().__init__()
@@ -1482,7 +1484,7 @@ class FrozenLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W in the compute dtype; where it is held as codes, a new one each time."""
+        """W in the compute dtype; if it is held as codes, a new one each time."""
         return self.read(dict(self.named_buffers()), self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1490,18 +1492,18 @@ class FrozenLinear(nn.Module):
 
 
 # ======================================================================================================================
-# 5. Adapters: a few numbers beside each frozen matrix. LoRA's and Bone's start at nothing, PiSSA's at the matrix's main
-#    part. State tuning leaves the matrices alone and trains what the memory holds when a text begins.
+# 5. Adapters: a few numbers beside each frozen matrix. LoRA's and Bone's start from nothing, PiSSA's from the matrix's
+#    main part. State tuning leaves the matrices alone and trains what the memory holds when a text begins.
 # ======================================================================================================================
 
-OVERSAMPLE = 8                                                        # directions that the last singular values need
+OVERSAMPLE = 8                                                        # extra directions, for the last singular values
 
 
 def top_singular(W: Tensor, rank: int, niter: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The first `rank` singular vectors and values: W (out,in) ~ U (out,r) diag(sigma (r)) Vt (r,in).
 
     niter 0: exact. Otherwise by randomised subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061): a
-    random image of W, sharpened niter times, holds the leading directions; the small matrix left there is decomposed.
+    random image of W, sharpened niter times, holds the leading directions; only a small matrix is left to decompose.
     """
     if niter == 0:
         U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
@@ -1516,17 +1518,17 @@ def top_singular(W: Tensor, rank: int, niter: int, draw: torch.Generator) -> tup
 
 
 class Adapter(nn.Module):
-    """Replaces a matrix W (out,in): holds it frozen, and beside it a few numbers that are trained. This class has no
-    such numbers: with it a method holds matrices that it leaves alone.
+    """Replaces a matrix W (out,in): holds it frozen, and beside it a few numbers that are trained. This class has none:
+    methods use it for matrices that they leave alone.
 
-    A kind of adapter says what its numbers are and where they start (`shapes`, `start`), what of W is frozen then
+    A kind of adapter says what its numbers are and where they start (`shapes`, `start`), what of W is then frozen
     (`residual`), and what they add: to y, the short way (`forward`), and to W, when it is merged (`delta`). For files
-    it says besides whether their numbers fit a matrix (`fits`, `ranks`), and what else describes them (`describe`).
+    it also says whether their numbers fit a matrix (`fits`, `ranks`), and what else describes them (`describe`).
     """
 
     names: tuple[str, ...] = ()                                       # of its parameters
     taken: tuple[str, ...] = ()                                       # those whose start is taken out of W
-    unsaid_scale: float | None = 1.0                                  # of delta; None: a file has to say it
+    unsaid_scale: float | None = 1.0                                  # of delta; None: a file must say it
     dropout = 0.0
 
     def __init__(self, cfg: Config, frozen: FrozenLinear, **trained: Tensor):
@@ -1540,7 +1542,7 @@ class Adapter(nn.Module):
 
     @staticmethod
     def describe(cfg: Config) -> dict[str, Any]:
-        """What a file of these says of itself, to be computed with again; --resume wants all of it again."""
+        """What a file says about its adapters, needed to compute with them; --resume requires the same."""
         return {}
 
     @staticmethod
@@ -1555,7 +1557,7 @@ class Adapter(nn.Module):
 
     @staticmethod
     def fits(shape: torch.Size, **trained: Tensor) -> bool:
-        """Whether the numbers of a file are those of a matrix (out,in)."""
+        """Whether the numbers in a file fit a matrix (out,in)."""
         return True
 
     @staticmethod
@@ -1628,7 +1630,7 @@ class PiSSALinear(LowRank):
 
         A = sqrt(sigma) V^T,  B = U sqrt(sigma),  W_res = W - B A;   y = x W_res^T + x A^T B^T
 
-    which is W at first. What is trained are the directions in which W acts most; the rest is frozen.
+    which is W at first. This trains the directions in which W acts most strongly; the rest is frozen.
     """
 
     taken = ("lora_A", "lora_B")
@@ -1641,7 +1643,7 @@ class PiSSALinear(LowRank):
     @staticmethod
     def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
         U, sigma, Vt = top_singular(W, cfg.rank, cfg.svd_niter, draw)
-        # Of a rank below r: rows and columns of A and B that are both 0 would have no gradient, so it starts as LoRA.
+        # W has rank below r: rows of A and columns of B that are both 0 get no gradient, so it starts as LoRA does.
         if sigma[-1] <= 1e-6 * W.norm():
             return LowRank.start(W, cfg, draw)
         root = sigma.sqrt()
@@ -1651,8 +1653,8 @@ class PiSSALinear(LowRank):
     def residual(W: Tensor, taken: dict[str, Tensor]) -> Tensor:
         """W - B0 A0; W, if nothing is taken out.
 
-        Computed in float64 and rounded once, so that a GPU, a CPU and another number of threads find the same numbers
-        (but for one in 10^8), hence the same codes: merging has to meet the matrix that was trained on.
+        Computed in float64 and rounded once, so that a GPU, a CPU and any number of threads find the same numbers (but
+        for one in 10^8), hence the same codes: merging must reproduce the matrix that was trained on.
         """
         if not taken:
             return W
@@ -1660,19 +1662,19 @@ class PiSSALinear(LowRank):
         return in_slabs(W.shape[1], W.dtype, lambda w, b: torch.addmm(w.double(), b.double(), A0, alpha=-1), W, B0)
 
 
-BONE_MODES = ("bone", "bat")                                          # the forms that its update has
+BONE_MODES = ("bone", "bat")                                          # the forms of its update
 
 
 class BoneLinear(Adapter):
-    """y = x (W + dW)^T, with dW put together from one D that starts at zero (Bone, or DiSHA, arXiv 2409.15371). With W
+    """y = x (W + dW)^T, with dW built from one D that starts at zero (Bone, or DiSHA, arXiv 2409.15371). With W
     (out,in) in blocks W[a,b] of r x r, and x in pieces x[b] of r:
 
         bone   D (r,out):       dW[o,j] = D[j mod r, o]               y = x W^T + (sum of x[b]) D
         bat    D (in/r,r,r):    dW[a,b] = W[a,b] D[b] + D[b]          y[a] = sum of W[a,b] (x[b] + z[b]) + sum of z[b]
                                                                       with z[b] = D[b] x[b]
 
-    where W is what is multiplied with, quantised or not: bat's product with it is taken on x's side, and no second
-    matrix is made. In bone the last piece of x is filled up with zeros. Files call D `disha`; older ones, `bone`.
+    where W is as it is held, quantised or not: bat multiplies it by x + z, and no second matrix is made. In bone the
+    last piece of x is padded with zeros. Files call D `disha`; older ones, `bone`.
     """
 
     names = ("disha",)
@@ -1725,8 +1727,8 @@ class BoneLinear(Adapter):
 class Method(NamedTuple):
     """A way to adapt a model."""
 
-    layer: type[Adapter]                                              # what takes a frozen matrix's place
-    parts: tuple[str, ...]                                            # what is trained besides: --train_parts auto
+    layer: type[Adapter]                                              # what replaces a frozen matrix
+    parts: tuple[str, ...]                                            # what else is trained: --train_parts auto
     state: bool = False                                               # blocks are given a time_state, and it is trained
     whole: bool = False                                               # its files are whole models
     low_lr: float = 0.0                                               # below this rate hardly anything is learnt
@@ -1746,7 +1748,7 @@ ADAPTER = {"pissa": Method(PiSSALinear, ("time", "ln"), high_lr=1e-4),
 
 
 def parts_of(cfg: Config) -> list[str]:
-    """--train_parts, in which auto stands for what the method trains usually."""
+    """--train_parts, in which auto stands for what the method usually trains."""
     usual = ADAPTER[cfg.peft].parts
     return [p for part in cfg.train_parts for p in (usual if part == "auto" else (part,))]
 
@@ -1754,8 +1756,8 @@ def parts_of(cfg: Config) -> list[str]:
 def adapted(model: RWKV) -> dict[str, Linear]:
     """The matrices that get adapters and are quantised: every linear map of the blocks, most of a model's weights.
 
-    Not emb, of which a step reads a few rows, not head, whose errors are the logits', and not the built-in low-rank
-    factors, which are small and decide how memory decays.
+    Not emb, of which a step reads a few rows, not head, whose errors go straight into the logits, and not the built-in
+    low-rank factors, which are small and decide how memory decays.
     """
     return {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, Linear)}
 
@@ -1771,7 +1773,7 @@ def left_in_file(model: RWKV, cfg: Config) -> set[str]:
 
 
 def is_trained(name: str, cfg: Config) -> bool:
-    """Whether a parameter is: those of --train_parts are, and what is the method's own."""
+    """Whether a parameter is trained: those of --train_parts are, and the method's own."""
     return ADAPTER[cfg.peft].is_own(name) or any(part in name for part in parts_of(cfg))
 
 
@@ -1793,15 +1795,15 @@ def check_rank(name: str, shape: torch.Size, cfg: Config) -> None:
     fitting = ADAPTER[cfg.peft].layer.ranks(shape, cfg)
     if cfg.rank not in fitting:
         choice = f"from 1 to {fitting[-1]}" if isinstance(fitting, range) else f"of {', '.join(map(str, fitting))}"
-        raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; take a rank {choice}")
+        raise Fatal(f"--rank {cfg.rank}: {name} is {shape[0]} x {shape[1]}; use a rank {choice}")
 
 
 def entry(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str) -> Tensor:
     """One tensor of an adapter file, of this shape; else an error says what is wrong with it."""
     if name not in tensors:
-        raise Fatal(f"{path}: lacks {name}; is it of this model and this --peft?")
+        raise Fatal(f"{path}: missing {name}; is it for this model and this --peft?")
     if tensors[name].shape != shape:
-        raise Fatal(f"{path}: {name} is {list(tensors[name].shape)}, {list(shape)} is wanted; is --rank the file's?")
+        raise Fatal(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(shape)}; is --rank the file's?")
     return tensors[name]
 
 
@@ -1819,13 +1821,13 @@ class Start(NamedTuple):
 
 
 def new_start(W: Tensor, dtype: torch.dtype, cfg: Config, draw: torch.Generator) -> Start:
-    """A new start, in numbers of the compute dtype. Training starts at what is taken out of W (out,in), unless PiSSA's
-    start is fitted to a quantised residual (QPiSSA with T = qpissa_iters > 1, arXiv 2404.02948): with q what quantising
-    makes of a matrix, and SVD_r its first r triplets,
+    """A new start, rounded to the compute dtype. Training starts at what is taken out of W (out,in), unless PiSSA's
+    start is fitted to a quantised residual (QPiSSA with T = qpissa_iters > 1, arXiv 2404.02948): with q(W) what
+    quantising makes of W, and SVD_r(W) its first r singular triplets,
 
         B_1 A_1 = SVD_r(W),   B_t A_t = SVD_r(W - q(W - B_{t-1} A_{t-1}))
 
-    Pair T-1 is taken out of W, which settles the codes; training starts at pair T, which mends part of their error.
+    Pair T-1 is taken out of W, which settles the codes; training starts at pair T, which corrects part of their error.
     """
     layer = ADAPTER[cfg.peft].layer
 
@@ -1850,7 +1852,7 @@ def in_memory(model: RWKV, name: str) -> Tensor:
     """A matrix (out,in), fetched to the device in at least fp32."""
     weight = model.get_submodule(name).weight
     W = weight.to(model.head.weight.device)                           # as it is in the file: 16 bits are sent, not 32
-    # (A copy, where it is still the file's memory: something of it will be kept.)
+    # (A copy, if it is still the file's memory: part of it will be kept.)
     return W.to(torch.promote_types(W.dtype, torch.float32), copy=W is weight)
 
 
@@ -1863,8 +1865,8 @@ def seeded(name: str, cfg: Config) -> torch.Generator:
 def starts(
     model: RWKV, names: list[str], cfg: Config, init: dict[str, Tensor], ranks: Ranks
 ) -> Iterator[tuple[str, Start]]:
-    """The start of one matrix after another. New ones are shared out: each rank decomposes one matrix in `ranks.size`
-    and sends its numbers to the others. A matrix's random numbers depend on its name and the seed alone."""
+    """The starts of the matrices, one by one. New ones are shared out: each rank decomposes one matrix in `ranks.size`
+    and sends the result to the others. A matrix's random numbers depend on its name and the seed alone."""
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     for name in names:
         check_rank(name, model.get_submodule(name).weight.shape, cfg)
@@ -1889,8 +1891,8 @@ def starts(
 
 
 def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: str) -> Tensor:
-    """(3) float64, squared Frobenius norms: of what the start is off W by, of what W itself would be off by if it were
-    held like the frozen part, and of W."""
+    """(3) float64, squared Frobenius norms: of the start's difference from W, of what it would be if W itself were held
+    like the frozen part, and of W."""
     frozen = adapter.frozen
 
     def lost(held: Tensor) -> Tensor:
@@ -1900,17 +1902,17 @@ def start_errors(name: str, W: Tensor, adapter: Adapter, start: Start, quant: st
     plain = lost(QUANT[quant].through(W, frozen.dtype)).norm()
     if not (left + plain).isfinite():
         raise Fatal(f"--quant {quant}: {name} reaches {W.abs().max():.1e}, too much for it in {frozen.dtype};"
-                    " take nf4 and --precision bf16")
+                    " use nf4 and --precision bf16")
     return torch.stack([left, plain, W.norm()]).double().square()
 
 
 @torch.no_grad()
 def add_adapter(model: RWKV, name: str, start: Start, cfg: Config, load: dict[str, Tensor]) -> Tensor | None:
-    """Brings one matrix to the device, puts what is left of it, held as cfg.quant says, and its adapter in its place,
-    and lets it go. Returns `start_errors` of a quantised one.
+    """Brings one matrix to the device, replaces it with its residual, held as cfg.quant says, and an adapter, and frees
+    it. Returns `start_errors` of a quantised one.
 
-    The start is rounded to the compute dtype *before* it is taken out of W, so that the parts still sum to W. Only what
-    is left is quantised.
+    The start is rounded to the compute dtype *before* it is taken out of W, so that the parts still sum to W. Only the
+    residual is quantised.
     """
     device, dtype, layer = model.head.weight.device, model.head.weight.dtype, ADAPTER[cfg.peft].layer
     W = in_memory(model, name)
@@ -1944,8 +1946,8 @@ def add_adapters(
         say(f"{len(unsplit)} matrices have no rank-{cfg.rank} part and start as LoRA does: {some(unsplit)}")
     shares = {layer_type: (s / s[2].clamp_min(1e-30)).sqrt().tolist() for layer_type, s in squares.items()}
     if shares:
-        say(f"{cfg.peft}, quant {cfg.quant}: what the start is off by, |W - W'| / |W| by type, in brackets if W itself"
-            " were quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
+        say(f"{cfg.peft}, quant {cfg.quant}: error of the start, |W - W'| / |W| by type, in brackets if W itself were"
+            " quantised: " + ", ".join(f"{t} {e:.2g} ({plain:.2g})" for t, (e, plain, _) in shares.items()))
     return taken
 
 
@@ -1979,8 +1981,8 @@ class ByteTokenizer:
 
 
 class WorldTokenizer(ByteTokenizer):
-    """RWKV's World vocabulary: the longest token that fits, from left to right, over bytes. `lengths` has, by a token's
-    first 3 bytes, the lengths that are worth a try, longest first."""
+    """RWKV's World vocabulary: the longest token that fits, from left to right, over bytes. `lengths` maps a token's
+    first 3 bytes to the lengths worth trying, longest first."""
 
     tokens_are = "tokens of the World vocabulary"
 
@@ -2001,12 +2003,12 @@ class WorldTokenizer(ByteTokenizer):
                     raise ValueError
                 self.ids[value], self.bytes[int(token)] = int(token), value
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                raise Fatal(f"--vocab_file {path}: line {number} is no World token: {line[:60]!r}") from None
+                raise Fatal(f"--vocab_file {path}: line {number} is not a World token: {line[:60]!r}") from None
         for value in self.ids:
             self.lengths.setdefault(value[:3], {1, 2}).add(len(value))
         self.lengths = {start: sorted(lengths, reverse=True) for start, lengths in self.lengths.items()}
         if missing := [b for b in range(256) if bytes([b]) not in self.ids]:
-            raise Fatal(f"--vocab_file {path}: lacks {len(missing)} of the 256 single bytes; is it the whole file?")
+            raise Fatal(f"--vocab_file {path}: missing {len(missing)} of the 256 single bytes; is it the whole file?")
 
     def encode(self, text: str) -> list[int]:
         data, at, out = text.encode(), 0, []
@@ -2023,7 +2025,7 @@ class WorldTokenizer(ByteTokenizer):
 
 
 def world_vocabulary() -> Path:
-    """The vocabulary file of the `rwkv` package, which is found without being imported."""
+    """The vocabulary file of the `rwkv` package, found without importing it."""
     spec = importlib.util.find_spec("rwkv")
     if spec is None or not spec.submodule_search_locations:
         raise Fatal("--tokenizer world: the World vocabulary is in the package `rwkv`, which is not installed:"
@@ -2049,7 +2051,7 @@ def load_tokenizer(cfg: Config, vocab_size: int) -> ByteTokenizer:
 
 @dataclass
 class Corpus:
-    """tokens (n), of any integer dtype, maybe a memory map; starts (documents + 1): i begins at starts[i]."""
+    """tokens (n), of any integer dtype, maybe a memory map; starts (documents + 1): document i begins at starts[i]."""
 
     tokens: np.ndarray
     starts: np.ndarray
@@ -2061,7 +2063,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names it by its contents, whatever file they came from: all tokens, or of many millions every k-th."""
+        """Identifies it by its contents, whatever file they came from: all tokens, or every k-th of many millions."""
         digest = hashlib.sha256()
         for x in (self.tokens, self.starts):
             digest.update(b"%d" % len(x) + x[:: 1 + len(x) // 2**22].astype("<i8").tobytes())
@@ -2073,7 +2075,7 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
     documents = []
     for text in progress(texts, "tokenising"):
         if not is_text(text):
-            raise Fatal(f"{path}: text {len(documents) + 1} has half a character: {text[:50]!r}")
+            raise Fatal(f"{path}: text {len(documents) + 1} has an incomplete character: {text[:50]!r}")
         if "\0" in text:
             raise Fatal(f"{path}: text {len(documents) + 1} has the character 0, which ends a document: {text[:50]!r}")
         documents.append(np.array([*tokenizer.encode(text), 0], np.uint32))
@@ -2083,28 +2085,28 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
 
 
 def read_text(path: str, encoding: str = "utf-8") -> str:
-    """A file of text. (Some editors begin it with a mark, which is left out.)"""
+    """A text file. (Some editors begin one with a byte-order mark, which is dropped.)"""
     try:
         text = Path(path).read_text(encoding)
     except UnicodeDecodeError as e:
         raise Fatal(f"{path}: not {encoding.upper()} text (byte {e.start}: {e.reason})") from None
     if "\0" in text:
-        raise Fatal(f"{path}: holds the character 0, as no text does; if it is UTF-16, save it as UTF-8")
-    if text.startswith("\ufffe"):                                     # the mark, its two bytes the other way round
-        raise Fatal(f"{path}: UTF-16 with the high byte first; --data_type utf-16le has the low byte first")
+        raise Fatal(f"{path}: holds the character 0, which no text does; if it is UTF-16, save it as UTF-8")
+    if text.startswith("\ufffe"):                                     # the mark with its two bytes swapped
+        raise Fatal(f"{path}: UTF-16 in big-endian order; --data_type utf-16le is little-endian")
     return text.removeprefix("\ufeff")
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Every line of a JSON-lines file, or every item of a JSON list: where it stands, and its value."""
+    """Every line of a JSON-lines file, or every item of a JSON list: where it is, and its value."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             items = json.loads(text)
         except (ValueError, RecursionError) as e:
-            if not str(e).startswith("Extra data"):                   # (after which a list a line may come)
-                raise Fatal(f"{path}: begins as a JSON list and is none: {first_line(e)}; mend it there, or write an"
-                            " item a line") from None
+            if not str(e).startswith("Extra data"):                   # (then there may be a list on each line)
+                raise Fatal(f"{path}: begins like a JSON list but is not one: {first_line(e)}; fix it there, or write"
+                            " one item per line") from None
         else:
             yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
             return
@@ -2116,15 +2118,15 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:                     # half a surrogate pair is a ValueError too
-            raise Fatal(f"{where} is no JSON text ({first_line(e)}): {line[:60]}") from None
+            raise Fatal(f"{where} is not valid JSON ({first_line(e)}): {line[:60]}") from None
         yield where, row
 
 
-JSON_TYPE = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
+JSON_TYPE = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 def found(x: Any) -> str:
-    """What a row is, and what its fields hold, if no texts."""
+    """What a row is, and the types of its fields that are not strings."""
     def kind(y: Any) -> str:
         return JSON_TYPE.get(type(y), "a number")
 
@@ -2134,9 +2136,9 @@ def found(x: Any) -> str:
 
 
 def field_of(row: Any, name: str, kind: type, where: str) -> Any:
-    """What a row has in a field, which has to be a text or a list, as `kind` says."""
+    """What a row has in a field, which must be a string or a list, as `kind` says."""
     if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-        raise Fatal(f"{where} has no {name!r} that is {JSON_TYPE[kind]}; {found(row)}; --data_type sft takes those that"
+        raise Fatal(f"{where} has no {name!r} that is {JSON_TYPE[kind]}; {found(row)}; --data_type sft reads those that"
                     " --sft_fields names: question and answer, or one that is a list of messages")
     return row[name]
 
@@ -2145,7 +2147,7 @@ BLANK_LINES = r"(?<!\s)\s*\n\s*\n"                                   # with the 
 
 
 def turn(text: str) -> str:
-    """What one says, without blank lines: such a line ends a turn, and many programs stop there."""
+    """What a speaker says, without blank lines: a blank line ends a turn, and many programs stop there."""
     return re.sub(BLANK_LINES, "\n", text.replace("\r\n", "\n").strip())
 
 
@@ -2172,8 +2174,8 @@ def message(m: Any, where: str) -> tuple[str, str]:
 
 
 def turns_of(row: Any, fields: Sequence[str], where: str) -> list[tuple[str, str]]:
-    """Who says what in a row: of one field it is a list of messages; of more the last has the answer, and those before
-    it are lines of the question."""
+    """Who says what in a row: one field is a list of messages; of several, the last is the answer, and those before it
+    are lines of the question."""
     *asked, last = fields
     if not asked:
         said = [message(m, f"{where}: message {i}") for i, m in enumerate(field_of(row, last, list, where), 1)]
@@ -2188,14 +2190,14 @@ def read_jsonl(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
 
 def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     if not cfg.sft_fields:
-        raise Fatal("--sft_fields is given no name: two or more, question and answer, or one that holds a conversation")
+        raise Fatal("--sft_fields is empty; name a question and an answer, or one field that holds a conversation")
     every = [turns_of(row, cfg.sft_fields, where) for where, row in read_rows(path)]
     rows = [turns for turns in every if any(who == "Assistant" and text.strip() for who, text in turns)]
     if len(rows) < len(every):
         say(f"{path}: of {len(every):,} rows {len(every) - len(rows):,} have no answer; they are left out")
     if changed := sum(any(re.search(BLANK_LINES, text.strip()) for _, text in turns) for turns in rows):
-        say(f"{path}: of {len(rows):,} rows {changed:,} have blank lines in a question or an answer; these are taken"
-            " out, for a blank line ends a turn")
+        say(f"{path}: of {len(rows):,} rows {changed:,} have blank lines in a question or an answer; these are"
+            " removed, since a blank line ends a turn")
     return from_texts(map(conversation, rows), tokenizer, path)
 
 
@@ -2228,7 +2230,7 @@ def task(family: str, draw: random.Random) -> tuple[str, str]:
 
 
 def dummy_tasks(family: str, count: int, seed: int) -> list[tuple[str, str]]:
-    """`count` tasks, no two alike: so a part that is held out was never seen."""
+    """`count` tasks, no two alike: so a held-out part was never seen."""
     draw, seen = random.Random(f"{family} {seed}"), {}
     while len(seen) < count:
         seen.setdefault(*task(family, draw))
@@ -2258,17 +2260,17 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
         raise Fatal(f"{idx}: not the index of a binidx corpus (it begins with {data[:9]!r}); --make_binidx writes one")
     version, code, N, D = struct.unpack_from("<QBQQ", data, 9)
     if version != 1 or code not in IDX_DTYPE:
-        raise Fatal(f"{idx}: version {version}, token type {code}; read are version 1 and types {list(IDX_DTYPE)}")
+        raise Fatal(f"{idx}: version {version}, token type {code}; supported are version 1, types {list(IDX_DTYPE)}")
     if len(data) != 34 + 12 * N + 8 * D:
-        raise Fatal(f"{idx}: {len(data)} bytes, {N} items and {D} bounds take {34 + 12 * N + 8 * D}; it is damaged")
+        raise Fatal(f"{idx}: {len(data)} bytes, but {N} items and {D} bounds take {34 + 12 * N + 8 * D}: damaged")
     itemsize = np.dtype(IDX_DTYPE[code]).itemsize
     sizes, offsets = np.frombuffer(data, "<i4", N, 34), np.frombuffer(data, "<i8", N, 34 + 4 * N)
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     if starts[-1] == 0 or (sizes < 0).any() or not np.array_equal(offsets, starts[:-1] * itemsize):
-        raise Fatal(f"{idx}: {'empty' if starts[-1] == 0 else 'lengths and offsets contradict one another: damaged'}")
+        raise Fatal(f"{idx}: {'empty' if starts[-1] == 0 else 'lengths and offsets contradict each other: damaged'}")
     if bin.stat().st_size != starts[-1] * itemsize:
         raise Fatal(f"{bin}: {bin.stat().st_size} bytes, but {idx.name} describes {starts[-1]} tokens of {itemsize};"
-                    " the two are not of one corpus, or the file is truncated")
+                    " the two do not belong together, or the file is truncated")
     tokens = np.memmap(bin, IDX_DTYPE[code], "r")
     endless = int((tokens[starts[1:][sizes > 0] - 1] != 0).sum())
     if endless > N / 2:
@@ -2292,22 +2294,22 @@ def from_stream(tokens: np.ndarray) -> Corpus:
 
 
 def read_numpy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    """A .npy of integers in one dimension, memory-mapped. Nothing pickled is loaded."""
+    """A one-dimensional .npy of integers, memory-mapped. Nothing pickled is loaded."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
-    except Exception as e:             # a damaged header ends in ValueError, EOFError, TokenError and others
-        raise Fatal(f"{path}: no .npy of tokens, or damaged ({first_line(e)})") from None
+    except Exception as e:             # a damaged header raises ValueError, EOFError, TokenError and others
+        raise Fatal(f"{path}: not a .npy of tokens, or damaged ({first_line(e)})") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
-        raise Fatal(f"{path}: an array {list(tokens.shape)} of {tokens.dtype}; integers in one dimension are wanted")
+        raise Fatal(f"{path}: an array {list(tokens.shape)} of {tokens.dtype}; expected integers in one dimension")
     return from_stream(tokens)
 
 
 def read_uint16(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     """Nothing but tokens of two bytes, the low one first."""
     if (size := Path(path).stat().st_size) % 2 or not size:
-        raise Fatal(f"{path}: {size} bytes; tokens of two bytes each are wanted")
+        raise Fatal(f"{path}: {size} bytes; expected tokens of two bytes each")
     return from_stream(np.memmap(path, "<u2", "r"))
 
 
@@ -2334,13 +2336,13 @@ def images(shard: str) -> Iterator[tuple[str, bytes]]:
             for member in tar:
                 if member.isfile() and Path(member.name).suffix.lower() in IMAGES:
                     yield member.name, tar.extractfile(member).read()
-    except Exception as e:             # tarfile and the decompressors below it have many ways to say it
+    except Exception as e:             # tarfile and the decompressors below it raise many kinds of error
         raise Fatal(f"{shard}: cannot be read as a tar ({first_line(e)})") from None
 
 
 def pixels(image: bytes, side: int) -> np.ndarray:
-    """An image as tokens (side * side), row after row: cut to a square, scaled by means, in grey levels from 1 to 255.
-    (Level 0 is told as 1, for token 0 ends a document.)"""
+    """An image as tokens (side * side), row after row: cut to a square, scaled by averaging, in grey levels from 1 to
+    255. (Level 0 becomes 1, since token 0 ends a document.)"""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(image)) as opened:
@@ -2359,8 +2361,8 @@ def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
         for name, image in images(shard):
             try:
                 documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
-            except Exception as e:     # Pillow meets nonsense with OSError, SyntaxError, struct.error and others
-                raise Fatal(f"{shard}: {name} is no image, or damaged ({first_line(e)})") from None
+            except Exception as e:     # on nonsense Pillow raises OSError, SyntaxError, struct.error and others
+                raise Fatal(f"{shard}: {name} is not an image, or damaged ({first_line(e)})") from None
     if not documents:
         raise Fatal(f"--data_file {path}: holds no image ({', '.join(IMAGES)})")
     return Corpus(np.concatenate(documents), np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1))
@@ -2386,11 +2388,11 @@ def data_type_of(cfg: Config, path: str) -> str:
         return "binidx"
     if any(Path(path).glob("*.tar")):
         return "wds_img"
-    raise Fatal(f"--data_file {path}: its name does not tell what it is; say so with --data_type ({', '.join(CORPUS)})")
+    raise Fatal(f"--data_file {path}: its name does not tell what it is; set --data_type ({', '.join(CORPUS)})")
 
 
 def needs_tokenizer(cfg: Config) -> bool:
-    """Not where the data are tokens of which all are learnt: then nothing is text, and any tokenizer will do."""
+    """Not if the data are tokens that are all learnt: then nothing is text, and any tokenizer will do."""
     kinds = {data_type_of(cfg, path) for path in (cfg.data_file, cfg.val_file) if path}
     masked = cfg.loss_mask and MASK.get(cfg.loss_mask) is not learn_all
     return bool(masked or cfg.sample_prompt or cfg.tokenizer or cfg.vocab_file or kinds - set(OF_TOKENS) or not kinds)
@@ -2413,15 +2415,15 @@ def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "-
 
 
 def vocabulary_of_data(cfg: Config) -> int:
-    """What a new model's vocabulary must hold where the data are tokens and nobody says of which tokenizer: the first
-    power of two above the largest, from 256 on. Otherwise --vocab_size, maybe 0."""
+    """The size of a new model's vocabulary if the data are tokens and nothing names their tokenizer: the first power of
+    two above the largest, at least 256. Otherwise --vocab_size, maybe 0."""
     if cfg.vocab_size or cfg.tokenizer or data_type_of(cfg, cfg.data_file) not in OF_TOKENS:
         return cfg.vocab_size
     corpora = [read_any(cfg, path, ByteTokenizer()) for path in (cfg.data_file, cfg.val_file) if path]
     largest = max(int(piece.max()) for corpus in corpora for _, piece in pieces(corpus.tokens))
-    vocab_size = min(max(256, 1 << largest.bit_length()), 1 << 20)    # (what is beyond is an error, not a token)
-    say(f"vocabulary: {vocab_size}, since the largest token of the data is {largest}; --vocab_size or --tokenizer can"
-        " say otherwise")
+    vocab_size = min(max(256, 1 << largest.bit_length()), 1 << 20)    # (anything beyond is an error, not a token)
+    say(f"vocabulary: {vocab_size}, since the largest token of the data is {largest}; --vocab_size or --tokenizer"
+        " overrides this")
     return vocab_size
 
 
@@ -2439,7 +2441,7 @@ Rows = tuple[int, Callable[[int], tuple[int, int]]]                   # rows of 
 
 
 def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
-    """Every document once a pass, long ones cut into several rows; only rows that teach nothing are left out."""
+    """Every document once per pass, long ones cut into several rows; only rows that teach nothing are left out."""
     def rows() -> Iterator[tuple[int, int]]:
         pairs = itertools.pairwise(map(int, corpus.starts))
         for start, stop in progress(pairs, "what is learnt", len(corpus.starts) - 1):
@@ -2466,11 +2468,11 @@ def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]
 
 
 def windows(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]) -> Rows:
-    """Windows of ctx_len + 1 tokens at random places of the stream, across documents."""
+    """Windows of ctx_len + 1 tokens at random places in the stream, across documents."""
     last = len(corpus.tokens) - cfg.ctx_len - 1
     if last < 0:
         raise Fatal(f"--data_file {cfg.data_file}: {len(corpus.tokens)} tokens are fewer than --ctx_len {cfg.ctx_len}"
-                    " and one; shorten it, or take --dataload pad")
+                    " plus one; shorten it, or use --dataload pad")
 
     def span(row: int) -> tuple[int, int]:
         start = int(np.random.default_rng([cfg.random_seed, row]).integers(last + 1))
@@ -2488,8 +2490,8 @@ def learn_all(text: bytes, cfg: Config) -> list[tuple[int, int]]:
 
 
 def learn_assistant(text: bytes, cfg: Config) -> list[tuple[int, int]]:
-    """What an assistant writes, and what ends it: from after `Assistant:` through a 0, or else the role that the next
-    turn begins with. A turn begins after a blank line or a 0; in a document where no `Assistant:` follows a blank line,
+    """What an assistant writes, and what ends it: from after `Assistant:` through a 0, or else the role that begins the
+    next turn. A turn begins after a blank line or a 0; in a document where no `Assistant:` follows a blank line,
     any line may begin one."""
     blank = rb"\n[ \t\r]*\n"
     after = rb"(?:(?:\A|\0)\s*|" + blank + rb")" if re.search(blank + rb"Assistant:", text) else rb"(?:^|\0)"
@@ -2516,7 +2518,7 @@ def between(mark: re.Pattern, on: bytes, text: bytes, through: bool = False) -> 
 def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
     ids = read_json("mask_id", cfg.mask_id)
     if ids.keys() != {"mask0", "mask1"} or not all(is_text(s) and s for s in ids.values()):
-        raise Fatal('--loss_mask se takes --mask_id \'{"mask0": "stop learning here", "mask1": "learn after this"}\';'
+        raise Fatal('--loss_mask se needs --mask_id \'{"mask0": "stop learning here", "mask1": "learn after this"}\';'
                     f" given: {cfg.mask_id or 'nothing'}")
     return ids["mask1"].encode(), ids["mask0"].encode()
 
@@ -2524,7 +2526,7 @@ def mask_strings(cfg: Config) -> tuple[bytes, bytes]:
 MASK: dict[str, Callable[[bytes, Config], list[tuple[int, int]]]] = {  # a document's bytes -> the spans that are learnt
     "pad": learn_all, "none": learn_all, "qa": learn_assistant, "se": learn_between,
 }
-IGNORED = -100                                                        # a target that is none, as torch writes it
+IGNORED = -100                                                        # marks a target to be ignored, as in torch
 
 
 def eighths(n: int, whole: int) -> int:
@@ -2534,19 +2536,19 @@ def eighths(n: int, whole: int) -> int:
 
 
 class Batch(NamedTuple):
-    """One micro-batch. `learnt` numbers the positions, of B T, whose next token is learnt."""
+    """One micro-batch. `learnt` lists the positions, out of B T, whose next token is learnt."""
 
     inputs: Tensor                                                    # (B,T)
     learnt: Tensor                                                    # (M)
     targets: Tensor                                                   # (M) the tokens that follow those positions
 
     def to(self, device: str) -> Batch:
-        """Not blocking: a copy that blocks waits for all the work that a GPU still has."""
+        """Non-blocking: a blocking copy would wait for all the work that a GPU still has."""
         return Batch(*(x.to(device, non_blocking=True) for x in self))
 
     def filled(self, ctx_len: int) -> Batch:
-        """The same batch to a model, in one of few shapes: rows end in zeros, `learnt` in positions that are ignored,
-        both up to the next eighth of what there can be."""
+        """The same batch to a model, padded to one of a few shapes: rows with zeros, `learnt` with positions that are
+        ignored, both up to the next eighth of the most there can be."""
         (B, T), M = self.inputs.shape, len(self.learnt)
         longer = eighths(T, ctx_len)
         learnt = self.learnt // T * longer + self.learnt % T
@@ -2576,7 +2578,7 @@ class Loader:
         self.sampler = cfg.dataload or ("get" if one_text else "pad")
         self.mask = pick(MASK, "--loss_mask", cfg.loss_mask or ("qa" if answers else "pad"))
         self.learnt_whole: set[int] = set()                           # documents in which the mask finds nothing
-        self.barren = 0                                               # rows that are left out, for they teach nothing
+        self.barren = 0                                               # rows that are left out, as they teach nothing
         self.learnt_of = lru_cache(maxsize=256)(self.learnt_of)
         self.batch = lru_cache(maxsize=2 * cfg.accumulate_grad_batches)(self.batch)       # of a step and the next
         self.pass_rows, self.span = pick(SAMPLER, "--dataload", self.sampler)(corpus, cfg, self.learnable)
@@ -2588,7 +2590,7 @@ class Loader:
         return range(-(-self.pass_rows // self.bsz))
 
     def learnt_of(self, document: int) -> np.ndarray:
-        """Which tokens of a document are learnt: those with a byte in a span of the mask; all, where there is none."""
+        """Which tokens of a document are learnt: those with a byte in a span of the mask; all, if there are none."""
         tokens = self.corpus.part(document, document + 1).tokens.tolist()
         pieces = [*map(self.tokenizer.token_bytes, tokens)]
         length = np.array([*map(len, pieces)])
@@ -2617,7 +2619,7 @@ class Loader:
         return teaches
 
     def batch(self, number: int, last: int = sys.maxsize) -> Batch:
-        """The micro-batch of this number: rows number * bsz and following (below `last`), padded on the right."""
+        """The micro-batch of this number: the rows from number * bsz on (below `last`), padded on the right."""
         spans = [self.span(row) for row in range(number * self.bsz, min((number + 1) * self.bsz, last))]
         T = max(stop - start for start, stop in spans) - 1
         inputs, targets, learnt = np.zeros((3, len(spans), T), np.int64)
@@ -2628,7 +2630,7 @@ class Loader:
         return Batch(*map(torch.from_numpy, (inputs, at, targets.reshape(-1)[at])))
 
     def summary(self) -> str:
-        """What the corpus holds and what of it is learnt (the share is taken from 1,000 rows at most)."""
+        """What the corpus holds and how much of it is learnt (a share estimated from at most 1,000 rows)."""
         spans = [self.span(n) for n in range(0, self.pass_rows, -(-self.pass_rows // 1000))]
         learnt = sum(int(self.learnt(*span)[1:].sum()) for span in spans)
         share = learnt / sum(stop - start - 1 for start, stop in spans)
@@ -2641,12 +2643,12 @@ class Loader:
         if long and self.sampler != "get":
             said.append(f"{long:,} documents of up to {length.max():,} tokens cut after every {self.cfg.ctx_len:,}")
         if self.barren:
-            said.append(f"{self.barren:,} rows in which nothing is learnt left out")
+            said.append(f"{self.barren:,} rows with nothing to learn left out")
         if self.learnt_whole:
             first = min(self.learnt_whole)
             text = self.tokenizer.decode(self.corpus.part(first, first + 1).tokens[:24].tolist())
             more = " or more" if self.sampler == "get" else ""
-            said.append(f"{len(self.learnt_whole):,}{more} documents have nothing for --loss_mask and are learnt whole"
+            said.append(f"{len(self.learnt_whole):,}{more} documents have no match for --loss_mask and are learnt whole"
                         f" (the first begins {text!r})")
         return "; ".join(said)
 
@@ -2715,9 +2717,9 @@ class HeadLoss(torch.autograd.Function):
 def chunk_loss(
     model: RWKV, chunk: Batch, n: int | Tensor, states: list[BlockState] | None
 ) -> tuple[Tensor, list[BlockState]]:
-    """The share that a chunk has in the loss of an optimiser step with n learnt tokens, and the states after it."""
+    """A chunk's share of the loss of an optimiser step with n learnt tokens, and the states after it."""
     tokens, chunk = chunk.inputs, chunk.to(model.head.weight.device)
-    # (--emb_on_cpu looks up the host's tokens: to fetch them back would wait until a GPU has done all before.)
+    # (--emb_on_cpu looks up the host's tokens: fetching them back would wait for all of a GPU's earlier work.)
     x, states = model(tokens if model.emb.weight.is_cpu else chunk.inputs, states)        # (B,T,C)
     copying = ()
     if model.arch.head_qk:
@@ -2726,8 +2728,8 @@ def chunk_loss(
 
 
 def truncated(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
-    """A loss for each chunk; the caller differentiates it before it asks for the next, and it is let go. A chunk takes
-    the states it begins with as constants. Of a chunk in which nothing is learnt only the states go on."""
+    """A loss for each chunk; the caller differentiates it before asking for the next, and it is freed. A chunk treats
+    the states it begins with as constants. A chunk in which nothing is learnt only passes on its states."""
     states = None
     for chunk in chunks:
         with torch.set_grad_enabled(torch.is_grad_enabled() and len(chunk.learnt) > 0):
@@ -2739,10 +2741,10 @@ def truncated(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Ten
 
 def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
     """One loss, whose gradient goes back through all states. Of each chunk only the states it began with are kept;
-    backward computes the rest again, one chunk at a time, at the cost of one more forward pass."""
+    backward recomputes the rest, one chunk at a time, at the cost of one more forward pass."""
     total, states = 0.0, None
     for chunk in chunks:
-        # (The weight tells on which device random numbers are drawn: of the rest, what it sees lies on the host.)
+        # (The weight tells on which device random numbers are drawn: all else that `checkpoint` sees is on the host.)
         loss, states = checkpoint(lambda weight, *rest: chunk_loss(*rest), model.head.weight, model, chunk, n, states,
                                   use_reentrant=False)
         total = total + loss
@@ -2750,7 +2752,7 @@ def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
 
 
 CHUNK_GRAD: dict[str, Callable[..., Iterator[Tensor]]] = {"truncated": truncated, "full": full}
-# -> tokens of a row that go through the model at a time. (Of `normal` there are more names in the tutorial.)
+# -> tokens of a row that go through the model at a time. (The tutorial has more names for `normal`.)
 TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
     **dict.fromkeys(("normal", "none", "state"), lambda cfg: cfg.ctx_len),
     "infctx": lambda cfg: cfg.chunk_ctx or min(512, cfg.ctx_len),
@@ -2758,15 +2760,15 @@ TRAIN_TYPE: dict[str, Callable[[Config], int]] = {
 
 
 def batch_losses(model: RWKV, batch: Batch, n: int | Tensor, cfg: Config) -> Iterator[Tensor]:
-    """A micro-batch's share in the loss of an optimiser step with n learnt tokens, as one or more summands: the caller
-    calls backward on each before it asks for the next. The sum does not depend on the chunks."""
+    """A micro-batch's share of the loss of an optimiser step with n learnt tokens, as one or more summands: the caller
+    calls backward on each before asking for the next. The sum does not depend on the chunks."""
     chunks = [*batch.chunks(TRAIN_TYPE[cfg.train_type](cfg))]
     return CHUNK_GRAD[cfg.chunk_grad if len(chunks) > 1 else "truncated"](model, chunks, n)
 
 
 def add_gradient(model: RWKV, batch: Batch, n: int | Tensor, loss_scale: float | Tensor, cfg: Config) -> Tensor:
     """Forward and backward of a micro-batch; the optimiser's hooks take the gradients, times loss_scale. Returns its
-    share in the loss, fp64."""
+    share of the loss, in fp64."""
     loss = torch.zeros((), dtype=torch.float64, device=model.head.weight.device)
     for share in batch_losses(model, batch, n, cfg):
         (share * loss_scale).backward()
@@ -2811,13 +2813,13 @@ class Bucket:
 
     @cached_property
     def sum(self) -> Tensor:
-        """What this rank has to add; memory is taken at the first gradient."""
+        """What this rank has to add; allocated at the first gradient."""
         return self.like.new_zeros(self.part.stop - self.part.start)
 
 
 class Buckets:
     """Stage 2 sends gradients while backward makes them, a bucket at a time. Backward begins with the last parameters,
-    so the last bucket is full first: on every rank the buckets are sent from the last to the first.
+    so the last bucket fills first: every rank sends its buckets from the last to the first.
     """
 
     SIZE = 2**24                                                      # numbers
@@ -2825,7 +2827,7 @@ class Buckets:
 
     def __init__(self, own: Tensor, ranks: Ranks, numbers: int, eager: bool):
         """own (S): where the sums for this rank are added. numbers: of all parameters. eager: send a bucket as soon as
-        every number in it has had a gradient, which is right where each has one in a micro-batch."""
+        every number in it has had a gradient, which is right if each gets one per micro-batch."""
         self.own, self.ranks, self.numbers, self.eager = own, ranks, numbers, eager
         self.flying: list[tuple[dist.Work, Bucket]] = []
         self.begin()
@@ -2837,10 +2839,10 @@ class Buckets:
                 part = slice(start, min(start + self.SIZE, (rank + 1) * size))
                 missing = max(0, min(part.stop, self.numbers) - start)                    # (padding gets no gradient)
                 self.waiting.append(Bucket(rank, part, missing, self.own))
-        self.starts = [bucket.part.start for bucket in self.waiting]  # (those of the buckets that are sent stay)
+        self.starts = [bucket.part.start for bucket in self.waiting]  # (those of buckets already sent stay)
 
     def take(self, where: slice, g: Tensor) -> None:
-        # Of all buckets, which stand in order, those that `where` touches. (A large model has some hundred.)
+        # Of all buckets, which are in order, those that `where` touches. (A large model has hundreds.)
         first = bisect.bisect_right(self.starts, where.start) - 1
         for bucket in self.waiting[first: bisect.bisect_left(self.starts, where.stop)]:
             both = overlap(where, bucket.part)
@@ -2900,7 +2902,7 @@ class Numbers:
         pass                                                          # (they are the numbers themselves)
 
     def put(self, part: slice, values: Tensor) -> None:
-        """Puts `values`, which may be fewer, where a part begins."""
+        """Puts `values`, maybe fewer than a part has, where that begins."""
         x = self.read(part)
         x[: len(values)] = values
         self.write(part, x)
@@ -2910,8 +2912,8 @@ class Numbers:
 
 
 class CodedNumbers(Numbers):
-    """Moments in 8.125 bits: codes (S) uint8, absmax (S/256) fp32. As in 8-bit Adam (arXiv 2110.02861), but that 0, 1
-    and -1 are levels: what gets no gradient stays where it is, and what was held is held as the same again.
+    """Moments in 8.125 bits: codes (S) uint8, absmax (S/256) fp32. As in 8-bit Adam (arXiv 2110.02861), except that 0,
+    1 and -1 are levels: what gets no gradient stays put, and what is read and written back unchanged keeps its code.
 
         absmax = max |x| of 256 in a row,  code = the level nearest to x / absmax;   x ~ level * absmax
     """
@@ -2924,7 +2926,7 @@ class CodedNumbers(Numbers):
         self.levels = self.all_levels().to(own.device)
 
     def all_levels(self) -> Tensor:
-        """256, ascending: the `dynamic_levels`, with -1 in the place of the smallest negative one."""
+        """256, ascending: the `dynamic_levels`, with -1 in place of the smallest negative one."""
         half, one = magnitudes(1), torch.ones(1)
         return torch.cat([-one, -half[1:].flip(0), 0 * one, half, one])
 
@@ -2946,7 +2948,7 @@ class CodedNumbers(Numbers):
 
 
 class CodedSquares(CodedNumbers):
-    """Likewise of numbers that are not negative. 0 is no level: a small one must not become that, to be divided by."""
+    """The same for non-negative numbers. 0 is not a level: a small number must not become 0, since it is divided by."""
 
     def all_levels(self) -> Tensor:
         """255, ascending."""
@@ -2954,7 +2956,7 @@ class CodedSquares(CodedNumbers):
 
 
 class Wide(Numbers):
-    """Master weights in fp32, from which the parameters are rounded: those of wide parameters are these themselves."""
+    """Master weights in fp32, from which the parameters are rounded; wide parameters are their own master weights."""
 
     def __init__(self, own: Tensor):
         self.own, self.held = own, own.to(torch.promote_types(own.dtype, torch.float32))
@@ -2965,11 +2967,11 @@ class Wide(Numbers):
 
 
 class LowBits(Numbers):
-    """Master weights of bf16, whose 16 bits are the high ones of an fp32 number: the other 16, no bit of it lost.
+    """Master weights for bf16, whose 16 bits are the high ones of an fp32 number: the low 16, so no bit is lost.
 
         high = (bits + 2^15) >> 16,  low = bits - (high << 16)        bits: the fp32 number's, as an integer
 
-    (High is the nearest bf16; of two, the larger in size.)
+    (High is the nearest bf16; of two, the larger in magnitude.)
     """
 
     plain = False
@@ -2997,7 +2999,7 @@ class ZeroAdamW:
 
     The parameters themselves become views of `working`, a buffer in the compute dtype; `master`, `m` and `v` are fp32:
     in bf16 a step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it,
-    and frees it. Of a parameter in bf16 each of R ranks holds and sends (x 1 - 1/R) so many bytes a step:
+    and frees it. For a parameter in bf16, each of R ranks holds and sends (x 1 - 1/R) this many bytes a step:
 
         stage   gradients, fp32                   master, m, v   then                    bytes held        sent
         0       all-reduced                       all            -                       2 + 4 + 10        8
@@ -3006,13 +3008,13 @@ class ZeroAdamW:
 
         2 working, 4 gradient, 10 = 2 master (LowBits) + 4 m + 4 v; 14 = these 10 and the slice's sum of the gradient
 
-    Beside these stage 2 holds some Buckets on their way, and all of a gradient in fp32 where a row is learnt in
-    truncated chunks: it is sent when all have been. One rank alone sends nothing, and its gradient, unless several are
-    added, is no wider than it came: 2 + 2 + 10. Moments of 8 bits take 2 for 8. A group is one slice: same learning
-    rate, same decay.
+    Besides these, stage 2 holds some Buckets in flight, and the whole gradient in fp32 if a row is learnt in truncated
+    chunks: it is sent after the last. One rank alone sends nothing, and its gradient, unless several are added, is no
+    wider than it came: 2 + 2 + 10. 8-bit moments take 2 instead of 8. A group is one slice: same learning rate, same
+    decay.
     """
 
-    # Numbers that are worked on at a time: on a CPU what stays in its cache, on a GPU what is worth a launch.
+    # How many numbers are processed at a time: on a CPU what stays in its cache, on a GPU what is worth a launch.
     PART = {"cpu": 2**18, "cuda": 2**22, "meta": 2**22}
 
     def __init__(
@@ -3046,12 +3048,12 @@ class ZeroAdamW:
                 self.master.put(shifted(mine, self.own.start), values)
 
     def lay_out(self, named: list[tuple[str, nn.Parameter]], kind: Callable, slices: int, per: int) -> None:
-        """Where each parameter lies, which slice is this rank's, a multiple of `per`, and which groups are in that."""
-        # Alike stand together, so that a group is one slice. What learns faster stands first: these parameters are few
+        """Where each parameter is, which slice is this rank's, a multiple of `per`, and which groups are in that."""
+        # Those of a kind are adjacent, so that a group is one slice. Those that learn faster come first: they are few
         # and in all layers, and Buckets begins at the end.
         self.named = sorted(named, key=lambda item: (-kind(item)[0], kind(item)[1]))
         if not self.named:
-            raise Fatal("nothing is trained: --peft none, or a rank and --train_parts that name something")
+            raise Fatal("nothing is trained; name something in --train_parts, where auto stands for the usual")
         ends = list(itertools.accumulate(p.numel() for _, p in self.named))
         self.where = {name: slice(end - p.numel(), end) for (name, p), end in zip(self.named, ends, strict=True)}
         self.numbers = ends[-1]
@@ -3073,17 +3075,17 @@ class ZeroAdamW:
         p.grad = None
 
     def parts(self, size: int = 0) -> Iterator[slice]:
-        """The parts of this rank's slice, to be worked on one after the other."""
+        """The parts of this rank's slice, to be processed one by one."""
         n = size or self.part
         return (slice(at, min(at + n, self.slice)) for at in range(0, self.slice, n))
 
     def sum_micro_batch(self) -> None:
-        """After the backward of every micro-batch: stage 2 sends what it has not sent meanwhile."""
+        """After the backward of every micro-batch: stage 2 sends what it has not yet sent."""
         if self.buckets:
             self.buckets.flush()
 
     def reduce(self) -> float:
-        """After the last one: sums the gradient of the step over the ranks. Returns its norm, that of all slices."""
+        """After the last one: sums the gradient of the step over the ranks. Returns its norm, over all slices."""
         if self.stage == 0:
             self.summed = self.ranks.sum(self.grad)
         else:
@@ -3118,12 +3120,12 @@ class ZeroAdamW:
         self.summed = None
 
     def publish(self) -> None:
-        """Hands this rank's slice of the parameters, as `master` has rounded it, to the others."""
+        """Sends this rank's slice of the parameters, as rounded from `master`, to the others."""
         if self.stage:
             self.ranks.gather_slices(self.working, self.working[self.own])
 
     def nbytes(self) -> int:
-        """Bytes of all its buffers on this rank, the trained parameters among them."""
+        """Bytes of all its buffers on this rank, including the trained parameters."""
         return sum(map(allocated, {t.untyped_storage() for t in self.buffers()}))
 
     def buffers(self) -> list[Tensor]:
@@ -3135,10 +3137,10 @@ class ZeroAdamW:
         return f"{len(self.named)} tensors of {self.numbers} numbers ({names.hexdigest()[:8]})"
 
     def whole(self, numbers: Numbers) -> Tensor | None:
-        """For rank 0: these numbers of all ranks, without padding, in the host's memory. (All ranks call it.)"""
+        """For rank 0: these numbers of all ranks, without padding, in host memory. (All ranks call it.)"""
         if numbers.plain and not self.stage:
             return numbers.held[: self.numbers]
-        # From all ranks together no more at a time than a part; of each a multiple of what shares a scale.
+        # All ranks together give at most a part at a time; each, a multiple of what shares a scale.
         whole, per = None, numbers.per
         for part in self.parts(max(1, self.part // self.ranks.size // per) * per):
             own = numbers.read(part)
@@ -3167,7 +3169,7 @@ class ZeroAdamW:
         self.publish()
 
 
-# What is left of the run, and was left when warm-up had ended (1: all) -> how far above lr_final, as a share.
+# The share of the run that is left, the share left after warm-up -> how far above lr_final, as a share.
 SCHEDULE: dict[str, Callable[[float, float, Config], float]] = {
     **dict.fromkeys(("cos_decay", "cos"), lambda left, warm, cfg: 0.5 * (1 - math.cos(math.pi * left / warm))),
     "wsd": lambda left, warm, cfg: min(1.0, left / min(cfg.decay_frac, warm)),
@@ -3192,8 +3194,8 @@ def lr_at(step: int, steps: int, cfg: Config) -> float:
 NOT_A_PTH = {  # how a file begins -> what it is
     rb"\Z": "an empty file", rb"<": "a web page: the download failed", rb"\{": "JSON",
     rb"versi": "a git-lfs pointer, not the file itself: run `git lfs pull`",
-    rb"\x80": "of torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
-    rb"(?s:.{8})\{": "safetensors, made for other programs; the .pth beside it is wanted",
+    rb"\x80": "from torch before 1.6, or a plain pickle: load it in a program you trust and torch.save it again",
+    rb"(?s:.{8})\{": "safetensors, made for other programs; use the .pth beside it",
 }
 
 
@@ -3222,11 +3224,11 @@ def read_pth(path: str | Path, what: str, checks: bool = True) -> dict[str, Tens
             warnings.simplefilter("ignore")                           # of kinds of tensors that are refused below
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        raise Fatal(f"{what} {path}: holds other objects than tensors, maybe code; none of it was run") from None
-    except Exception as e:             # damaged pickles end in IndexError, TypeError, AttributeError and others
+        raise Fatal(f"{what} {path}: holds objects other than tensors, maybe code; none of it was run") from None
+    except Exception as e:             # damaged pickles raise IndexError, TypeError, AttributeError and others
         raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
     if odd := oddity(tensors):
-        raise Fatal(f"{what} {path}: a flat dict of tensors is wanted; this is {odd}")
+        raise Fatal(f"{what} {path}: expected a flat dict of tensors, not {odd}")
     wrapper = wrapper_of(tensors)
     return {name.removeprefix(wrapper).removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach()
             for name, t in tensors.items()}
@@ -3252,28 +3254,32 @@ def pickles_of(path: Path, what: str, checks: bool) -> list[bytes]:
             packed = any(i.compress_type for i in items) or sum(i.file_size for i in items) > path.stat().st_size
             damaged = archive.testzip() if checks and not packed else None
             pickles = [] if packed else [archive.read(i) for i in items if i.filename.endswith("data.pkl")]
-    except Exception as e:             # zipfile meets nonsense with BadZipFile, zlib.error, EOFError and others
+    except Exception as e:             # on nonsense zipfile raises BadZipFile, zlib.error, EOFError and others
         raise Fatal(f"{what} {path}: truncated, damaged or not a .pth ({first_line(e)}); fetch it again") from None
     if damaged:
         raise Fatal(f"{what} {path}: damaged: the checksum of {damaged} is wrong; fetch or save it again")
-    if packed:                                                        # what is mapped must lie in the file as it is
+    if packed:                                                        # what is mapped must be in the file as it is
         raise Fatal(f"{what} {path}: its parts are compressed, or it is damaged; torch.save does not compress")
     return pickles
 
 
 def check_names(pickles: list[bytes]) -> None:
-    """Raises UnpicklingError where a pickle names what no tensor needs. (torch.load itself calls bytearray(10**11).)"""
+    """Raises UnpicklingError if a pickle names what no tensor needs. (torch.load would call bytearray(10**11).)"""
     for op, name, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
         if op.name == "GLOBAL" and not name.startswith(("torch", "collections OrderedDict")):
             raise pickle.UnpicklingError
 
 
-HELD_IN_FILES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-                 torch.int8, torch.uint8, torch.bool)
+HELD_IN_FILES = {  # dtypes -> what a pickle calls the numbers of such a tensor
+    torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
 
 
 def oddity(held: Any) -> str:
-    """What it is instead of a flat dict of ordinary tensors, all of which are in the file; "" if it is that."""
+    """What `held` is, if not a flat dict of ordinary tensors, all of which are in the file; "" if it is one."""
     if not isinstance(held, dict):
         return f"a {type(held).__name__}"
     for name, t in held.items():
@@ -3285,41 +3291,41 @@ def oddity(held: Any) -> str:
     return "" if held else "an empty dict"
 
 
-# A .pth is a zip. What it says of itself is one more part of that: no tensor, for some programs take all there are.
+# A .pth is a zip. What it says about itself is one more part of that, not a tensor: some programs take all tensors.
 DESCRIPTION = "archive/pissa_rwkv.json"
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all its numbers are; in pieces, so that no more than one is in memory."""
+    """Whether all numbers are finite; in pieces, so that only one is in memory at a time."""
     return all(piece.isfinite().all() for piece in x.reshape(-1).split(2**20))
 
 
 def read_described(path: str | Path, what: str, checks: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a .pth of ours or RWKV-PEFT's, by the bare names in use now, and its description (there {}).
+    """The tensors of a .pth of ours or RWKV-PEFT's, by the bare names in use now, and its description ({} for theirs).
 
-    checks: whether all numbers are finite too, unless another process does.
+    checks: also that all numbers are finite, unless another process does.
     """
     held = read_pth(path, what, checks)
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in held.items()}
     with zipfile.ZipFile(path) as archive:
-        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost where others save it)
-    if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # once it was a tensor
+        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost if others save it)
+    if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # in old files, a tensor
         about = old.to(torch.uint8).numpy().tobytes()
     if bad := [name for name, t in tensors.items() if checks and not is_finite(t)]:
-        raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is of no use")
+        raise Fatal(f"{what} {path}: {some(bad)} holds NaN or infinity; the file is unusable")
     described = read_description(about, f"{what} {path}")
     if described.get("tensors", len(tensors)) != len(tensors):
-        raise Fatal(f"{what} {path}: holds {len(tensors)} tensors and says that it had {described['tensors']}; the file"
-                    " is of no use")
+        raise Fatal(f"{what} {path}: holds {len(tensors)} tensors but was saved with {described['tensors']}; the file"
+                    " is unusable")
     return tensors, described
 
 
 def a_number(*types: type, least: float = 0) -> Callable[[Any], bool]:
-    """A check whether something is a number of these types, from `least` on."""
+    """A check that something is a number of these types, from `least` on."""
     return lambda x: isinstance(x, types) and least <= x < 1e30
 
 
-DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not only compared -> whether it can be
+DESCRIBED: dict[str, Callable[[Any], bool]] = {  # what is computed with, not just compared -> whether it can be
     **dict.fromkeys(("step", "epoch_good", "scaled_at", "rows", "tensors"), a_number(int)),
     **dict.fromkeys(("epoch_steps", "rank"), a_number(int, least=1)),
     **dict.fromkeys(("epoch_loss", "scale"), a_number(int, float)), "loss_scale": a_number(int, float, least=1e-30),
@@ -3335,7 +3341,7 @@ def read_description(about: bytes, file: str) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError):
         odd = ["no JSON object"]
     if odd:
-        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {odd[0]}; the file is of no use")
+        raise Fatal(f"{file}: its description, {Path(DESCRIPTION).name}, holds {odd[0]}; the file is unusable")
     return described
 
 
@@ -3343,7 +3349,7 @@ def compare(path: str | Path, about: dict[str, Any], wanted: dict[str, Any]) -> 
     """Every item that both descriptions have must be the same."""
     for item, value in wanted.items():
         if item in about and about[item] != value:
-            whose = {"base": "of another base model: ", "init": "of another run: "}.get(item, "")
+            whose = {"base": "for another base model: ", "init": "from another run: "}.get(item, "")
             raise Fatal(f"{path}: {whose}made with {item} {about[item]}, but here it is {value}")
 
 
@@ -3355,7 +3361,7 @@ def aged(path: Path, age: int) -> Path:
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) -> None:
     """`write(file)` into a neighbour of `path`, flush to disk, rename: readers see the old file or the new one.
 
-    keep: so many versions stay, the new one included; the older are renamed to path.1, path.2 and so on, and for a
+    keep: how many versions stay, including the new one; older ones are renamed, as `aged` says, and for a
     moment there is no `path`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -3371,30 +3377,82 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        # torch.save wraps what the disk said; that is in the context of its own error.
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+    except OSError as error:
         free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
         known = {errno.ENOSPC: f"the disk is full ({free} MB free)", errno.EDQUOT: "the disk quota is used up",
                  errno.EFBIG: "the file exceeds the size limit set here"}
-        why = known.get(getattr(cause, "errno", None), first_line(cause))
+        why = known.get(error.errno, first_line(error))
         raise Fatal(f"cannot write {path}: {why}; an earlier {path.name} is left as it was") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None, keep: int = 1) -> None:
-    """A flat dict of tensors as a .pth; with `about`, described by it."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    for name, t in tensors.items():
-        if t.untyped_storage().nbytes() > t.nbytes:                   # a view: torch.save would write all of its buffer
-            tensors[name] = t.clone()
+class Stored(NamedTuple):
+    """The numbers of a tensor: the part data/<part> of a .pth."""
+
+    kind: type
+    part: str
+    count: int
+
+
+class TensorPickler(pickle.Pickler):
+    """Says about tensors on the meta device what torch.save says about others: the n-th has its numbers in data/n."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file, protocol=2)
+        self.number = itertools.count()
+
+    def reducer_override(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return NotImplemented
+        stored = Stored(HELD_IN_FILES[x.dtype], str(next(self.number)), x.numel())
+        return torch._utils._rebuild_tensor_v2, (stored, 0, tuple(x.shape), x.stride(), False, OrderedDict())
+
+    def persistent_id(self, x: Any) -> Any:
+        return ("storage", x.kind, x.part, "cpu", x.count) if isinstance(x, Stored) else None
+
+
+LARGE = 2**30                                                         # bytes: a larger part gets an 8-byte size (zip64)
+
+
+def write_part(archive: zipfile.ZipFile, name: str, data: Any) -> None:
+    """One part of a .pth. It begins at a multiple of 64 bytes: a tensor is mapped as it is in the file."""
+    part, large = zipfile.ZipInfo(f"archive/{name}"), memoryview(data).nbytes > LARGE     # (without a timestamp)
+    header = 30 + len(part.filename) + 4 + 20 * large                 # and then padding
+    padding = -(archive.fp.tell() + header) % 64
+    part.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    with archive.open(part, "w", force_zip64=large) as file:
+        file.write(data)
+
+
+def release_memory() -> None:
+    """Returns freed memory to the system. (glibc before 2.38 keeps more and more of it, as large blocks come and go.)"""
+    with contextlib.suppress(AttributeError, OSError):                # (other C libraries)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+Named = dict[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def save(path: Path, tensors: Named, about: dict[str, Any] | None = None, keep: int = 1) -> None:
+    """Named tensors as a .pth; with `about`, described by it. The file is one of torch.save, but written a tensor at a
+    time: of those that are made on demand, no two are in memory at once."""
 
     def write(file: IO[bytes]) -> None:
-        torch.save(tensors, file)
-        if about is not None:
-            with zipfile.ZipFile(file, "a") as archive:
-                text = json.dumps(about | {"tensors": len(tensors)})
-                archive.writestr(zipfile.ZipInfo(DESCRIPTION), text)                      # (which has no time of now)
+        forms, pickled = {}, io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, t in tensors.items() if isinstance(tensors, dict) else tensors:
+                t = t.detach().cpu().contiguous()
+                write_part(archive, f"data/{len(forms)}", t.reshape(-1).view(torch.uint8).numpy())
+                forms[name] = t.to("meta")
+                del t                                                 # before the next is made
+                release_memory()
+            TensorPickler(pickled).dump(forms)
+            write_part(archive, "data.pkl", pickled.getvalue())
+            write_part(archive, "byteorder", sys.byteorder.encode())
+            write_part(archive, "version", b"3\n")
+            if about is not None:
+                write_part(archive, Path(DESCRIPTION).name, json.dumps(about | {"tensors": len(forms)}).encode())
 
     write_whole(path, write, keep)
 
@@ -3415,74 +3473,92 @@ def is_matrix(name: str, W: Tensor) -> bool:
 
 def merge(
     base: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], method: Method, scale: float = 1.0,
-    held: Callable[[Tensor], Tensor] = lambda W: W,
-) -> dict[str, Tensor]:
+    held: Callable[[Tensor], Tensor] = lambda W: W, path: str = "",
+) -> Iterator[tuple[str, Tensor]]:
     """The full model: W' = held(residual of W) + delta in fp32, rounded once to W's dtype; for PiSSA, with q what
     quantising does, q(W - B0 A0) + B A. What else was trained takes the place of the base's.
 
-    `init` holds what was taken out of the matrices, `trained` adapters and whole parameters; `held` makes of a residual
-    what training multiplied with. Names, order, shapes and dtypes are the base's, by which other programs know a model;
-    a trained time_state is added to them.
+    `init` holds what was taken out of the matrices, `trained`, read from `path`, adapters and whole parameters; `held`
+    turns a residual into what training multiplied by. Names, order, shapes and dtypes are the base's, by which other
+    programs recognise a model; a trained time_state is added to them. Everything is first checked to fit; then tensors
+    are made one after the other, on demand.
     """
-    unused, merged, layer, in_block = dict(trained), {}, method.layer, {}
-    tensors = dict(with_states(base, trained)) if method.state else base
-    for name, W in progress(tensors.items(), "merging"):
-        module, new = name.removesuffix(".weight"), W
-        if name in unused:
-            new = unused.pop(name)
+    layer, tensors = method.layer, dict(with_states(base, trained, path)) if method.state else base
+    of_matrix = adapters_of(tensors, init, trained, layer, path)
+
+    def made(name: str, W: Tensor) -> Tensor:
+        if name not in of_matrix:
+            return trained.get(name, W)
+        own, taken = ({x: t.float() for x, t in part.items()} for part in of_matrix[name])
+        new = held(layer.residual(W.float(), taken)).float()
+        return new + layer.delta(new, scale, **own) if own else new
+
+    def as_in_base(name: str, W: Tensor) -> Tensor:
+        new = made(name, W).reshape(W.shape).to(W.dtype)
+        if name not in UNUSED and not new.isfinite().all():
+            raise Fatal(f"{path}: {name} would hold NaN or infinity, in {W.dtype}")
+        return new
+
+    return ((name, as_in_base(name, W)) for name, W in progress(tensors.items(), "merging"))
+
+
+def adapters_of(
+    tensors: dict[str, Tensor], init: dict[str, Tensor], trained: dict[str, Tensor], layer: type[Adapter], path: str
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """For every matrix its adapter and what was taken out of it, {} if it has none. All that is in a checkpoint must
+    have its place in the model."""
+    found, left = {}, dict(trained)
+    for name, W in tensors.items():
+        module = name.removesuffix(".weight")
+        if name in left:
+            if (t := left.pop(name)).numel() != W.numel():
+                raise Fatal(f"{path}: its {name} is {list(t.shape)}, the base's {list(W.shape)}")
         elif is_matrix(name, W):
-            own = {x: unused.pop(f"{module}.{x}").float() for x in layer.names if f"{module}.{x}" in unused}
-            block = name.split(".")[1]
-            in_block[block] = in_block.get(block, False) or bool(own)
+            own = {x: left.pop(f"{module}.{x}") for x in layer.names if f"{module}.{x}" in left}
             if own:
-                check_fit(module, W.shape, own, layer)
-            taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init").float()
-                     for x in layer.taken if x in own}
-            new = held(layer.residual(W.float(), taken)).float()
-            new = new + layer.delta(new, scale, **own) if own else new
-        if new.numel() != W.numel():
-            raise Fatal(f"its {name} is {list(new.shape)}, that of the base {list(W.shape)}")
-        merged[name] = new.reshape(W.shape).to(W.dtype).contiguous()
-        if name not in UNUSED and not merged[name].isfinite().all():
-            raise Fatal(f"{name} would hold NaN or infinity, in {W.dtype}")
+                check_fit(module, W.shape, own, layer, path)
+            taken = {x: entry(init, f"{module}.init_{x}", own[x].shape, "--lora_init") for x in layer.taken if x in own}
+            found[name] = own, taken
     if layer.names and not any(name.endswith(layer.names) for name in trained):
-        raise Fatal(f"it holds no adapters, whose names end in {' or '.join(layer.names)}")
-    if unused:
-        raise Fatal(f"it holds {some(unused)}, which the base lacks")
-    if layer.names and not all(in_block.values()):
-        raise Fatal(f"it holds adapters for {sum(in_block.values())} of the base's {len(in_block)} blocks; is it of"
-                    " another model?")
-    return merged
+        raise Fatal(f"{path}: it holds no adapters, whose names end in {' or '.join(layer.names)}")
+    if left:
+        raise Fatal(f"{path}: it holds {some(left)}, which the base lacks")
+    blocks = {name.split(".")[1] for name in found}
+    adapted = {name.split(".")[1] for name, (own, _) in found.items() if own}
+    if layer.names and adapted != blocks:
+        raise Fatal(f"{path}: it holds adapters for {len(adapted)} of the base's {len(blocks)} blocks; is it of another"
+                    " model?")
+    return found
 
 
-def with_states(base: dict[str, Tensor], trained: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def with_states(base: dict[str, Tensor], trained: dict[str, Tensor], path: str) -> Iterator[tuple[str, Tensor]]:
     """The base's tensors; where a block has no time_state (H,N,N), the checkpoint's, before receptance (H N,C)."""
     for name, W in base.items():
         state = name.replace("att.receptance.weight", "att.time_state")
         if state not in base:
             if state not in trained:
-                raise Fatal(f"it lacks {state}")
+                raise Fatal(f"{path}: missing {state}")
             S = trained[state]
             if S.dim() != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != len(W):
-                raise Fatal(f"its {state} is {list(S.shape)}; the base's attention is {len(W)} wide")
+                raise Fatal(f"{path}: its {state} is {list(S.shape)}; the base's attention is {len(W)} wide")
             yield state, S.to(W.dtype)
         yield name, W
 
 
-def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter]) -> None:
-    """An adapter that a checkpoint has for a matrix (out,in) has to be whole, and of its size."""
+def check_fit(module: str, shape: torch.Size, own: dict[str, Tensor], layer: type[Adapter], path: str) -> None:
+    """A checkpoint's adapter for a matrix (out,in) must be complete, and of its size."""
     if missing := [f"{module}.{x}" for x in layer.names if x not in own]:
-        raise Fatal(f"it lacks {some(missing)}")
+        raise Fatal(f"{path}: missing {some(missing)}")
     if not layer.fits(shape, **own):
         found = ", ".join(f"{x} {list(t.shape)}" for x, t in own.items())
-        raise Fatal(f"its {found} does not fit {module}, which is {list(shape)} in the base")
+        raise Fatal(f"{path}: its {found} does not fit {module}, which is {list(shape)} in the base")
 
 
 def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, Tensor], path: str) -> float:
-    """What an update is scaled by: as its file has said, or else as LoRA's alpha tells."""
+    """What an update is scaled by: as its file says, or else as LoRA's alpha implies."""
     if alpha is None:
         if said is None:
-            raise Fatal(f"{path} does not say by what LoRA was scaled; give --lora_alpha")
+            raise Fatal(f"{path} does not say how LoRA was scaled; give --lora_alpha")
         return said
     check_within("--lora_alpha", alpha, "(0,1e9]")
     rank = next((t.shape[0] for name, t in trained.items() if name.endswith(".lora_A") and t.dim() == 2), 1)
@@ -3495,10 +3571,10 @@ def scale_of_delta(said: float | None, alpha: float | None, trained: dict[str, T
 def merge_files(
     kind: str, base: str, init: str, checkpoint: str, alpha: float | None = None, quant: str = "",
     formats: dict[str, Quant] = QUANT,
-) -> dict[str, Tensor]:
-    """`merge` of files, for the methods whose files are no whole models. Refuses a base that was not trained on.
+) -> Iterator[tuple[str, Tensor]]:
+    """`merge` of files, for methods whose files are not whole models. Refuses a base that was not trained on.
 
-    alpha is LoRA's, and quant, of formats, what the base was held as: both only where the checkpoint does not say.
+    alpha is LoRA's, and quant, one of formats, what the base was held as: both only if the checkpoint does not say.
     """
     tensors, method = read_pth(base, "--base_model"), ADAPTER[kind]
     trained, about = read_described(checkpoint, "--lora_checkpoint")
@@ -3507,7 +3583,7 @@ def merge_files(
     compare(checkpoint, about, wanted)
     compare(init, about_init, wanted | ({"init": about["init"]} if "init" in about else {}))
     if not about:
-        say(f"{checkpoint} has no description (like those of RWKV-PEFT and pissa2lora): that it is of {base} cannot be"
+        say(f"{checkpoint} has no description (like those of RWKV-PEFT and pissa2lora): that it is for {base} cannot be"
             " checked")
     about = {item: about_init[item] for item in ("quant", "dtype") if item in about_init} | about
     scale = scale_of_delta(about.get("scale", method.layer.unsaid_scale), alpha, trained, checkpoint)
@@ -3516,28 +3592,25 @@ def merge_files(
         raise Fatal(f"--quant {quant}: {checkpoint} was trained with --quant {about['quant']}; leave the flag out")
     # (RWKV-PEFT, which describes nothing, computes in bf16.)
     held = row.merged_as(getattr(torch, about.get("dtype", "bfloat16")))
-    try:
-        merged = merge(tensors, taken, trained, method, scale, held)
-    except Fatal as e:
-        raise Fatal(f"--lora_checkpoint {checkpoint}: {e}") from None
+    merged = merge(tensors, taken, trained, method, scale, held, f"--lora_checkpoint {checkpoint}")
     if method.state:
-        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there its"
-            f" state is a list, for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
+        say("the official `rwkv` package takes time_state from a model of RWKV-5 or 6 and ignores RWKV-7's: there"
+            f" pass a state, a list: for each layer zeros (C), the time_state of {checkpoint}, zeros (C)")
     return merged
 
 
 # ======================================================================================================================
-# 10. Training: what is above, in order. After it, what a run needs besides.
+# 10. Training: all of the above, in order. After it, what else a run needs.
 # ======================================================================================================================
 
 PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BAD_STEPS = 3                                                         # this many without a finite loss end the run
-SCALE_GROWS = 2000                                                    # fp16: after so many good steps, as torch does
+SCALE_GROWS = 2000                                                    # fp16: after this many good steps, as in torch
 
 
 @dataclass
 class Plan:
-    """What is settled of a run before any weight is loaded."""
+    """What is settled about a run before any weight is loaded."""
 
     cfg: Config
     ranks: Ranks
@@ -3548,7 +3621,7 @@ class Plan:
     loader: Loader
     held_out: Loader | None
     epoch_steps: int
-    about: dict[str, Any]                                             # what every file that is written says of itself
+    about: dict[str, Any]                                             # what every file written says about itself
 
     @property
     def batches(self) -> int:
@@ -3589,15 +3662,15 @@ class Run(Plan):
     step: int = 0                                                     # the next optimiser step
     epoch_loss: float = 0.0                                           # sum over this epoch's steps with a finite loss
     epoch_good: int = 0                                               # and their number
-    loss_scale: float = 1.0                                           # fp16: its gradients would underflow
+    loss_scale: float = 1.0                                           # fp16: gradients would underflow without it
     scaled_at: int = 0                                                # the last step after which it was changed
     bad_steps: int = 0
     add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
 
 
 def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
-    """Reads and checks what a new run needs, cheap things first; joins the other processes, and opens proj_dir. Returns
-    also the base's tensors, in their file; none of a new model."""
+    """Reads and checks what a new run needs, cheap things first; joins the other processes, and opens proj_dir. Also
+    returns the base's tensors, still in their file; none for a new model."""
     cfg = from_whole_model(with_init(cfg))
     check(cfg)
     ranks, device, dtype = setup(cfg)
@@ -3616,7 +3689,7 @@ def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
     if not cfg.dry_run:
         check_alike(cfg, ranks, base=base, data=loader, held_out=held_out, epoch_steps=epoch_steps, dtype=str(dtype))
     arch, tensors = with_time_state(arch, tensors, cfg)
-    if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count what the shapes alone tell
+    if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count bytes from the shapes alone
         check_tensors(without_values(arch), tensors, cfg.load_model)
     if cfg.grad_cp == "auto":
         cfg = replace(cfg, grad_cp=what_fits(cfg, arch, loader.bsz, device, dtype, ranks.size))
@@ -3630,12 +3703,12 @@ def build(cfg: Config) -> Run:
     cfg, ranks, device = plan.cfg, plan.ranks, plan.device
     earlier = read_earlier(plan)
     model = load_model(cfg, plan.arch, tensors, device, plan.dtype)
-    torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out other numbers
+    torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out different numbers
     plan.about = adapt(model, plan, earlier)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimiser = ZeroAdamW(trained, cfg, earlier.load, ranks, STAGE[cfg.strategy])
     model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
-    loss_scale = 2.0**16 if plan.dtype == torch.float16 else 1.0      # (torch's first)
+    loss_scale = 2.0**16 if plan.dtype == torch.float16 else 1.0      # (torch's initial one)
     run = Run(**vars(plan), model=model, optimiser=optimiser, step=plan.first_step, loss_scale=loss_scale,
               scaled_at=plan.first_step)
     if cfg.cuda_graph:
@@ -3646,14 +3719,14 @@ def build(cfg: Config) -> Run:
 
 
 class Earlier(NamedTuple):
-    """What a run begins with, or goes on from: the files of earlier ones. {}: there is none."""
+    """What a run starts or continues from: the files of earlier runs. {}: there is none."""
 
     cfg: Config                                                       # names the files of the adapters
     init: dict[str, Tensor]                                           # init_pissa.pth
     load: dict[str, Tensor]                                           # rwkv-<N>.pth
     path: Path                                                        # resume.pth, or an older one
     state: dict[str, Tensor]                                          # what is in it
-    described: dict[str, Any]                                         # and what it says of itself
+    described: dict[str, Any]                                         # and what it says about itself
 
 
 def read_earlier(plan: Plan) -> Earlier:
@@ -3669,7 +3742,7 @@ def read_earlier(plan: Plan) -> Earlier:
 
 
 def with_init(cfg: Config) -> Config:
-    """PiSSA's adapters lie beside their init_pissa.pth, if --adapter_init does not say otherwise."""
+    """PiSSA's adapters have their init_pissa.pth beside them, unless --adapter_init says otherwise."""
     beside = Path(cfg.adapter_load).with_name("init_pissa.pth") if cfg.adapter_load else None
     layer = pick(ADAPTER, "--peft", cfg.peft).layer
     wanted = layer.taken and not cfg.adapter_init and beside and beside.exists()
@@ -3677,7 +3750,7 @@ def with_init(cfg: Config) -> Config:
 
 
 def from_whole_model(cfg: Config) -> Config:
-    """A method whose files are whole models goes on from one by taking it as the base."""
+    """A method whose files are whole models continues from one by using it as the base."""
     if not ADAPTER[cfg.peft].whole or not (cfg.adapter_load or cfg.epoch_begin):
         return cfg
     file = cfg.adapter_load or epoch_before(cfg)
@@ -3716,14 +3789,14 @@ OF_A_MACHINE = """load_model data_file val_file vocab_file proj_dir adapter_load
 
 
 def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
-    """All ranks must train the same on the same: nothing would tell later that a node has an old copy of a file."""
+    """All ranks need the same files and options: nothing would show later that a node has an old copy of a file."""
     options = {name: value for name, value in asdict(cfg).items() if name not in OF_A_MACHINE}
     contents = {k: x.corpus.fingerprint if isinstance(x, Loader) else x for k, x in own.items()}
     ranks.agree("alike", options | contents | {"program": __version__}, "give every rank the same files and options")
 
 
 def without_values(arch: Arch, wkv: Callable | None = None, grad_cp: str = "0") -> RWKV:
-    """A model that has names and shapes alone."""
+    """A model with names and shapes only."""
     with torch.device("meta"):
         return RWKV(arch, wkv, grad_cp)
 
@@ -3737,16 +3810,16 @@ def load_model(cfg: Config, arch: Arch, tensors: dict[str, Tensor], device: str,
 
 
 def compiled(run_block: RunBlock, device: str) -> RunBlock:
-    """`run_block` by torch.compile, if that works here. The operations between two products become one kernel, and what
-    backward computes again is fused into it. The first step compiles, and so does the first with rows of another
+    """`run_block` under torch.compile, if that works here. The operations between two products become one kernel, and
+    what backward recomputes is fused into it. The first step compiles, and so does the first with rows of another
     length.
     """
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as e:             # of the compiler's many parts, each has its own
-        say(f"--compile 1: torch.compile does not work here ({first_line(e)}); going on without, which is slower")
+    except Exception as e:             # each of the compiler's many parts raises its own
+        say(f"--compile 1: torch.compile does not work here ({first_line(e)}); continuing without, which is slower")
         return run_block
-    # It warns that what keep_products does suits no block with in-place operations; ours has none.
+    # It warns that what keep_products does is wrong for a block with in-place operations; ours has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     # A graph for each of: the first layer or another; a length, or any; states with a gradient or without.
     torch._dynamo.config.recompile_limit = 32
@@ -3778,15 +3851,15 @@ def adapt(model: RWKV, plan: Plan, earlier: Earlier) -> dict[str, Any]:
         there = read_described(own, "pissa_init")[1] if ranks.rank == 0 and own.exists() else {}
         if ranks.rank == 0 and there.get("init") != about["init"]:
             if there and cfg.epoch_begin:
-                raise Fatal(f"{own} is of the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
-                            " another one; name another --proj_dir")
+                raise Fatal(f"{own} is from the epochs before --epoch_begin {cfg.epoch_begin}, and these adapters have"
+                            " another one; choose another --proj_dir")
             save(own, taken, about)
     return about
 
 
 def begun_from(cfg: Config, resumed: bool) -> Config:
-    """The options, with the init_pissa.pth and the rwkv-<N>.pth that the run begins with. (A resumed one has resume.pth
-    for the latter.)"""
+    """The options, with the init_pissa.pth and the rwkv-<N>.pth that the run starts from. (A resumed one has resume.pth
+    instead of the latter.)"""
     folder, method = Path(cfg.proj_dir), ADAPTER[cfg.peft]
     if not resumed and (cfg.adapter_load or not cfg.epoch_begin):
         return cfg
@@ -3796,29 +3869,29 @@ def begun_from(cfg: Config, resumed: bool) -> Config:
 
 
 def read_adapters(cfg: Config, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What --adapter_init and --adapter_load name, if anything; both have to be of this base and of this --peft."""
+    """What --adapter_init and --adapter_load name, if anything; both must be for this base and this --peft."""
     init, about_init = read_described(cfg.adapter_init, "--adapter_init (pissa_init)") if cfg.adapter_init else ({}, {})
     load, about_load = read_described(cfg.adapter_load, "--adapter_load") if cfg.adapter_load else ({}, {})
     compare(cfg.adapter_init, about_init, about)
     compare(cfg.adapter_load, about_load, about)
     if "init" in about_load:
         compare(cfg.adapter_init, about_init, {"init": about_load["init"]})
-    if about_load.get("rank") == cfg.rank:                            # (another one is refused with both shapes)
+    if about_load.get("rank") == cfg.rank:                            # (another is refused later, with both shapes)
         described = ADAPTER[cfg.peft].layer.describe(cfg)
         compare(cfg.adapter_load, about_load, {x: described[x] for x in ("scale", "mode") if x in described})
     return init, load
 
 
 def check_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict[str, Tensor]) -> None:
-    """Adapter files have to hold the numbers of every adapter, in their shapes, and nothing that is not trained."""
+    """Adapter files must hold the numbers of every adapter, in their shapes, and nothing that is not trained."""
     method, parameters = ADAPTER[cfg.peft], dict(model.named_parameters())
     for name, t in load.items():
         fits = t.numel() == parameters[name].numel() if name in parameters else method.is_own(name)
         if not fits:
-            raise Fatal(f"{cfg.adapter_load}: {name} does not fit this model; is it of this --peft?")
+            raise Fatal(f"{cfg.adapter_load}: {name} does not fit this model; is it for this --peft?")
     missing = [name for name in parameters if load and method.is_own(name) and name not in load]
     if missing:
-        raise Fatal(f"{cfg.adapter_load}: lacks {some(missing)}; is it of this --peft?")
+        raise Fatal(f"{cfg.adapter_load}: missing {some(missing)}; is it for this --peft?")
     for name, matrix in to_freeze(model, cfg).items() if init or load else ():
         check_rank(name, matrix.weight.shape, cfg)
         for x, shape in method.layer.shapes(matrix.weight.shape, cfg).items():
@@ -3833,7 +3906,7 @@ def check_adapters(model: RWKV, cfg: Config, init: dict[str, Tensor], load: dict
 
 
 def take_parts(model: RWKV, load: dict[str, Tensor]) -> None:
-    """Takes from a file the parameters that the model has already, a time_state too; adapters come later."""
+    """Copies from a file the parameters that the model already has, including time_state; adapters come later."""
     for name, p in model.named_parameters():
         if name in load:
             p.data.copy_(load[name].view(p.shape))
@@ -3843,7 +3916,7 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
     """One optimiser step. A loss or gradient that is not finite changes nothing; three such steps end the run.
 
     The micro-batches of a step are dealt out to the ranks in turn, and n counts what all of them learn: gradients are
-    summed, and nobody divides by a number of ranks.
+    summed, and never divided by the number of ranks.
     """
     cfg, optimiser, ranks = run.cfg, run.optimiser, run.ranks
     own = range(run.step * run.batches, (run.step + 1) * run.batches)[ranks.rank:: ranks.size]
@@ -3870,22 +3943,22 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
 
 
 def skip(run: Run, loss: float) -> None:
-    """Says which rows gave no finite gradient. In fp16 the cause is mostly the loss scale, so that is halved first."""
+    """Says which rows gave no finite gradient. In fp16 the cause is usually the loss scale, so that is halved first."""
     if run.loss_scale > 1 and math.isfinite(loss):
         run.loss_scale, run.scaled_at = run.loss_scale / 2, run.step
         say(f"step {run.step}: a gradient overflowed in fp16; skipped, and the loss scale is now {run.loss_scale:g}")
         return
     run.bad_steps += 1
     say(f"step {run.step}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; the step is skipped and"
-        f" nothing changed (rows {run.step * run.rows} to {(run.step + 1) * run.rows - 1} that were read)")
+        f" nothing changed (it read rows {run.step * run.rows} to {(run.step + 1) * run.rows - 1})")
     if run.bad_steps == BAD_STEPS:
         raise Fatal(f"{BAD_STEPS} steps in a row, up to step {run.step}, had no finite loss and gradient; what was"
-                    " saved before is good; lower --lr_init, or look at those rows")
+                    " saved before is good; lower --lr_init, or check those rows")
 
 
 def train(run: Run) -> int:
     """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Returns
-    the signal that stopped it before its end, or 0."""
+    the signal that stopped it early, or 0."""
     cfg = run.cfg
     if run.held_out:
         say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
@@ -3912,14 +3985,14 @@ def train(run: Run) -> int:
                 save_resume(run)
         if run.step < run.steps:
             save_resume(run)
-            say(f"stopped before step {run.step}; --resume goes on from here")
+            say(f"stopped before step {run.step}; --resume continues from here")
             return stop.asked or signal.SIGTERM                       # (of another rank)
     say(f"done: {run.folder}")
     return 0
 
 
 def end_epoch(run: Run, log: Logger, epoch: int, lr: float, due: bool) -> None:
-    """Logs an epoch's mean loss, saves what it made, validates, prints a sample. due: resume.pth is, whatever
+    """Logs an epoch's mean loss, saves what it made, validates, prints a sample. due: save resume.pth whatever
     --epoch_save says."""
     cfg = run.cfg
     if run.step == run.steps and not run.optimiser.t:
@@ -3960,9 +4033,9 @@ def saved_after(run: Run, epoch: int) -> bool:
 
 
 def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
-    """Writes an epoch's files: rwkv-<epoch>.pth (adapters and trained parts in fp32, or the whole model) and what is
-    merged. resume.pth was written before and gives them all again, so a kill between the two loses nothing. A file that
-    is there is replaced, since a run that went back to resume.1.pth makes an epoch again; without `anew` it stays."""
+    """Writes an epoch's files: rwkv-<epoch>.pth (adapters and trained parts in fp32, or the whole model) and the merged
+    model. resume.pth was written before and gives them all again, so a kill between the two loses nothing. An existing
+    file is replaced, since a run that went back to resume.1.pth repeats an epoch; without `anew` it stays."""
     cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
     masters = run.optimiser.masters() if saved_after(run, epoch) else {}                  # (rank 0's; others have {})
@@ -3976,19 +4049,19 @@ def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
         say(f"merged: {merged}")
 
 
-def whole_model(run: Run, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole_model(run: Run, masters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The base with what was trained, as a model file."""
     cfg = run.cfg
     base = read_pth(cfg.load_model, "--load_model") if cfg.load_model else run.model.state_dict()
     held = QUANT[cfg.quant].merged_as(run.model.head.weight.dtype)
-    return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held)
+    return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held, "the trained model")
 
 
-# ----------------------------------------------------------------------------------------- going on where a run stopped
+# --------------------------------------------------------------------------------------- continuing where a run stopped
 
 OPENED_BY = ".opened_by"                                              # in proj_dir: who opened it last, an agent a line
 
-# What `write_whole` leaves where a run is killed in it.
+# What `write_whole` leaves behind when a run is killed in it.
 LEFTOVER = re.compile(r"\.(probe|\.opened_by|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.part")
 
 
@@ -3996,8 +4069,8 @@ def open_folder(cfg: Config, ranks: Ranks) -> Config:
     """Rank 0 opens proj_dir. All ranks resume if one was told to, or if torchrun has restarted the job that opened the
     folder. A job that was refused, because the folder holds another run, is refused again when it is restarted."""
     folder = Path(cfg.proj_dir)
-    # torchrun's agent stays when it starts its ranks anew. One of several nodes may have been replaced meanwhile, and
-    # each agent counts its restarts for itself: one that only joined again has counted none.
+    # torchrun's agent survives when it restarts its ranks. One of several nodes may have been replaced meanwhile, and
+    # each agent counts its own restarts: one that has only rejoined has counted none.
     own = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')} {platform.node()} {os.getppid()}"
     agents = ranks.each("agent", own)
     anew = any(ranks.totals(of_torchrun("TORCHELASTIC_RESTART_COUNT", 0)))
@@ -4010,13 +4083,13 @@ def open_folder(cfg: Config, ranks: Ranks) -> Config:
 
 
 def opened_by(folder: Path) -> set[str]:
-    """The agents, torchrun's, of the run that opened the folder last."""
+    """torchrun's agents of the run that opened the folder last."""
     file = folder / OPENED_BY
     return {*file.read_text("utf-8", errors="replace").splitlines()} if file.is_file() else set()
 
 
 def make_ready(cfg: Config) -> None:
-    """Makes proj_dir, if need be, and removes what a killed run left. A run that is in it is never written over."""
+    """Makes proj_dir, if need be, and removes what a killed run left. A run that is in it is never overwritten."""
     folder = Path(cfg.proj_dir)
     probe = folder / f".probe.{os.getpid()}.part"
     try:
@@ -4030,11 +4103,11 @@ def make_ready(cfg: Config) -> None:
     saved = sorted(p.name for p in folder.glob("resume*.pth"))
     if cfg.resume and held and not saved:
         raise Fatal(f"--resume: {folder} holds {some(held)} but no resume.pth;"
-                    " --epoch_begin goes on from rwkv-<N-1>.pth")
+                    " --epoch_begin continues from rwkv-<N-1>.pth")
     if not cfg.epoch_begin:
         held += saved + [name for name in ("init_pissa.pth", "loss_data.jsonl") if (folder / name).exists()]
     if held and not cfg.resume:
-        raise Fatal(f"--proj_dir {folder} holds a run already ({some(held)}): --resume goes on; or name another")
+        raise Fatal(f"--proj_dir {folder} already holds a run ({some(held)}): --resume continues it; or choose another")
     for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):
         (folder / name).unlink(missing_ok=True)
 
@@ -4043,11 +4116,11 @@ COUNTERS = ("step", "epoch_loss", "epoch_good", "loss_scale", "scaled_at")  # of
 
 
 def save_resume(run: Run) -> None:
-    """Saves all that a run needs to go on as if it had never stopped. Keeps the file before it as resume.1.pth, and so
-    on.
+    """Saves all that a run needs to continue as if it had never stopped. Keeps the previous file as resume.1.pth, and
+    so on.
 
-    It goes on to the bit with the same device, threads and number of ranks, and without --compile: the optimiser's and
-    the random state are in this file, the data follow from `step`, what is frozen from the base and init_pissa.pth.
+    It continues to the bit with the same device, threads and number of ranks, and without --compile: the optimiser's
+    and the random state are in this file, the data follow from `step`, what is frozen from the base and init_pissa.pth.
     """
     state = run.optimiser.state() | {"rng": run.ranks.collect(torch.get_rng_state()[None])}
     if run.device == "cuda":
@@ -4065,7 +4138,7 @@ def config_of(run: Run) -> dict[str, Any]:
 
 
 def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The newest file of proj_dir to go on from that is whole, and what it holds; nothing, where there is none."""
+    """The newest intact file in proj_dir to resume from, and what it holds; nothing, if there is none."""
     path = Path(cfg.proj_dir) / "resume.pth"
     there = [p for age in range(cfg.keep + 1) if (p := aged(path, age)).exists()]
     for p in there:
@@ -4075,31 +4148,31 @@ def newest(cfg: Config) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
                 raise Fatal(f"{p}: not what this program writes for --resume")
             begun = described["config"].get("epoch_begin", 0)
             if begun != cfg.epoch_begin and described["step"] <= cfg.epoch_begin * described["epoch_steps"]:
-                break                                                 # of the run before this one, as are the older
+                break                                                 # from the run before this one, as are the older
             return p, state, described
         except Fatal as e:
             if p == there[-1]:
                 raise
-            say(f"{e}; taking the one before it")
-    begins = f"with rwkv-{cfg.epoch_begin - 1}.pth" if cfg.epoch_begin else "anew"
-    say(f"--resume: this run has not written {path} yet; it begins {begins}")
+            say(f"{e}; using the one before it")
+    begins = f"from rwkv-{cfg.epoch_begin - 1}.pth" if cfg.epoch_begin else "from the beginning"
+    say(f"--resume: this run has not written {path} yet; it starts {begins}")
     return path, {}, {}
 
 
 def newest_of_all(cfg: Config, ranks: Ranks) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """What is the newest on rank 0, which has looked at every number of it; the others read as much as they need."""
+    """The newest on rank 0, which has checked every number in it; the others read only as much as they need."""
     path, state, described = newest(cfg) if ranks.rank == 0 else (Path(cfg.proj_dir), {}, {})
     name = ranks.each("newest", path.name if state else "")[0]
     if ranks.rank > 0 and name and (path / name).exists():
         path = path / name
         state, described = read_described(path, "--resume", checks=False)
     ranks.agree("resume", {"the step in resume.pth": described.get("step")},
-                f"--proj_dir {cfg.proj_dir} must lie on a disk that all see")
+                f"--proj_dir {cfg.proj_dir} must be on a disk that all can see")
     return path, state, described
 
 
 def restore(run: Run, earlier: Earlier) -> None:
-    """Sets a run to where resume.pth was written."""
+    """Puts a run back to where resume.pth was written."""
     path, state, described = earlier.path, earlier.state, earlier.described
     compare(path, described, run.about | {"trained": run.optimiser.layout()})
     shapes = dict.fromkeys(("master", "m", "v"), (run.optimiser.numbers,)) | {"t": ()}
@@ -4118,7 +4191,7 @@ def restore(run: Run, earlier: Earlier) -> None:
         run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
         say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
     if old_rows != run.rows:
-        say(f"a step had {old_rows} rows and has {run.rows} now: the data go on at row {run.step * run.rows}")
+        say(f"a step had {old_rows} rows and has {run.rows} now: the data continue at row {run.step * run.rows}")
     if len(rng) == run.ranks.size:
         torch.set_rng_state(rng[run.ranks.rank].clone())              # (a view would crash torch)
         if "rng_cuda" in state and run.device == "cuda":
@@ -4129,8 +4202,8 @@ def restore(run: Run, earlier: Earlier) -> None:
 
 
 class Stop:
-    """SIGTERM or Ctrl-C asks the run to end after its step; Ctrl-C ends the program if that was asked before. (SIGTERM
-    never does: where all processes of a job get it, torchrun's agent sends it to its ranks once more.)"""
+    """SIGTERM or Ctrl-C asks the run to end after its step; after that, Ctrl-C ends the program at once. (SIGTERM never
+    does: if all processes of a job get it, torchrun's agent sends it to its ranks once more.)"""
 
     def __enter__(self) -> Stop:
         self.asked = 0                                                # the signal
@@ -4151,7 +4224,7 @@ class Stop:
 
 
 class Lines:
-    """For a bar whose output is a file: it writes a line each time, not over the last one."""
+    """For a bar whose output is a file: it writes a new line each time, not over the last one."""
 
     def write(self, text: str) -> None:
         if text := text.strip():
@@ -4170,7 +4243,7 @@ class Logger:
         if run.ranks.rank > 0:
             return
         self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
-        if self.losses.exists():                                      # lines of steps that will be made again
+        if self.losses.exists():                                      # lines of steps that will be repeated
             lines = self.losses.read_text("utf-8", errors="replace").splitlines()
             kept = "".join(x + "\n" for x in lines if step_of(x) < run.step)
             write_whole(self.losses, lambda file: file.write(kept.encode()))
@@ -4184,7 +4257,7 @@ class Logger:
             self.wandb.finish(exit_code=int(kind is not None))
 
     def step(self, **row: Any) -> None:
-        row = {k: v if math.isfinite(v) else None for k, v in row.items()}                # JSON knows no NaN
+        row = {k: v if math.isfinite(v) else None for k, v in row.items()}                # JSON has no NaN
         self.append(self.losses, json.dumps(row))
         if self.wandb:
             self.wandb.log(row, step=row["step"])
@@ -4200,7 +4273,7 @@ class Logger:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as e:
-            raise Fatal(f"cannot write {path}: {e.strerror}; --resume goes on from what was saved last") from None
+            raise Fatal(f"cannot write {path}: {e.strerror}; --resume continues from the last save") from None
 
 
 def step_of(line: str) -> float:
@@ -4221,7 +4294,7 @@ def load_wandb(cfg: Config) -> Any:
     os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")   # its logs would go to the home folder
     try:
         return wandb.init(project=cfg.wandb, name=folder.name, config=asdict(cfg), dir=str(folder))
-    except Exception as e:             # of wandb's own and of those of what it stands on
+    except Exception as e:             # wandb's own, and those of its dependencies
         raise Fatal(f"--wandb {cfg.wandb}: {first_line(e)} (WANDB_MODE=offline logs into {cfg.proj_dir}, from where"
                     " `wandb sync` sends it later)") from None
 
@@ -4233,7 +4306,7 @@ def of_torchrun(name: str, usual: int) -> int:
     """A number that torchrun puts into the environment."""
     text = os.environ.get(name, str(usual))
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise Fatal(f"{name}={text} in the environment: a number is wanted; torchrun sets it, nobody else has to")
+        raise Fatal(f"{name}={text} in the environment: expected a number; torchrun sets it, nothing else has to")
     return int(text)
 
 
@@ -4241,7 +4314,7 @@ DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")                 # of Linux
 
 
 def has_bf16() -> bool:
-    """Whether the GPU multiplies in bf16. Where there is none, and only bytes are counted, that is assumed."""
+    """Whether the GPU multiplies in bf16. If there is none, and only bytes are counted, that is assumed."""
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -4249,20 +4322,20 @@ def setup(cfg: Config) -> tuple[Ranks, str, torch.dtype]:
     """Joins the other processes. Returns these, the device and the compute dtype."""
     world, here = of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_WORLD_SIZE", 1)
     if cfg.devices not in (0, here) and not cfg.dry_run:
-        raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; it takes --nproc_per_node={cfg.devices}")
+        raise Fatal(f"--devices {cfg.devices}: torchrun started {here}; give it --nproc_per_node={cfg.devices}")
     gpu = torch.cuda.is_available()
     accelerator = pick({"gpu": "cuda", "cpu": "cpu"}, "--accelerator", cfg.accelerator or ("gpu" if gpu else "cpu"))
     if accelerator == "cuda" and not gpu and not cfg.dry_run:
-        raise Fatal("--accelerator gpu: torch finds none here; take cpu, or install a CUDA build of torch")
-    # Segments that grow leave less memory reserved and unused. CUDA reads this when it begins, which is later. (Under
-    # Windows, drivers before R615 fail at the first of them.)
+        raise Fatal("--accelerator gpu: torch finds none here; use cpu, or install a CUDA build of torch")
+    # Segments that grow leave less memory reserved but unused. CUDA reads this when it is initialised, which is later.
+    # (Under Windows, drivers before R615 fail at the first of them.)
     under_windows = "microsoft" in platform.release().lower()
     allocator = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
     if accelerator == "cuda" and not allocator and not under_windows:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if not (gpu or cfg.accelerator or "CUDA_VISIBLE_DEVICES" in os.environ) and any(map(os.path.exists, DRIVERS)):
-        why = f"may be too old for CUDA {torch.version.cuda} (13 needs 580)" if torch.version.cuda else "is not asked"
-        say(f"on the CPU: torch {torch.__version__} finds no GPU, and the NVIDIA driver that is here {why}")
+        why = f"may be too old for CUDA {torch.version.cuda} (13 needs 580)" if torch.version.cuda else "is not used"
+        say(f"on the CPU: torch {torch.__version__} finds no GPU, and the NVIDIA driver installed here {why}")
     if cfg.dry_run:
         ranks = Unheard(0, max(world, cfg.devices))
     else:
@@ -4280,7 +4353,7 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     if accelerator == "cuda":
         if here >= torch.cuda.device_count():
             raise Fatal(f"--accelerator gpu: process {here + 1} of this machine finds {torch.cuda.device_count()} GPUs;"
-                        " start as many as there are")
+                        " start one process per GPU")
         torch.cuda.set_device(here)
     try:
         store, rank, size = next(rendezvous("env://", timeout=patience))
@@ -4289,8 +4362,8 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     except (RuntimeError, ValueError) as e:
         first = "" if is_first() else "rank 0 did not answer: "         # (the others wait for rank 0 alone)
         raise Fatal(f"the processes did not find each other: {first}{first_line(e)}") from None
-    # torch imports this sometime. If there is a group then, its functions have it as a default and never let it go, and
-    # a thread of gloo that outlives Python's end aborts.
+    # torch imports this at some point. If there is a group by then, its functions have it as a default and never let go
+    # of it, and a thread of gloo that outlives Python aborts.
     importlib.import_module("torch.distributed.nn")
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
     try:
@@ -4298,15 +4371,15 @@ def join(cfg: Config, accelerator: str) -> Ranks:
     except RuntimeError as e:
         networks = "GLOO_SOCKET_IFNAME" + " and NCCL_SOCKET_IFNAME" * (accelerator == "cuda")
         raise Fatal(f"the processes did not find each other's address: {of_gloo(e)}; if none has ended, set {networks}"
-                    " on every machine to its network card, like eth0 (Debian's /etc/hosts gives a machine's name the"
-                    " address 127.0.1.1, where no other finds it)") from None
+                    " on every machine to its network interface, like eth0 (Debian's /etc/hosts gives a machine's name"
+                    " the address 127.0.1.1, which no other can reach)") from None
     JOINED.append(ranks)
     return ranks
 
 
 def agreed(store: dist.Store, rank: int, size: int, patience: float) -> dist.Store:
-    """The part of a store that belongs to these processes alone. torchrun's lives on when it restarts them, with all
-    that was in it: each writes a fresh word, and rank 0 answers it with its own, with which all keys then begin."""
+    """The part of a store that belongs to these processes alone. torchrun's store survives when it restarts them, with
+    all that was in it: each writes a fresh word, and rank 0 answers with its own, with which all keys then begin."""
     word, deadline = os.urandom(8).hex(), time.monotonic() + patience
     if rank > 0:
         store.set(f"rank {rank}", word)
@@ -4318,13 +4391,13 @@ def agreed(store: dist.Store, rank: int, size: int, patience: float) -> dist.Sto
             store.set(store.get(f"rank {other}").decode(), word)
         missing = {r for r in missing if not store.check([f"{word} has {r}"])}
         if time.monotonic() > deadline:
-            raise RuntimeError(f"rank {some(map(str, missing))} did not come within {patience:g} s")
+            raise RuntimeError(f"rank {some(map(str, missing))} did not join within {patience:g} s")
         time.sleep(0.01)
     return dist.PrefixStore(word, store)
 
 
 def launch(cfg: Config, argv: list[str]) -> None:
-    """--devices N of plain python: this process becomes torchrun's, which starts N."""
+    """--devices N with plain python: this process becomes torchrun, which starts N."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.devices}"]
     sys.stdout.flush()
     os.execv(sys.executable, [*torchrun, __file__, *argv])
@@ -4351,13 +4424,13 @@ def check(cfg: Config) -> None:
 
 
 def check_together(cfg: Config) -> None:
-    """Refuses options that contradict each other, or lack another."""
+    """Refuses options that contradict each other, or need another."""
     layer, lossy, everything = ADAPTER[cfg.peft].layer, QUANT[cfg.quant].lossy, EVERYTHING in parts_of(cfg)
     if not cfg.data_file and cfg.data_type != "dummy" and not cfg.chat:
         raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
     if not cfg.load_model and not everything:
         what = f"trains --train_parts {' '.join(cfg.train_parts)} of" if ADAPTER[cfg.peft].whole else "adapts"
-        raise Fatal(f"--load_model is missing: --peft {cfg.peft} {what} a base model; --peft none alone pretrains a new"
+        raise Fatal(f"--load_model is missing: --peft {cfg.peft} {what} a base model; only --peft none pretrains a new"
                     " one")
     if layer.taken and bool(cfg.adapter_load) > bool(cfg.adapter_init):
         raise Fatal(f"--adapter_load {cfg.adapter_load} (pissa_load) needs --adapter_init (pissa_init) too: the"
@@ -4366,7 +4439,7 @@ def check_together(cfg: Config) -> None:
         raise Fatal(f"--adapter_init {cfg.adapter_init} (pissa_init): --peft {cfg.peft} takes nothing out of a matrix;"
                     " leave it out")
     if cfg.epoch_begin and cfg.adapter_init and not cfg.adapter_load:
-        raise Fatal(f"--adapter_init {cfg.adapter_init}: --epoch_begin {cfg.epoch_begin} takes the init_pissa.pth of"
+        raise Fatal(f"--adapter_init {cfg.adapter_init}: --epoch_begin {cfg.epoch_begin} uses the init_pissa.pth in"
                     " --proj_dir; leave it out")
     if cfg.val_file and cfg.val_split:
         raise Fatal(f"--val_split {cfg.val_split}: --val_file {cfg.val_file} is held out already; give one of them")
@@ -4374,28 +4447,28 @@ def check_together(cfg: Config) -> None:
         raise Fatal(f"--quant {cfg.quant}: --peft {cfg.peft} trains every matrix, and only frozen ones are quantised;"
                     " --train_parts says what else to train")
     if cfg.qpissa_iters > 1 and not (layer.taken and lossy):
-        raise Fatal(f"--qpissa_iters {cfg.qpissa_iters} fits PiSSA's start to a quantised base, and this is --peft"
+        raise Fatal(f"--qpissa_iters {cfg.qpissa_iters} fits PiSSA's start to a quantised base, but this is --peft"
                     f" {cfg.peft} with --quant {cfg.quant}")
     if cfg.emb_on_cpu and any(part in "emb.weight" for part in parts_of(cfg)):
-        raise Fatal("--emb_on_cpu leaves the embedding in its file, and --peft none or --train_parts emb trains it")
+        raise Fatal("--emb_on_cpu leaves the embedding in its file, but --peft none or --train_parts emb trains it")
     if cfg.train_type == "infctx" and cfg.chunk_ctx > cfg.ctx_len:
-        raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; up to --ctx_len {cfg.ctx_len} is wanted")
+        raise Fatal(f"--chunk_ctx {cfg.chunk_ctx}: a chunk is part of a row; expected at most --ctx_len {cfg.ctx_len}")
     if cfg.train_type == "infctx" and ADAPTER[cfg.peft].state and cfg.chunk_grad == "truncated":
-        raise Fatal("--chunk_grad truncated: with --peft state only the first chunk would be learnt from; take full")
+        raise Fatal("--chunk_grad truncated: with --peft state only the first chunk would be learnt from; use full")
     if cfg.train_type == "infctx" and cfg.chunk_grad == "full" and cfg.grad_cp == "products":
-        raise Fatal("--grad_cp products: --chunk_grad full computes every chunk again, and would keep the products of"
-                    " all; 0 or 1 takes less")
+        raise Fatal("--grad_cp products: --chunk_grad full recomputes every chunk, and would keep the products of all;"
+                    " use 0 or 1, which take less")
     if cfg.compile and cfg.op == "torch":
-        raise Fatal("--compile 1: --op torch is a loop over tokens, which a compiler writes out; take chunk or cpu")
+        raise Fatal("--compile 1: --op torch is a loop over tokens, which a compiler would unroll; use chunk or cpu")
     if cfg.train_type == "state" and cfg.peft != "state":
-        raise Fatal(f"--train_type state: that is --peft state here, and this is --peft {cfg.peft}")
+        raise Fatal(f"--train_type state: that is --peft state here, but this is --peft {cfg.peft}")
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise Fatal(f"--wandb {cfg.wandb}: the package is not installed: `pip install wandb`")
     if cfg.loss_mask == "se":
         mask_strings(cfg)
 
 
-BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others of which it needs one to be so
+BELONGS_TO: dict[str, dict[str, Any]] = {  # option -> others, one of which must have this value
     "lora_alpha": {"peft": "lora"}, "lora_dropout": {"peft": "lora"}, "bone_mode": {"peft": "bone"},
     "svd_niter": {"peft": "pissa"}, "mask_id": {"loss_mask": "se"}, "decay_frac": {"lr_schedule": "wsd"},
     "chunk_ctx": {"train_type": "infctx"}, "chunk_grad": {"train_type": "infctx"},
@@ -4413,7 +4486,7 @@ def hint(cfg: Config) -> None:
 
 
 def hint_rate(cfg: Config, width: int) -> None:
-    """Says where a learning rate is unusual for the method. (Narrow models, as a demonstration's, bear more.)"""
+    """Says if a learning rate is unusual for the method. (Narrow models, like the demonstration's, tolerate more.)"""
     method = ADAPTER[cfg.peft]
     if cfg.lr_init < method.low_lr:
         say(f"--lr_init {cfg.lr_init:g} is low for --peft {cfg.peft}; 0.01 to 1 is usual")
@@ -4429,14 +4502,14 @@ class Graphs:
     """`add_gradient` by CUDA graphs: the thousands of kernels that a micro-batch launches are recorded once, and from
     then on launched as one.
 
-    A graph repeats the same kernels at the same addresses. So a micro-batch is filled up to one of few shapes, of which
-    each has its graph, and copied to where the recorded one lay; n and the loss scale lie there too. The first of a
-    shape runs as ever, for the libraries to prepare themselves, and the second is recorded. All graphs work in the same
-    memory: never two at a time, and what a micro-batch leaves is in the optimiser's buffers.
+    A graph repeats the same kernels at the same addresses. So a micro-batch is padded to one of a few shapes, each with
+    its own graph, and copied to where the recorded one was; n and the loss scale are there too. The first of a shape
+    runs as usual, for the libraries to set themselves up, and the second is recorded. All graphs share the same memory:
+    no two run at once, and what a micro-batch leaves is in the optimiser's buffers.
     Reducing, clipping and the update stay outside: they differ from step to step, and are 90 of 8000 launches (1.5B).
     """
 
-    most = 16                                                         # graphs; shapes beyond run as ever
+    most = 16                                                         # graphs; further shapes run as usual
 
     def __init__(self) -> None:
         self.places: dict[Any, list[Tensor]] = {}                     # shape -> inputs, learnt, targets, n, loss scale
@@ -4470,12 +4543,12 @@ class Graphs:
         return loss
 
     def record(self, shape: Any, work: Callable[[], Tensor], model: RWKV) -> None:
-        """Records the work, which does not run it. If that fails, says so once; from then on work runs as ever."""
+        """Records the work, which does not run it. If that fails, says so once; from then on work runs as usual."""
         try:
             self.graphs[shape] = self.captured(work)
         except RuntimeError as e:
-            why = first_line(e.__context__ or e)                      # (the end of a capture that broke fails as well)
-            say(f"--cuda_graph 1: what a step does could not be recorded ({why}); going on without")
+            why = first_line(e.__context__ or e)                      # (ending a broken capture fails as well)
+            say(f"--cuda_graph 1: what a step does could not be recorded ({why}); continuing without")
             self.most = 0
             self.graphs.clear()
             for p in model.parameters():
@@ -4483,7 +4556,7 @@ class Graphs:
 
     def captured(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # "thread_local", since NCCL's own thread asks CUDA things that a capture forbids.
+        # "thread_local", since NCCL's own thread makes CUDA calls that a capture forbids.
         with torch.cuda.stream(self.stream), torch.cuda.graph(graph, self.memory, self.stream, "thread_local"):
             loss = work()
         return graph.replay, loss
@@ -4529,15 +4602,15 @@ class Past(NamedTuple):
 
 def check_tokens(tokens: list[int], arch: Arch, what: str = "that text") -> None:
     if (largest := max(tokens, default=0)) >= arch.vocab_size:
-        raise Fatal(f"token {largest} of {what} is outside the model's vocabulary of {arch.vocab_size}; is it"
-                    " --tokenizer's?")
+        raise Fatal(f"token {largest} of {what} is outside the model's vocabulary of {arch.vocab_size}; is"
+                    " --tokenizer the model's?")
 
 
 @torch.no_grad()
 def tokens_of(
     model: RWKV, tokens: list[int], past: Past, draw: torch.Generator, top_p: float, temperature: float
 ) -> Iterator[tuple[int, Past]]:
-    """Yields what the model writes after `past` and `tokens`, token after token without end, each with the past that it
+    """Yields what the model writes after `past` and `tokens`, token by token without end, each with the past that it
     was drawn from. Reads only what is new. top_p 0 is greedy."""
     check_tokens(tokens, model.arch)
     device = model.head.weight.device
@@ -4548,7 +4621,7 @@ def tokens_of(
             x, read = (torch.cat(both, 1) for both in zip(past.seen, (x, read), strict=True))
         p = model.next_logits(x, read)[0].float().softmax(-1).cpu()                       # (V)
         if p.isnan().any():
-            raise Fatal("the model computes NaN, no probabilities; fp16 ends at 65504: take --precision bf16 or fp32")
+            raise Fatal("the model computes NaN, not probabilities; fp16 ends at 65504: use --precision bf16 or fp32")
         p, order = p.sort(descending=True)
         p[1:][p.cumsum(0)[:-1] >= top_p] = 0                                              # the likeliest, up to top_p
         new = order[torch.multinomial((p / p[0]) ** (1 / temperature), 1, generator=draw)].item()
@@ -4574,18 +4647,18 @@ def generate(
 
 TOLD = {"peft": "peft", "quant": "quant", "rank": "rank", "bone_mode": "mode"}  # option -> what a file calls it
 NOT_IN_CHAT = ("data_file", "val_file", "make_binidx", "dry_run", "resume", "auto_merge")
-# Somebody else speaks: on any line, for some models write turns without blank lines. (learn_assistant is stricter.)
+# Someone else speaks: on any line, since some models write turns without blank lines. (learn_assistant is stricter.)
 TURN = re.compile(rb"\n(System|User|Assistant):")
 
 
 def chat_config(cfg: Config, given: set[str]) -> Config:
-    """The options of --chat, with what the adapter file tells; one of `given` that says something else is an error."""
+    """The options of --chat, with what the adapter file says; one of `given` that says otherwise is an error."""
     pick(ADAPTER, "--peft", cfg.peft)
     if odd := [name for name in NOT_IN_CHAT if getattr(cfg, name) != getattr(Config, name)]:
         raise Fatal(f"--{odd[0]} is not for --chat, which only talks; leave one of them out")
     if cfg.devices > 1 or of_torchrun("WORLD_SIZE", 1) > 1:
         raise Fatal("--chat is for one process: start it with python, without --devices")
-    # No part is trained, so that every matrix is frozen and may be codes; no gradient, so nothing is kept for one.
+    # Nothing is trained, so every matrix is frozen and may be quantised; no gradient, so nothing is kept for one.
     cfg = replace(from_whole_model(cfg), train_parts=(), grad_cp="0", train_type="normal")
     if not cfg.load_model:
         raise Fatal("--load_model is missing: the model that --chat talks to")
@@ -4626,8 +4699,8 @@ def load_chat(cfg: Config) -> tuple[RWKV, ByteTokenizer]:
 
 
 def certain_length(text: bytes) -> int:
-    """How many bytes of an answer that is being written are surely its own: whole characters, without white space at
-    the end, and without a line that is or may become another's turn."""
+    """How many bytes of an unfinished answer are certainly its own: whole characters, without trailing white space, and
+    without a line that is or may become another's turn."""
     head, newline, line = text.rpartition(b"\n")
     may_be_turn = newline and any(role.startswith(line) for role in (b"System:", b"User:", b"Assistant:"))
     own = (text[: m.start()] if (m := TURN.search(text)) else head if may_be_turn else text).rstrip()
@@ -4671,9 +4744,9 @@ def talk(cfg: Config, given: set[str]) -> None:
     while True:
         try:
             question = input("User: " if watched else "").strip()
-            question.encode()                                         # (some locales let bytes pass that are no text)
+            question.encode()                                         # (some locales let non-text bytes pass)
         except UnicodeError as e:
-            raise Fatal(f"--chat: the question is no {e.encoding} text (at {e.start}: {e.reason})") from None
+            raise Fatal(f"--chat: the question is not valid {e.encoding} (at {e.start}: {e.reason})") from None
         except (EOFError, KeyboardInterrupt):
             question = "/exit"
         if question == "/exit":
@@ -4681,7 +4754,7 @@ def talk(cfg: Config, given: set[str]) -> None:
         if question == "/reset":
             past = Past()
         elif re.fullmatch(r"/\w*", question):
-            print(f"{question}: no such command; there are /reset and /exit", file=sys.stderr)
+            print(f"{question}: unknown; choose from /reset and /exit", file=sys.stderr)
         elif question:
             try:
                 write("Assistant:")
@@ -4697,10 +4770,10 @@ def talk(cfg: Config, given: set[str]) -> None:
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive while code runs on the meta device, that is without values.
+    """Counts the bytes of the tensors that are alive while code runs on the meta device, that is, without values.
 
     Each takes whole units of 512 bytes, as in CUDA's caching allocator; those of `elsewhere` take nothing. `.item()`
-    gives 1. On another device than meta it counts what really is there.
+    gives 1. On a device other than meta it counts what is really there.
     """
 
     def __init__(self, device: str = "meta", elsewhere: Iterable[Tensor] = ()) -> None:
@@ -4727,7 +4800,7 @@ class Peak(TorchDispatchMode):
 
 
 class FullRows:
-    """In a Loader's place: the largest batches there can be, of `bsz` rows of which every token is learnt."""
+    """In place of a Loader: the largest batches there can be, of `bsz` rows in which every token is learnt."""
 
     def __init__(self, bsz: int, ctx_len: int, device: str):
         self.bsz, self.ctx_len, self.device = bsz, ctx_len, device
@@ -4738,11 +4811,11 @@ class FullRows:
 
 
 class Memory(NamedTuple):
-    """What a run takes of a device, in bytes: its parts when a step takes most, and the most while it is loaded."""
+    """What a run takes of a device, in bytes: its parts at the peak of a step, and the peak while it is loaded."""
 
     weights: int                                                      # frozen
     optimiser: int                                                    # what is trained, with gradient and moments
-    activations: int                                                  # and whatever else a step makes and lets go
+    activations: int                                                  # and whatever else a step makes and frees
     loading: int
     other: int                                                        # not tensors: OTHER
 
@@ -4751,17 +4824,17 @@ class Memory(NamedTuple):
         return max(self.weights + self.optimiser + self.activations, self.loading) + self.other
 
 
-CONTEXT = 500_000_000                                                 # bytes of CUDA's, per process
-# What a device takes that no tensor does: bytes, a share of the tensors' peak, and both in words.
+CONTEXT = 500_000_000                                                 # bytes of CUDA's context, per process
+# Device memory that is not in tensors: bytes, a share of the tensors' peak, and both in words.
 OTHER = {"cuda": (CONTEXT + 2**25, 0.03, "0.53 for CUDA's context and cuBLAS, 3 % for fragmentation"),
-         "cpu": (0, 0.0, "of torch itself nothing is counted")}
+         "cpu": (0, 0.0, "torch itself is not counted")}
 
 
 class Rehearsal:
     """A run without values and without a device: the code of loading, adapting and training, whose bytes are counted.
 
-    For CUDA the operator is `cuda`, whose fake implementation says what it allocates, unless --op or the size of heads
-    asks for another. Not seen is what a kernel of torch takes for itself.
+    For CUDA the operator is `cuda`, whose fake implementation says what it allocates, unless --op or the head size
+    calls for another. What torch's kernels allocate for themselves is not seen.
     """
 
     def __init__(self, cfg: Config, arch: Arch, device: str, dtype: torch.dtype, ranks: Ranks = ONE_RANK):
@@ -4804,7 +4877,7 @@ class Rehearsal:
         return Memory(self.held - optimiser, optimiser, activations, self.loading, other)
 
     def fastest(self, bsz: int, room: int) -> str:
-        """The first way of GRAD_CP with which a step takes at most `room` bytes; the last, where none does."""
+        """The first way of GRAD_CP with which a step takes at most `room` bytes; the last, if none does."""
         for way, run_block in GRAD_CP.items():
             self.run.model.run_block = run_block
             if self.memory(bsz).total <= room:
@@ -4818,15 +4891,15 @@ class Rehearsal:
         while fits + 1 < too_many:                                    # Newton's steps: bytes grow nearly linearly
             fits, too_many = (bsz, too_many) if taken(bsz) <= room else (fits, bsz)
             guess = bsz + (room - taken(bsz)) // max(1, taken(bsz + 1) - taken(bsz))
-            bsz = min(max(guess, fits + 1), too_many - 1, 8 * bsz)    # (while loading takes most, a row takes nothing)
+            bsz = min(max(guess, fits + 1), too_many - 1, 8 * bsz)    # (while loading takes most, a row adds nothing)
         return fits
 
 
 def room_of(cfg: Config, device: str) -> int:
-    """Bytes of the device that a run can have; 0: unknown."""
+    """Bytes of device memory that a run can have; 0: unknown."""
     if cfg.vram_gb or device != "cuda":
         return int(cfg.vram_gb * 1e9)
-    # (To ask makes a context, which then is not free, and which OTHER counts among what a run takes.)
+    # (Asking creates a context, which then is not free, and which OTHER counts as part of what a run takes.)
     return torch.cuda.mem_get_info()[0] + CONTEXT if torch.cuda.is_available() else 0
 
 
@@ -4834,7 +4907,7 @@ def what_fits(cfg: Config, arch: Arch, bsz: int, device: str, dtype: torch.dtype
     """--grad_cp auto: the fastest that the device has room for."""
     room = room_of(cfg, device)
     if not room:
-        raise Fatal(f"--grad_cp auto: how much memory it may take is not known of a {device}; say so by --vram_gb")
+        raise Fatal(f"--grad_cp auto: how much memory it may use is not known for a {device}; set --vram_gb")
     rehearsal = Rehearsal(replace(cfg, grad_cp="1"), arch, device, dtype, Unheard(0, ranks))
     chosen = rehearsal.fastest(bsz, room)
     say(f"--grad_cp auto: {chosen}, {rehearsal.memory(bsz).total / 1e9:.2f} of {room / 1e9:.2f} GB")
@@ -4867,7 +4940,7 @@ def dry_run(plan: Plan) -> None:
 
 
 def counted_with(cfg: Config, device: str, op: str) -> str:
-    """Where a GPU's operator is not the one that was asked for, which."""
+    """Names the operator counted for a GPU, if it is not the one that was asked for."""
     if device != "cuda" or op == cfg.op:
         return ""
     why = f"{cfg.op}'s own bytes are not known" if cfg.op else "chunk takes more: give --op" if op == "cuda" else ""
@@ -4900,8 +4973,8 @@ def make_binidx(cfg: Config) -> None:
 
 @torch.no_grad()
 def graded(run: Run) -> tuple[float, float]:
-    """Of what is held out: the loss, and the share of rows in which greedy decoding gives the learnt tokens, to the
-    last one."""
+    """On what is held out: the loss, and the share of rows in which greedy decoding gives every one of the learnt
+    tokens."""
     model, loader, right = run.model.eval(), run.held_out, 0
     for i in loader.one_pass:
         batch = loader.batch(i, last=loader.pass_rows).to(run.device)
@@ -4974,7 +5047,7 @@ def demo_merged(run: Run, merged: str) -> None:
 
 
 def open_streams() -> None:
-    """Standard streams that the caller has closed lead to nowhere."""
+    """Standard streams that the caller has closed lead nowhere."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -4985,7 +5058,7 @@ LESS_MEMORY = ("a smaller --micro_bsz or --ctx_len, --grad_cp 1, or adapters wit
 
 
 def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
-    """The line for an error that the user can mend; "" for any other. less: what helps when memory is full."""
+    """The line for an error that the user can fix; "" for any other. less: what helps when memory is full."""
     if isinstance(e, (Fatal, wkv7_cuda.Misfit)):
         return "--op: " * isinstance(e, wkv7_cuda.Misfit) + " ".join(str(e).split())
     if wkv7_cuda.is_out_of_memory(e):
@@ -4993,21 +5066,21 @@ def in_one_line(e: Exception, less: str = LESS_MEMORY) -> str:
     if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
         return f"out of memory ({first_line(e)}); {less}"
     if "CUDA driver error: operation not supported" in str(e):
-        return f"{first_line(e)}; if that is for growing segments, PYTORCH_ALLOC_CONF=expandable_segments:False helps"
+        return f"{first_line(e)}; if growing segments cause it, PYTORCH_ALLOC_CONF=expandable_segments:False helps"
     if isinstance(e, BrokenPipeError):
-        return "nobody reads the standard output any more"
+        return "nothing reads the standard output any more"
     return ": ".join(str(x) for x in (e.filename, e.strerror or e) if x) if isinstance(e, OSError) else ""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0; 2 after one line about what the user can mend; 128 and a signal's
-    number where that stopped it, so that what waits for the end of a job, or starts it again, knows."""
+    """The command line. Returns the exit status: 0; 2 after one line about what the user can fix; 128 plus a signal's
+    number if that stopped it, so that whatever waits for the end of a job, or restarts it, knows."""
     argv = sys.argv[1:] if argv is None else argv
     open_streams()
     try:
         rank, world = of_torchrun("RANK", 0), of_torchrun("WORLD_SIZE", 1)
         if rank >= world:
-            raise Fatal(f"RANK={rank} and WORLD_SIZE={world} in the environment: torchrun sets both, from 0 on")
+            raise Fatal(f"RANK={rank} and WORLD_SIZE={world} in the environment: torchrun sets both, ranks from 0 on")
         cfg = parse(argv)
         if cfg.chat:
             talk(cfg, options_given(argv, cfg.peft))
@@ -5021,7 +5094,7 @@ def main(argv: list[str] | None = None) -> int:
         without_options = replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config()
         stopped = demo(cfg) if without_options else train(build(cfg))
         if stopped:
-            # All wait for rank 0, which saves: once a rank has ended with a status, torchrun kills those that are left.
+            # All wait for rank 0, which saves: once a rank has ended with a status, torchrun kills the others.
             JOINED[-1].totals(0)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -5037,7 +5110,7 @@ def main(argv: list[str] | None = None) -> int:
         time.sleep(2)                                                 # torchrun ends the others when the first has
     print(f"pissa_rwkv: error: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():                                         # its threads may wait for a rank that is lost,
-        os._exit(2)                                                   # and abort where they see Python end
+        os._exit(2)                                                   # and abort when they see Python end
     return 2
 
 

@@ -104,7 +104,7 @@ def swapped(draw: random.Random, data: bytes) -> bytes:
 
 
 def huge(draw: random.Random, data: bytes) -> bytes:
-    """Eight bytes become a number that no file has so many of."""
+    """Eight bytes become a number larger than any count in a file."""
     at = place(draw, data)
     return data[:at] + struct.pack("<Q", draw.choice(HUGE)) + data[at + 8:]
 

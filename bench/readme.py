@@ -57,22 +57,22 @@ def place(number: int) -> str:
 
 
 WHAT = {
-    1: ("a command line from a dataclass", "How can options, their checks and README's table be written only once?"),
+    1: ("a command line from a dataclass", "How do options, their checks and README's table come from one definition?"),
     2: ("two recurrences, 15 lines each: a fading memory, and the delta rule",
-        "How does a memory of fixed size change what it holds under a key?"),
+        "How does a memory of fixed size replace what it holds under a key?"),
     3: ("time mixing, channel mixing, state as an argument",
-        "What does a token pass through, and how does a file tell which model it is?"),
-    4: ("nf4 and int8, bit by bit", "How does a weight fit into four bits, and what is backward multiplied with?"),
+        "What does a token pass through, and how is a model recognised from its file?"),
+    4: ("nf4 and int8, bit by bit", "How does a weight fit into four bits, and what does backward multiply by?"),
     5: ("the randomised SVD, PiSSA, QPiSSA, LoRA, Bone; state tuning",
         "Where do A and B start, and why does that change nothing at first?"),
     6: ("a reader for each kind of file; rows as spans of one stream",
         "How do texts of any length become rows, and which of their tokens are learnt?"),
-    7: ("cross-entropy that never holds the logits", "How are 65536 logits a token used without being kept?"),
-    8: ("AdamW by hand on one flat buffer", "What does an optimiser hold, and how do several GPUs share it out?"),
-    9: ("atomic files, the merge formula", "How is a file never half written, and an adapter never merged into the"
-                                           " wrong base?"),
-    10: ("the loop, and resuming to the bit", "What is a step, and what must be saved so that the next one is the"
-                                              " same?"),
+    7: ("cross-entropy that never holds the logits", "How are 65536 logits per token used without being kept?"),
+    8: ("AdamW by hand on one flat buffer", "What does an optimiser hold, and how do several GPUs divide it?"),
+    9: ("atomic files, the merge formula",
+        "What prevents half-written files, and merging into the wrong base?"),
+    10: ("the loop, and bit-exact resuming",
+         "What is a step, and what must be saved so that the next one is the same?"),
 }
 
 
@@ -80,23 +80,23 @@ def order() -> str:
     """What to read first, with lines and lengths as they are now."""
     tree = ast.parse((record.ROOT / "pissa_rwkv.py").read_text("utf-8"))
     found = {node.name: node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
-    lines, total = ["| | read | lines | and see |", "|---|---|---|---|"], 0
+    lines, total = ["| | read | lines | what you see |", "|---|---|---|---|"], 0
     for step, (names, what) in enumerate(PATH.items(), 1):
         nodes = [found[name] for name in names.split()]
         length = sum(node.end_lineno - node.lineno + 1 for node in nodes)
         links = ", ".join(f"[`{node.name}`](pissa_rwkv.py#L{node.lineno})" for node in nodes)
         lines.append(f"| {step} | {links} | {length} | {what} |")
         total += length
-    return "\n".join(lines) + f"\n\nThese are {total} lines, the mathematics of it."
+    return "\n".join(lines) + f"\n\nThe mathematics is {total} lines in all."
 
 
 PATH = {  # names of the module, in an order to read them in -> what one sees there
     "wkv6_ref wkv7_ref": "the memory, first as a sum, then with the delta rule: the right half of the picture",
-    "TimeMix TimeMix_x070": "how r, w, k, v, a, b come from tokens, and what a version adds to what all share",
-    "ChannelMix ChannelMix_x070 Block": "the other half of a layer, and how state goes from chunk to chunk",
-    "top_singular LoRALinear PiSSALinear": "the adapter, and how its start is found: the left half of the picture",
+    "TimeMix TimeMix_x070": "how r, w, k, v, a, b come from tokens: what all versions share, and what RWKV-7 adds",
+    "ChannelMix ChannelMix_x070 Block": "the other half of a layer, and how state passes from chunk to chunk",
+    "top_singular LoRALinear PiSSALinear": "the adapter, and what it starts from: the left half of the picture",
     "HeadLoss": "a gradient written by hand",
-    "train_step": "one step in one screen",
+    "train_step": "one step on one screen",
 }
 
 
@@ -105,19 +105,19 @@ def tutorial() -> str:
     also = {f.metadata["also"]: f.name for f in fields(P.Config) if f.metadata["also"]}
     same = [name for name in TUTORIAL.split() if name in P.Config.__dataclass_fields__ and name not in P.JSON_OPTIONS]
     lines = ["| the tutorial's | here | |", "|---|---|---|", "| `python train.py` | `torchrun pissa_rwkv.py` | |",
-             f"| {flags(same)} | the same | what the base file tells need not be given |",
-             "| `--grad_cp` as accumulation | `--accumulate_grad_batches` | `--grad_cp` keeps less for backward |"]
+             f"| {flags(same)} | the same | options that the base file determines may be omitted |",
+             "| `--grad_cp` as accumulation | `--accumulate_grad_batches` | `--grad_cp` is gradient checkpointing |"]
     lines += [f"| `--{theirs}` | `--{ours}` | either name works |" for theirs, ours in also.items()]
     for option, keys in P.JSON_OPTIONS.items():
         shown = {name: key for key, name in reversed(keys.items())}   # (of two keys for one option the first)
         names = sorted(shown, key=[*keys.values()].index)
         lines.append(f"| `--{option}`: {' '.join(f'`{shown[name]}`' for name in names)} | {flags(names)} |"
-                     " either works; JSON overrules |")
+                     " either works; JSON takes precedence |")
     lines.append(f"| `--fla` | `--op {P.parse(['--fla']).op}` | either works |")
     lines += [f"| `--peft {name}` | `--peft {P.parse(['--peft', name]).peft}` | either works |"
               for name in ("disha", "miss")]  # fmt: skip
     stages = {stage: name for name, stage in P.STAGE.items() if name.startswith("zero")}
-    lines += [f"| `--strategy {name}` | `--strategy {stages[stage]}` | either works; no DeepSpeed is needed |"
+    lines += [f"| `--strategy {name}` | `--strategy {stages[stage]}` | either works; DeepSpeed is not needed |"
               for name, stage in P.STAGE.items() if name.startswith("deepspeed")]  # fmt: skip
     for action in merge.parser()._actions:
         if theirs := [f"`{name}`" for name in action.option_strings[1:] if action.dest != "help"]:
@@ -265,8 +265,8 @@ def learning() -> str:
     rows = learnt()
     found = {name: s for name, s in curves.summary(rows).items() if "equal" in s}
     equal = found[curves.EQUAL]["equal"]["lr"]
-    lines = ["| method | trained numbers | best rate | held-out loss at it | held-out loss at the equal rate,"
-             f" {equal:g} | norm of the gradient there, steps 1 to 10 |", "|---|---|---|---|---|---|"]
+    lines = ["| method | trained numbers | best rate | held-out loss there | held-out loss at the shared rate,"
+             f" {equal:g} | gradient norm there, steps 1 to 10 |", "|---|---|---|---|---|---|"]
     for name, s in found.items():
         at = [f"{s[which]['mean']:.4f} ± {s[which]['sd']:.4f}" for which in ("best", "equal")]
         lines.append(f"| {NAMED[name]} | {s['trained']:,} | {s['best']['lr']:g} | {' | '.join(at)} |"
@@ -279,13 +279,13 @@ def learning() -> str:
         cells[best] = f"**{cells[best]}**"
         swept.append(f"| {NAMED[name]} | " + " | ".join(cells) + " |")
     first, seeds = rows[0], found[curves.EQUAL]["equal"]["n"]
-    return ("\n".join(lines) + f"\n\nMean ± standard deviation over {seeds} seeds; the base has"
+    return ("\n".join(lines) + f"\n\nMean ± standard deviation over {seeds} seeds; the base starts at"
             f" {found['pissa']['before']:.4f}. {versus(found)}\n\nThe sweep, with one seed:\n\n" + "\n".join(swept)
             + f"\n\nNats per byte after {first['steps']} steps of {first['micro_bsz']} rows of {first['ctx_len']}"
             f" bytes, rank {first['rank']}. `python bench/curves.py`; {source(rows)[1:-1]}")
 
 
-NAMED = {"full": "all weights", "pissa": "PiSSA", "pissa 8bit": "PiSSA, moments of 8 bits", "lora": "LoRA",
+NAMED = {"full": "all weights", "pissa": "PiSSA", "pissa 8bit": "PiSSA, 8-bit moments", "lora": "LoRA",
          "pissa nf4 T=1": "QPiSSA, nf4, T = 1", "pissa nf4 T=5": "QPiSSA, nf4, T = 5", "lora nf4": "QLoRA, nf4",
          "bone": "Bone"}  # fmt: skip
 
@@ -301,8 +301,8 @@ def versus(found: dict) -> str:
             ours, other = ({r["seed"]: r["after"] or torch.inf for r in found[name][which]["runs"]} for name in pair)
             seeds = ours.keys() & other
             counts.append(f"{sum(ours[seed] < other[seed] for seed in seeds)} of {len(seeds)}")
-        parts.append(f"{NAMED[pair[0]]} beats {NAMED[pair[1]]} with {counts[0]} seeds at the equal rate, with"
-                     f" {counts[1]} each at its best")
+        parts.append(f"{NAMED[pair[0]]} beats {NAMED[pair[1]]} in {counts[0]} seeds at the shared rate, in"
+                     f" {counts[1]} with each at its own best")
     return "; ".join(parts) + "."
 
 
@@ -325,9 +325,9 @@ def svd() -> str:
     whole = {n: arch.n_layer * (4 * seconds(att[n]) + 2 * seconds(ffn[n])) for n in (0, niter)}
     return "\n".join(lines) + (
         f"\n\nSo the {6 * arch.n_layer} matrices of RWKV7-1.5B take some {short(whole[niter])} s with the default,"
-        f" {niter}, and {short(whole[0])} s with 0. At rank {rank} the default leaves at most"
-        f" {worst(att[niter] + ffn[niter], 'excess')} more of such matrices than the exact SVD, of the small base's"
-        f" {worst(base, 'excess')}. {sources(rows)}")
+        f" {niter}, and {short(whole[0])} s with 0. At rank {rank} the default leaves a residual at most"
+        f" {worst(att[niter] + ffn[niter], 'excess')} larger than the exact SVD's for such matrices,"
+        f" {worst(base, 'excess')} for the small base's. {sources(rows)}")
 
 
 def seconds(rows: list[dict]) -> float:
@@ -347,7 +347,7 @@ def worst(rows: list[dict], name: str) -> str:
 def quants() -> str:
     """The rows of QUANT, with their size and error measured on the spot."""
     W = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    lines = ["| `--quant` | bits a weight | error, gaussian W | what |", "|---|---|---|---|"]
+    lines = ["| `--quant` | bits per weight | error, Gaussian W | what |", "|---|---|---|---|"]
     for name, quant in P.QUANT.items():
         bits = 8 * sum(part.nbytes for part in quant.hold(W, torch.bfloat16).values()) / W.numel()
         error = (quant.through(W, torch.bfloat16) - W).norm() / W.norm()
@@ -380,8 +380,8 @@ def qerror() -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     pairs = [(r["cut"], at[r["matrix"], r["rank"], r["T"], "LoftQ"]["cut"], r) for r in rows if r["method"] == "QPiSSA"]
     won = sorted({r["matrix"] for q, loft, r in pairs if loft > q})
-    return "\n".join(lines) + (f"\n\nOf all {len(pairs)} pairs (rank 4 to 32, T 1 to 5) QPiSSA errs less in"
-                               f" {sum(q > loft for q, loft, _ in pairs)}; LoftQ wins on: {', '.join(won)}."
+    return "\n".join(lines) + (f"\n\nQPiSSA has the smaller error in {sum(q > loft for q, loft, _ in pairs)} of all"
+                               f" {len(pairs)} pairs (rank 4 to 32, T 1 to 5); LoftQ wins only on {', '.join(won)}."
                                f" {source(rows)}")
 
 
@@ -403,10 +403,10 @@ def source(rows: list[dict]) -> str:
 
 def reliability() -> str:
     r = record.read("reliability")[-1]
-    return (f"{r['kills']} times a run that saves at every step was killed with SIGKILL at a random moment,"
-            f" {r['kills_while_writing']} times while it wrote a file: {r['unreadable_files']} unreadable files,"
-            f" {r['failed_resumes']} failed resumes, and of {r['finished_runs']} runs that were resumed to their end,"
-            f" {r['diverged_runs']} with other losses or weights than the undisturbed run, to the bit. {source([r])}"
+    return (f"A run that saves at every step was killed with SIGKILL at a random moment {r['kills']} times,"
+            f" {r['kills_while_writing']} of them while it wrote a file: {r['unreadable_files']} unreadable files,"
+            f" {r['failed_resumes']} failed resumes, and of {r['finished_runs']} runs resumed to their end,"
+            f" {r['diverged_runs']} whose losses or weights differ in any bit from the undisturbed run's. {source([r])}"
             f"\n\n{crashes()}\n\n{damaged()}")
 
 
@@ -420,33 +420,33 @@ def crashes() -> str:
         lines.append(f"| {r['ranks']} | {', '.join(r['modes'])} | {r['points']} | {r['PASS']} | {r['HARD_FAIL']} |"
                      f" {r['SILENT_DIVERGENCE'] + r['other_files']} | {lost} |")
     tool = f"[ckpt-chaos](https://pypi.org/project/ckpt-chaos/) {rows[0]['ckpt_chaos']}"
-    return (f"{tool}, a tester by others, crashes a run at every change of a file and resumes it (`bench/chaos.py`;"
-            " before: just before the change; torn: with half of the file written; term: SIGTERM; unsynced: all is lost"
-            " that was not flushed):\n\n" + "\n".join(lines) + f"\n\n{source(rows)}")
+    return (f"{tool}, a third-party tester, crashes a run at every change of a file and resumes it (`bench/chaos.py`;"
+            " before: just before the change; torn: with half the file written; term: SIGTERM; unsynced: all that was"
+            " not flushed is lost):\n\n" + "\n".join(lines) + f"\n\n{source(rows)}")
 
 
 def damaged() -> str:
     """What damaged files did."""
     runs, files = record.read("fuzz")
     return (f"{runs['cases']} runs with a damaged or hostile file, of models, checkpoints, corpora and logs"
-            f" (`bench/fuzz.py`): {runs['refused']} ended with one line, {runs['same_results']} had the results of the"
-            f" undamaged file, in {runs['another_good_file']} the damage had made another good corpus, and"
-            f" {runs['wrong']} crashed, hung, ran code, wrote elsewhere or took memory beyond twice the file and"
-            f" {runs['spare_mb']} MB. Of {files['flips']} checkpoints with a flipped bit and {files['cuts']} cut ones"
-            f" {files['refused']} were refused, {files['same_values']} loaded with the same values,"
+            f" (`bench/fuzz.py`): {runs['refused']} ended with one line, {runs['same_results']} gave the results of the"
+            f" undamaged file, in {runs['another_good_file']} the damage had made another valid corpus, and"
+            f" {runs['wrong']} crashed, hung, ran code, wrote elsewhere or took more memory than twice the file plus"
+            f" {runs['spare_mb']} MB. Of {files['flips']} checkpoints with a flipped bit and {files['cuts']} truncated"
+            f" ones, {files['refused']} were refused, {files['same_values']} loaded with the same values,"
             f" {files['other_values']} with others. {source([runs])}")
 
 
 def rank_kills() -> str:
     r = record.read("rank_kills")[-1]
-    return (f"{r['kills']} times one of 2 or 3 ranks was killed with SIGKILL at a random moment"
+    return (f"One of 2 or 3 ranks was killed with SIGKILL at a random moment, {r['kills']} times"
             " (`python bench/reliability.py --rank_kills 100`): the others ended within"
-            f" {r['others_ended_within_s']:.0f} s, and {r['failed_resumes']} runs failed to go on."
-            f" {r['under_torchrun']} were restarted by torchrun's agent: {r['diverged_runs']} had other losses or files"
-            f" than the undisturbed run, to the bit. In {r['kills'] - r['under_torchrun']} the ranks were alone;"
-            f" of these {r['before_they_met']} were hit before the ranks had met, {r['unnamed_ranks']} of the others"
-            " did not name the lost rank, and resumed on another number of ranks the losses differed by"
-            f" {r['loss_off_on_another_size']:.0e} at most. {source([r])}")
+            f" {r['others_ended_within_s']:.0f} s, and {r['failed_resumes']} runs failed to resume."
+            f" {r['under_torchrun']} were restarted by torchrun's agent: in {r['diverged_runs']} of these, losses or"
+            " files differ in any bit from the undisturbed run's."
+            f" {r['kills'] - r['under_torchrun']} ran without it: {r['before_they_met']} of these were hit before the"
+            f" ranks had met, {r['unnamed_ranks']} of the others did not name the lost rank, and after resuming on"
+            f" another number of ranks losses differed by {r['loss_off_on_another_size']:.0e} at most. {source([r])}")
 
 
 def sharing() -> str:
@@ -465,7 +465,7 @@ def sharing() -> str:
 def ranks() -> str:
     """Several ranks on this machine."""
     rows = [r for r in record.read("scaling") if r["kind"] == "measured"]
-    lines = ["| ranks | `--strategy` | seconds of a step | tokens a second | held, MB | sent, MB | in a ring, MB |",
+    lines = ["| ranks | `--strategy` | seconds per step | tokens per second | held, MB | sent, MB | in a ring, MB |",
              "|---" * 7 + "|"]
     for r in rows:
         name = f"`{scaling.STAGES[r['stage']]}`" if r["ranks"] > 1 else ""
@@ -519,7 +519,7 @@ def clients() -> str:
         cells = ["{relative:.0e}, {same} of {tokens}".format(**found[v]) if v in found else "no" for v in versions]
         lines.append(f"| {name} ({package}) | {OPENS[name]} | {' | '.join(cells)} |")
     behind = max(r["behind"] for r in rows)
-    ties = f"The other tokens are almost ties: behind by {behind:.0e} at most. " if behind else ""
+    ties = f"The other tokens are near ties: our logits differ by {behind:.0e} at most. " if behind else ""
     return "\n".join(lines) + f"\n\n{ties}{source(rows)}"
 
 
@@ -544,7 +544,7 @@ def of_last_machine(rows: list[dict]) -> list[dict]:
 def memory() -> str:
     """The tutorial's table, beside it what is predicted and measured here; GB, bf16 / int8 / nf4."""
     predicted, measured = cells("predicted"), cells("measured")
-    lines = ["| model | published | predicted | of the published | measured on a GPU |", "|---|---|---|---|---|"]
+    lines = ["| model | published | predicted | predicted / published | measured on a GPU |", "|---|---|---|---|---|"]
     for name in dict.fromkeys(name for name, _ in predicted):
         ours = [predicted[name, quant] for quant in vram.QUANTS]
         published = [f"{r['published']:.1f}" for r in ours if r["published"]] or ["not published"]
@@ -602,7 +602,7 @@ def steps_table(device: str, rows: list[dict]) -> str:
 
 
 OPS = {  # what it needs, what it is; in README's order
-    "cuda": ("a GPU and nvcc", "bf16: 32 tokens at a time on tensor cores; else RWKV-7 takes `cuda_precise`"),
+    "cuda": ("a GPU and nvcc", "bf16: 32 tokens at a time on tensor cores; RWKV-7 in other dtypes: `cuda_precise`"),
     "cuda_precise": ("a GPU and nvcc", "the recurrence in fp32, state in registers"),
     "triton": ("a GPU and the package `triton`", "16 or 32 tokens at a time as matrix products, on tensor cores"),
     "fla": ("a GPU and `pip install flash-linear-attention`", "flash-linear-attention's kernels; only when asked for"),
@@ -633,11 +633,11 @@ WORDS = {  # of these tables, in Chinese; longer ones first
     "On a GPU: not yet measured.": "显卡上：尚未测量。", "not yet measured": "尚未测量", "not published": "未公布",
     "| model, tokens |": "| 模型，行数 x token |", "times rwkv7-hf": "相对 rwkv7-hf", "times fla": "相对 fla",
     "memory, GB": "内存，GB", "utilisation": "利用率", "| model |": "| 模型 |", "| published |": "| 公布 |",
-    "| predicted |": "| 预测 |", "of the published": "预测 / 公布", "measured on a GPU": "显卡实测",
-    "bits a weight": "每权重比特", "error, gaussian W": "误差（高斯 W）", "| what |": "| 说明 |",
+    "| predicted |": "| 预测 |", "predicted / published": "预测 / 公布", "measured on a GPU": "显卡实测",
+    "bits per weight": "每权重比特", "error, Gaussian W": "误差（高斯 W）", "| what |": "| 说明 |",
     "| needs |": "| 需要 |", "| method |": "| 方法 |", "trained numbers": "训练的参数", "best rate": "最佳学习率",
-    "held-out loss at it": "此时的留出损失", "held-out loss at the equal rate, ": "统一学习率下的留出损失，",
-    "norm of the gradient there, steps 1 to 10": "此时前 10 步的梯度范数", "all weights": "全部参数",
+    "held-out loss there": "此时的留出损失", "held-out loss at the shared rate, ": "统一学习率下的留出损失，",
+    "gradient norm there, steps 1 to 10": "此时前 10 步的梯度范数", "all weights": "全部参数",
     "The sweep, with one seed:": "扫学习率（一个种子）：",
     "what it is": "说明", " seconds. (": " 秒。（", ".)\n": "。）\n",
 }

@@ -217,7 +217,7 @@ def pids_of(log: Path, size: int) -> list[int]:
 
 
 def kill_one(pids: list[int], after: float, draw: random.Random) -> tuple[int, float]:
-    """Kills a random rank after so many seconds. Returns which, or -1 if it had ended, and when the others ended."""
+    """Kills a random rank after this many seconds. Returns which, or -1 if it had ended, and when the others ended."""
     time.sleep(after)
     rank = draw.randrange(len(pids))
     if not alive(pids[rank]):

@@ -135,7 +135,7 @@ def main() -> int:
     p.add_argument("--lines", type=int, default=8, help="of the source that waited longest, to be shown")
     args = p.parse_args()
     if not nvdisasm() or not shutil.which("nvcc"):
-        sys.exit("nvcc and nvdisasm are wanted: the CUDA toolkit, or nvidia-cuda-nvcc and nvidia-cuda-nvdisasm of pip")
+        sys.exit("needs nvcc and nvdisasm: the CUDA toolkit, or nvidia-cuda-nvcc and nvidia-cuda-nvdisasm from pip")
     path = ROOT / "wkv7_cuda" / args.source
     source = path.read_text().splitlines()
     modes = re.search(r"enum Mode \{(.*?)\}", path.read_text())[1].replace(" ", "").split(",")

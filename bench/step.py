@@ -295,7 +295,7 @@ def parts_of(c: Contestant, ms: float, device: str) -> dict[str, float]:
 def product_ceiling(device: str, dtype: torch.dtype) -> float:
     """Operations per second of a large product."""
     side = 8192 if device == "cuda" else 1024
-    draw = torch.Generator(device).manual_seed(0)                     # (torch's own is of no use once a capture failed)
+    draw = torch.Generator(device).manual_seed(0)                     # (torch's own is unusable once a capture failed)
     x = torch.randn(side, side, device=device, generator=draw).to(dtype)
     times = [wkv.seconds_of(lambda: x @ x, device) for _ in range(8)]
     return 2 * side**3 / statistics.median(times[1:])

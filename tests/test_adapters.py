@@ -159,7 +159,7 @@ def test_a_matrix_without_a_main_part_starts_as_lora_does(niter, model_file, tmp
 
 @pytest.mark.parametrize("rank", [0, -1, 65])
 def test_a_rank_that_no_matrix_has_is_refused(rank, model_file):
-    with pytest.raises(Fatal, match=rf"--rank {rank}: blocks\.0\.att\.\w+ is 64 x 64; take a rank from 1 to 64"):
+    with pytest.raises(Fatal, match=rf"--rank {rank}: blocks\.0\.att\.\w+ is 64 x 64; use a rank from 1 to 64"):
         adapted_model(model_file(), rank=rank)
 
 
@@ -273,9 +273,9 @@ def test_a_bf16_run_goes_on_from_the_fp32_values_that_were_saved(model_file, tmp
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda t: {n: x for n, x in t.items() if n != "blocks.1.ffn.key.init_lora_B"},
-     r"run/init_pissa\.pth: lacks blocks\.1\.ffn\.key\.init_lora_B"),
+     r"run/init_pissa\.pth: missing blocks\.1\.ffn\.key\.init_lora_B"),
     (lambda t: {n: x[:2] if n.endswith("A") else x[:, :2] for n, x in t.items()},
-     r"run/init_pissa\.pth: blocks\.0\.att\.\w+\.init_lora_A is \[2, 64\], \[4, 64\] is wanted; is --rank"),
+     r"run/init_pissa\.pth: blocks\.0\.att\.\w+\.init_lora_A is \[2, 64\], expected \[4, 64\]; is --rank"),
 ])
 def test_factors_of_another_rank_or_model_are_refused(spoil, message, model_file):
     path = model_file(n_layer=2)

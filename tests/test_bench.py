@@ -496,7 +496,7 @@ def test_the_table_of_the_fast_svd(monkeypatch):
                           "| 2048 x 2048 | 32 | 40 ms, 1.2%, 0.6% | 2000 ms |",
                           "| 8192 x 2048 | 32 | 100 ms, 0.1%, 0.05% | 5000 ms |"]
     assert "144 matrices" in lines[-1] and "some 8.64 s with the default, 4, and 432 s with 0" in lines[-1]
-    assert "at most 1.2% more of such matrices than the exact SVD, of the small base's 9%" in lines[-1]
+    assert "at most 1.2% larger than the exact SVD's for such matrices, 9% for the small base's" in lines[-1]
 
 
 def test_what_the_memory_of_the_picture_holds():
@@ -603,7 +603,7 @@ def test_the_summary_and_what_readme_makes_of_it(stubbed, tmp_path):
     text = readme.learning()
     assert "| LoRA | 5 | 0.128 | 1.2000 ± 0.1581 | 7.2000 ± 0.1581 | 5.00 |\n" in text
     assert "| LoRA |  |  | 8.000 | 7.000 | 6.000 | 5.000 | 4.000 | 3.000 | 2.000 | **1.000** | 2.000 |\n" in text
-    assert "PiSSA beats LoRA with 5 of 5 seeds at the equal rate, with 0 of 5 each at its best." in text
+    assert "PiSSA beats LoRA in 5 of 5 seeds at the shared rate, in 0 of 5 with each at its own best." in text
     pytest.importorskip("matplotlib")
     readme.loss_picture()
     assert (tmp_path / "loss.svg").stat().st_size > 9999

@@ -285,19 +285,19 @@ def test_a_model_that_computes_nan(tmp_path, monkeypatch, capsys):
     P.save(tmp_path / "m.pth", tensors | {"head.weight": tensors["head.weight"] * 1e38})
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
     assert P.main(["--load_model", f"{tmp_path}/m.pth", "--chat", "--op", "torch", "--precision", "fp32"]) == 0
-    assert "the model computes NaN, no probabilities" in capsys.readouterr().out
+    assert "the model computes NaN, not probabilities" in capsys.readouterr().out
 
 
 def test_bytes_that_are_no_text(place, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
     assert P.main(["--load_model", f"{place}/m.pth", "--chat", "--op", "torch"]) == 2
-    assert capsys.readouterr().err.startswith("pissa_rwkv: error: --chat: the question is no utf-8 text (at 0")
+    assert capsys.readouterr().err.startswith("pissa_rwkv: error: --chat: the question is not valid utf-8 (at 0")
 
 
 def test_a_question_that_is_no_text_in_a_c_locale(place):
     done = subprocess.run([sys.executable, P.__file__, "--chat", "--load_model", f"{place}/m.pth", "--op", "torch"],
                           input=b"\xff\n", capture_output=True, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
-    assert done.returncode == 2 and b"--chat: the question is no utf-8 text" in done.stderr
+    assert done.returncode == 2 and b"--chat: the question is not valid utf-8" in done.stderr
     assert b"Traceback" not in done.stderr
 
 

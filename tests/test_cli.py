@@ -153,7 +153,7 @@ def test_as_a_program_it_lets_waiting_threads_sleep(tmp_path):
     (RuntimeError("wkv7: out of memory (CUDA error 2)"), "out of GPU memory (wkv7: out of memory (CUDA error 2)); a "),
     (RuntimeError("wkv7: no image (CUDA error 209)"), ""),
     (RuntimeError("CUDA driver error: operation not supported"), "CUDA driver error: operation not supported; if"),
-    (BrokenPipeError(32, "Broken pipe"), "nobody reads the standard output"),
+    (BrokenPipeError(32, "Broken pipe"), "nothing reads the standard output"),
     (OSError(28, "No space left"), "No space"),
     (FileNotFoundError(2, "No such file", "x.pth"), "x.pth: No such file"), (RuntimeError("our own fault"), ""),
 ])  # fmt: skip

@@ -155,8 +155,8 @@ def test_summary_numbers():
     # The rows 5 6 7 8, 5 6 0 and 9 7 0 have 7 targets; learnt are 7, 0, and 7 0.
     assert loader(dataload="pad", loss_mask="se", mask_id=SE).summary() == (
         "3 documents, 11 tokens, 3 rows a pass (pad), 57.1% of the targets learnt;"
-        " 1 documents of up to 5 tokens cut after every 3; 1 rows in which nothing is learnt left out; 1 documents have"
-        " nothing for --loss_mask and are learnt whole (the first begins '\\t\\x07\\x00')")
+        " 1 documents of up to 5 tokens cut after every 3; 1 rows with nothing to learn left out; 1 documents have no"
+        " match for --loss_mask and are learnt whole (the first begins '\\t\\x07\\x00')")
 
 
 # ------------------------------------------------------------------------------------------ qa, found in bytes

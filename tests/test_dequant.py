@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused_in_one_line(on_cpu):
         by_kernel(on_cpu, "nf4", parts | {"absmax": torch.ones(3)}, (100,), torch.bfloat16)
     with pytest.raises(ValueError, match=r"^nf4: absmax is 2 x torch.float32 on meta; .* need .* on cpu"):
         by_kernel(None, "nf4", parts | {"absmax": parts["absmax"].to("meta")}, (100,), torch.bfloat16)
-    with pytest.raises(ValueError, match=r"^nf4: no torch.float64 is made here, but one of torch.float32, "):
+    with pytest.raises(ValueError, match=r"^nf4: cannot make torch.float64; choose from torch.float32, "):
         by_kernel(on_cpu, "nf4", parts, (100,), torch.float64)
 
 

@@ -179,7 +179,7 @@ def test_lora_of_rwkv_peft_needs_its_alpha(model_file, tmp_path, capsys):
 
 def test_another_base_is_refused(model_file, tmp_path):
     run = finished(tmp_path / "run", model_file())
-    with pytest.raises(Fatal, match=r"rwkv-0\.pth: of another base model: made with base \w+, but here it is \w+"):
+    with pytest.raises(Fatal, match=r"rwkv-0\.pth: for another base model: made with base \w+, but here it is \w+"):
         merged(run, base=model_file(name="other.pth", seed=1))
     tensors = torch.load(run.base)
     tensors["blocks.1.att.w0"][0, 0, 5] += 0.5  # one weight
@@ -192,7 +192,7 @@ def test_another_base_is_refused(model_file, tmp_path):
 def test_the_init_file_of_another_run_is_refused(model_file, tmp_path):
     run = finished(tmp_path / "run", model_file())
     other = finished(tmp_path / "other", run.base, random_seed=1)
-    with pytest.raises(Fatal, match=r"other/init_pissa\.pth: of another run: made with init \w+, but here it is \w+"):
+    with pytest.raises(Fatal, match=r"other/init_pissa\.pth: from another run: made with init \w+, but here it is \w+"):
         merged(run, init=other.init)
 
 
@@ -212,7 +212,7 @@ BAD_CHECKPOINTS = {  # of RWKV-PEFT, which describes nothing: what is wrong -> (
                                     r"blocks\.1\.att\.key\.lora_A"),
     "more layers": (lambda t: t | {"blocks.7.ln1.bias": torch.zeros(64)}, r"holds blocks\.7\.ln1\.bias"),
     "another rank": (lambda t: {n: x[:2] if n.endswith("lora_A") else x[:, :2] if n.endswith("lora_B") else x
-                                for n, x in t.items()}, r"init_lora_A is \[4, 64\], \[2, 64\] is wanted"),
+                                for n, x in t.items()}, r"init_lora_A is \[4, 64\], expected \[2, 64\]"),
     "a part of another size": (lambda t: t | {"ln_out.bias": torch.zeros(65)}, r"ln_out\.bias is \[65\].*\[64\]"),
 }
 
@@ -295,7 +295,7 @@ def test_the_command_refuses_in_one_line(model_file, tmp_path, capsys):
     assert f"--output {run.output} exists already" in refused(capsys, line)
     assert run.output.read_bytes() == b"precious"
     run.output.unlink()
-    assert "there is no folder" in refused(capsys, [*line[:-1], str(tmp_path / "nowhere" / "merged.pth")])
+    assert "no such folder" in refused(capsys, [*line[:-1], str(tmp_path / "nowhere" / "merged.pth")])
     assert "--lora_init is missing" in refused(capsys, [a for a in line if a not in ("--lora_init", str(run.init))])
     assert "--base_model" in refused(capsys, line[:2] + line[4:])
     assert "bone" in refused(capsys, ["--type", "bone", *line[2:]])

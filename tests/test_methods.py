@@ -159,7 +159,7 @@ def test_what_is_trained(method, parts, tmp_path):
     ("bone", 65, "from 1 to 64"), ("bone", 0, "from 1 to 64"), ("bat", 3, "of 1, 2, 4, 8, 16, 32, 64"),
     ("bat", 128, "of 1, 2, 4"), ("pissa", 65, "from 1 to 64")])
 def test_a_rank_that_does_not_fit_is_refused_with_those_that_do(method, rank, possible, tmp_path):
-    with pytest.raises(P.Fatal, match=rf"--rank {rank}: blocks\.0\.att\.\w+ is 64 x 64; take a rank {possible}"):
+    with pytest.raises(P.Fatal, match=rf"--rank {rank}: blocks\.0\.att\.\w+ is 64 x 64; use a rank {possible}"):
         adapted_model(random_model(tmp_path / "base.pth"), method, rank=rank)
 
 
@@ -318,7 +318,7 @@ def test_a_base_that_has_states_starts_from_them_and_gives_them_back(place, tmp_
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda t: {n: x for n, x in t.items() if n != STATES[1]}, "lacks blocks.1.att.time_state"),
+    (lambda t: {n: x for n, x in t.items() if n != STATES[1]}, "missing blocks.1.att.time_state"),
     (lambda t: t | {STATES[0]: torch.zeros(2, 32, 32, 1)}, "time_state is [2, 32, 32, 1]"),
     (lambda t: t | {STATES[0]: torch.zeros(2, 64, 64)}, "time_state is [2, 64, 64]|64 wide"),
     (lambda t: t | {"blocks.2.att.time_state": torch.zeros(1, 64, 64)}, "holds blocks.2.att.time_state"),

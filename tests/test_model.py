@@ -238,15 +238,15 @@ def renumbered(old, new):
 
 
 BAD_FILES = {  # what is wrong -> (how the file is made, what the error names)
-    "missing key": (without("blocks.1.att.w2"), r"lacks blocks\.1\.att\.w2"),
-    "missing v0 of layer 1": (without("blocks.1.att.v0"), r"lacks blocks\.1\.att\.v0$"),
-    "missing head": (without("head.weight"), r"lacks head\.weight"),
-    "unknown key": (lambda t: t | {"blocks.1.att.time_stat": torch.zeros(2)}, r"unknown blocks\.1\.att\.time_stat$"),
-    "unknown key that ends like layer 0's": (lambda t: t | {"blocks.1.att.v3": torch.zeros(2)}, r"unknown.*v3$"),
-    "many": (without(*(f"blocks.1.att.x_{m}" for m in "rwkvag")), r"lacks blocks.*and 2 more"),
-    "both": (lambda t: without("ln_out.bias")(t) | {"extra": torch.zeros(1)}, r"lacks ln_out.bias; has unknown extra"),
+    "missing key": (without("blocks.1.att.w2"), r"missing blocks\.1\.att\.w2"),
+    "missing v0 of layer 1": (without("blocks.1.att.v0"), r"missing blocks\.1\.att\.v0$"),
+    "missing head": (without("head.weight"), r"missing head\.weight"),
+    "unknown key": (lambda t: t | {"blocks.1.att.time_stat": torch.zeros(2)}, r"unexpected blocks\.1\.att\.time_stat$"),
+    "unknown key that ends like layer 0's": (lambda t: t | {"blocks.1.att.v3": torch.zeros(2)}, r"unexpected.*v3$"),
+    "many": (without(*(f"blocks.1.att.x_{m}" for m in "rwkvag")), r"missing blocks.*and 2 more"),
+    "both": (lambda t: without("ln_out.bias")(t) | {"extra": torch.zeros(1)}, r"missing ln_out.bias; unexpected extra"),
     "gap in the blocks": (renumbered(1, 2), r"\[0, 2\], with gaps"),
-    "no block 0": (renumbered(0, 2), r"no RWKV model|gaps"),
+    "no block 0": (renumbered(0, 2), r"not an RWKV model|gaps"),
     "wrong shape": (lambda t: t | {"head.weight": t["head.weight"][:-1]}, r"head\.weight is \[255, 64\].*\[256, 64\]"),
     "transposed": (lambda t: t | {"blocks.1.ffn.value.weight": t["blocks.1.ffn.value.weight"].T},
                    r"blocks\.1\.ffn\.value\.weight is \[64, 256\].*\[256, 64\]|is \[256, 64\].*\[64, 256\]"),
@@ -258,8 +258,8 @@ BAD_FILES = {  # what is wrong -> (how the file is made, what the error names)
     "with attention": (lambda t: t | {"blocks.0.ffn.s_emb.weight": torch.zeros(2), "blocks.0.qkv.qq.weight":
                                       torch.zeros(2)}, "this is x070b"),
     "pre_ffn of x070": (lambda t: t | {"blocks.0.ffnPre.key.weight": t["blocks.0.ffn.key.weight"]},
-                        r"unknown blocks\.0\.ffnPre\.key"),
-    "another kind of model": (lambda t: {"model.layers.0.weight": torch.zeros(2)}, "no RWKV model"),
+                        r"unexpected blocks\.0\.ffnPre\.key"),
+    "another kind of model": (lambda t: {"model.layers.0.weight": torch.zeros(2)}, "not an RWKV model"),
 }
 
 
@@ -421,5 +421,5 @@ def test_a_new_x070_cannot_begin_with_a_channel_mixing():
 
 
 def test_the_head_size_must_divide_the_width():
-    with pytest.raises(Fatal, match=re.escape("--n_embd 100 is no multiple of --head_size 64")):
+    with pytest.raises(Fatal, match=re.escape("--n_embd 100: expected a multiple of --head_size 64")):
         new_arch(Config(n_embd=100))

@@ -74,7 +74,7 @@ def test_without_a_compiler_it_goes_on(place, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", lambda function: broken)
     curve(place, tmp_path / "out", "x070", "--compile 1")
-    said = "--compile 1: torch.compile does not work here (no working C++ compiler); going on without"
+    said = "--compile 1: torch.compile does not work here (no working C++ compiler); continuing without"
     assert said in capsys.readouterr().out
 
 

@@ -167,7 +167,7 @@ def test_sigterm_to_any_rank_saves_once(place, tmp_path):
     processes = start_and_disturb(place, tmp_path / "out", 2, 1, signal.SIGTERM, "--save_steps 0 --epoch_steps 1000")
     assert [p.join(60) or p.exitcode for p in processes] == [143, 143]                    # 128 + SIGTERM
     log, steps = (tmp_path / "out.log").read_text(), [row["step"] for row in rows(tmp_path / "out") if "loss" in row]
-    assert log.count("--resume goes on from here") == 1 and f"stopped before step {steps[-1] + 1};" in log
+    assert log.count("--resume continues from here") == 1 and f"stopped before step {steps[-1] + 1};" in log
     _, about = P.read_described(tmp_path / "out" / "resume.pth", "")
     assert about["step"] == steps[-1] + 1 and not (tmp_path / "out" / "resume.1.pth").exists()
 
@@ -206,8 +206,8 @@ def test_a_rank_that_hangs_is_named(place, tmp_path):
     processes[1].kill()
     processes[1].join()
     error = re.findall("^pissa_rwkv: error: .*$", (tmp_path / "out.log").read_text(), re.M)[0]
-    assert re.search("rank 1 stopped, or does not answer .*; --dist_timeout has to be longer than rank 0 takes to save;"
-                     " --resume goes on from what was saved last", error)
+    assert re.search("rank 1 stopped, or does not answer .*; --dist_timeout must be longer than rank 0 takes to save;"
+                     " --resume continues from the last save", error)
 
 
 def serve(port):
@@ -294,7 +294,7 @@ class Agreeing(reliability.threading.Thread):
 
 @pytest.mark.parametrize("options, error", [
     ("--load_model missing.pth", "--load_model missing.pth: no such file"),
-    ("--devices 3", "--devices 3: torchrun started 2; it takes --nproc_per_node=3")])
+    ("--devices 3", "--devices 3: torchrun started 2; give it --nproc_per_node=3")])
 def test_wrong_input_gives_one_line_under_torchrun(options, error, place, tmp_path):
     log = tmp_path / "log"
     assert reliability.Agent(command(place, tmp_path / "out", 2, options), 2, log, restarts=0).failed()
@@ -318,7 +318,7 @@ def test_the_one_before_a_damaged_file_is_taken(alone, place, tmp_path):
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     said = on(place, tmp_path / "out", 2, "--epoch_count 3 --resume")
-    assert said.count("resume.pth: damaged") == said.count("; taking the one before it") == 1
+    assert said.count("resume.pth: damaged") == said.count("; using the one before it") == 1
     assert "resumed at step 2 of 6" in said
     assert curve(tmp_path / "out") == pytest.approx(curve(alone["plain"]), rel=2e-6)
 
@@ -384,7 +384,7 @@ def test_a_restart_resumes_only_what_its_own_job_has_opened(job, resumes, place,
     assert P.main([*argv, "--epoch_count", "1"]) == 0
     held = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
-    assert P.main(argv) == 2 and "holds a run already" in capsys.readouterr().err
+    assert P.main(argv) == 2 and "already holds a run" in capsys.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert P.main(argv) == (0 if resumes else 2)
     assert ("resumed at step 2 of 4" in capsys.readouterr().out) == resumes
@@ -432,7 +432,7 @@ def test_two_nodes_and_a_cut_link(alone, place, tmp_path):
     assert kept.wait(60) != 0 and cut.wait(10) != 0
     log = out.with_suffix(".0.log").read_text()
     lost = 1 if "epoch 0" in log else 0                               # (rank 0 may be on either; it alone speaks)
-    assert re.search(f"error: .*rank {lost} (stopped|is lost).*--resume goes on", log)
+    assert re.search(f"error: .*rank {lost} (stopped|is lost).*--resume continues", log)
     done = max(row["step"] for row in rows(out)) // 2 + 2             # epochs
     again = agents(place, out, f"--epoch_save 1000 --epoch_count {done} --resume")
     assert [process.wait(100) for process in again] == [0, 0]

@@ -212,7 +212,7 @@ def test_resumed_is_uninterrupted_to_the_last_bit(variant, command, tmp_path, mo
     by = signal.SIGINT if variant == "bone" else signal.SIGTERM
     crash_at(monkeypatch, 1, lambda: signal.raise_signal(by))
     assert P.main(command(options, "asked")) == 128 + by
-    assert len(steps(tmp_path / "asked")) == 2 and "--resume goes on" in capsys.readouterr().out
+    assert len(steps(tmp_path / "asked")) == 2 and "--resume continues" in capsys.readouterr().out
     # Crashed in step 5, after the last saving in step 4, at the end of epoch 0.
     crash_at(monkeypatch, 5, crash)
     with pytest.raises(Crash):
@@ -284,7 +284,7 @@ def test_an_epoch_that_is_made_again_replaces_its_files(command, tmp_path, capsy
     resume.write_bytes(resume.read_bytes()[:-100])
     changed = "--epoch_steps 2 --epoch_count 2 --auto_merge --resume --lr_init 3e-4 --lr_final 3e-4"
     assert P.main(command(changed)) == 0
-    assert "taking the one before it" in capsys.readouterr().out
+    assert "using the one before it" in capsys.readouterr().out
     assert all(file.read_bytes() != old for file, old in zip(last, before, strict=True))
     assert P.main(command(changed, "straight")) == 0
     ours, wanted = (P.read_pth(tmp_path / name / "rwkv-1-merged.pth", "") for name in ("out", "straight"))
@@ -311,7 +311,7 @@ def test_later_epochs_that_were_killed_before_they_saved_do_not_resume_the_earli
     shutil.copytree(out, again := tmp_path / "again")
     assert P.main(command("--epoch_steps 2 --epoch_begin 1")) == 0
     assert P.main([*command("--epoch_steps 2 --epoch_begin 1 --resume"), "--proj_dir", str(again)]) == 0
-    assert "yet; it begins with rwkv-0.pth" in capsys.readouterr().out
+    assert "yet; it starts from rwkv-0.pth" in capsys.readouterr().out
     same = [P.read_pth(folder / "rwkv-1.pth", "") for folder in (out, again)]
     assert P.fingerprint(same[0]) == P.fingerprint(same[1])
     assert P.main([*command("--epoch_steps 2 --epoch_begin 1 --epoch_count 2 --resume"), "--proj_dir", str(again)]) == 0
@@ -399,7 +399,7 @@ def test_sigterm_finishes_the_step_and_saves(command, out, tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     log = (tmp_path / "log").read_text()
-    assert process.exitcode == 128 + signal.SIGTERM and "--resume goes on" in log and "Traceback" not in log
+    assert process.exitcode == 128 + signal.SIGTERM and "--resume continues" in log and "Traceback" not in log
     assert 2 < len(steps(out)) < 30 and files(out) == ["init_pissa.pth", "resume.pth"]
     assert P.main(command(f"{options} --resume")) == 0
     assert reliability.results(out) == reliability.results(tmp_path / "whole")

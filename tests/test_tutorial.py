@@ -277,7 +277,7 @@ def test_op(build, place, capsys):
     for op in ("cpu", "chunk", "torch"):
         wkv = build(proj_dir=place / op, op=op).model.blocks[0].att.wkv
         assert wkv.__name__ == {"torch": "wkv7_ref"}.get(op, f"wkv7_{op}")
-    with pytest.raises(P.Fatal, match=r"--op quick: no such choice; there is 'cuda', .*'torch'"):
+    with pytest.raises(P.Fatal, match=r"--op quick: unknown; choose from 'cuda', .*'torch'"):
         build(op="quick")
     if not torch.cuda.is_available():
         for op in ("cuda", "triton", "fla"):

@@ -129,7 +129,7 @@ def test_auto_keeps_as_much_as_fits(tmp_path, capsys):
     assert P.main([*run.split(), "--accelerator", "gpu", "--vram_gb", "24", "--dry_run"]) == 0
     assert re.search(r"--grad_cp auto: 0, 0\.\d\d of 24.00 GB\n(.*\n)*would hold", capsys.readouterr().out)
     assert P.main([*run.split(), "--accelerator", "cpu", "--proj_dir", str(tmp_path / "out")]) == 2
-    assert "--grad_cp auto: how much memory it may take is not known of a cpu; say so by --vram_gb" in " ".join(
+    assert "--grad_cp auto: how much memory it may use is not known for a cpu; set --vram_gb" in " ".join(
         capsys.readouterr().err.split())
 
 

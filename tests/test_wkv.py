@@ -446,7 +446,7 @@ def test_no_tokens_are_refused(recurrence):
 @cpu_op
 def test_a_wrong_number_of_arguments(op):
     inputs, _, _ = op.make(1, 9, 2)
-    with pytest.raises(ValueError, match=f"{len(inputs) - 1} tensors; it takes {' '.join(op.its.letters)} state$"):
+    with pytest.raises(ValueError, match=f"{len(inputs) - 1} tensors; expected {' '.join(op.its.letters)} state$"):
         op.load()(*inputs[:-1])
 
 
@@ -462,11 +462,11 @@ def test_head_sizes(recurrence):
 
 
 def test_unknown_op():
-    with pytest.raises(ValueError, match=r"no operator 'tile'; it has \['cuda', 'cuda_precise', 'triton', 'fla',"):
+    with pytest.raises(ValueError, match=r"no operator 'tile'; choose from \['cuda', 'cuda_precise', 'triton', 'fla',"):
         wkv7_cuda.load("tile")
-    with pytest.raises(ValueError, match=r"wkv6 has no operator 'triton'; it has \['.*'cpu', 'chunk'\]"):
+    with pytest.raises(ValueError, match=r"wkv6 has no operator 'triton'; choose from \['.*'cpu', 'chunk'\]"):
         wkv7_cuda.load("triton", "wkv6")
-    with pytest.raises(ValueError, match=r"no recurrence 'wkv5'; there are \['wkv7', 'wkv6'\]"):
+    with pytest.raises(ValueError, match=r"unknown recurrence 'wkv5'; choose from \['wkv7', 'wkv6'\]"):
         wkv7_cuda.load("cpu", "wkv5")
 
 

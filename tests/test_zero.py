@@ -6,7 +6,8 @@ Oracles: torch.optim.AdamW on the sum, and torch's own ZeroRedundancyOptimizer o
 import functools
 import itertools
 import os
-import socket
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import pissa_rwkv
 from pissa_rwkv import MOMENTS, ONE_RANK, Buckets, Config, Ranks, ZeroAdamW, overlap
+
+sys.path.insert(0, str(Path(pissa_rwkv.__file__).parent / "bench"))
+
+import reliability  # noqa: E402
 
 # 1,441 numbers: no number of ranks from 2 to 4 divides them, and tensors lie across the ends of slices
 SHAPES = {"a.lora_A": (8, 85), "ln.weight": (23,), "b.weight": (19, 37), "time_decay": (2, 5), "x_r": (1, 1, 25)}
@@ -141,12 +146,10 @@ def worker(rank, size, port, results):
 def runs(request):
     """What each rank found."""
     size = request.param
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    reliability.server()  # what processes are forked from has torch imported already, which takes longer than all else
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, (size, port, results), nprocs=size)
+        mp.start_processes(worker, (size, reliability.free_port(), results), size, start_method="forkserver")
         return [results[rank] for rank in range(size)]
 
 

@@ -37,9 +37,9 @@ def load(op: str, recurrence: str = "wkv7", **options: bool) -> WKV7 | WKV6:
     `cuda_precise` and `chunk` take it too.
     """
     if recurrence not in OPS:
-        raise ValueError(f"there is no recurrence {recurrence!r}; there are {list(OPS)}")
+        raise ValueError(f"unknown recurrence {recurrence!r}; choose from {list(OPS)}")
     if op not in OPS[recurrence]:
-        raise ValueError(f"{recurrence} has no operator {op!r}; it has {list(OPS[recurrence])}")
+        raise ValueError(f"{recurrence} has no operator {op!r}; choose from {list(OPS[recurrence])}")
     return _load(OPS[recurrence][op], **options)
 
 

@@ -94,7 +94,7 @@ def dequantise(
     """W (shape), new, from `parts` in the order of PARTS. ValueError: they do not fit; RuntimeError: no launch."""
     n, codes = math.prod(shape), parts[0]
     if dtype not in DTYPES:
-        raise ValueError(f"{quant}: no {dtype} is made here, but one of {', '.join(map(str, DTYPES))}")
+        raise ValueError(f"{quant}: cannot make {dtype}; choose from {', '.join(map(str, DTYPES))}")
     for (name, (wanted, weights)), part in zip(PARTS[quant].items(), parts, strict=True):
         size = int(-(-n // weights))
         if (part.dtype, part.numel(), part.device) != (wanted, size, codes.device):

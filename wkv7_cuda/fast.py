@@ -17,8 +17,8 @@ FLAGS = ("-ftz=true",)  # the factors' exponentials are far from the smallest nu
 CAPABILITY = (8, 0)  # bf16 on tensor cores, cp.async
 N = 64  # head size
 L = 32  # tokens of a chunk
-WHOLE = 128  # from so many heads on, a head is not cut into segments
-BLOCKS = 264  # with fewer: so many segments at most; 132 multiprocessors take two blocks each of the backward at once
+WHOLE = 128  # from this many heads on, a head is not cut into segments
+BLOCKS = 264  # with fewer: this many segments at most; 132 multiprocessors take two blocks each of the backward at once
 SHORTEST = 2  # chunks of a segment
 
 

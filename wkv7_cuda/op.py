@@ -145,7 +145,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in FULL)
 
 
-BARS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # beyond that an error is no rounding
+BARS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}  # beyond that an error is not rounding
 
 
 def verify(
@@ -180,7 +180,7 @@ def check(
     (tokens, heads, count), name = RECURRENCES[recurrence], f"{recurrence} {name}"
     letters = (*tokens, *heads, "state")
     if len(inputs) != len(letters):
-        raise Misfit(f"{name}: {len(inputs)} tensors; it takes {' '.join(letters)}")
+        raise Misfit(f"{name}: {len(inputs)} tensors; expected {' '.join(letters)}")
     r, state = inputs[0], inputs[-1]
     for letter, x in zip(letters[:-1], inputs, strict=False):
         if letter in tokens and (x.dim() != 4 or x.shape != r.shape or 0 in x.shape):

@@ -34,7 +34,7 @@ def load() -> op.WKV7:
             problem = "the triton operator needs a GPU and torch sees none"
             raise build.BuildError(f"{problem}: check the driver and that torch has CUDA or ROCm, {build.REMEDY}")
         if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):  # more shared memory than there is
-            raise build.BuildError(f"the triton operator needs a GPU of sm_80 or newer: take another, {build.REMEDY}")
+            raise build.BuildError(f"the triton operator needs a GPU of sm_80 or newer: use another, {build.REMEDY}")
         try:  # Triton's launcher is C, compiled now, so that what fails fails here
             triton.runtime.driver.active.get_current_target()
         except Exception as error:

@@ -31,7 +31,7 @@ def load(ready: bool = True) -> op.WKV6:
         if capability < CAPABILITY:
             found = "sm_{}{}".format(*capability)
             raise build.BuildError(
-                f"the cuda operator of wkv6 needs a GPU of sm_80, not {found}: take another, {build.REMEDY}"
+                f"the cuda operator of wkv6 needs a GPU of sm_80, not {found}: use another, {build.REMEDY}"
             )
         open_library(SOURCE, bind, capability)
         op.verify("cuda", *kernels(library), wkv6_chunk.differs)
