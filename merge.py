@@ -150,7 +150,7 @@ def write_lora(args: argparse.Namespace) -> None:
 
 # --type -> what was trained, what makes the file
 TYPE = {name: (name, merge_to_model) for name, method in P.ADAPTER.items() if not method.whole}
-TYPE |= {"disha": TYPE["bone"], "pissa2lora": ("pissa", write_lora)}
+TYPE |= {"disha": TYPE["bone"], "miss": TYPE["bone"], "pissa2lora": ("pissa", write_lora)}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -228,7 +228,7 @@ class Config:
     grad_clip: float = opt(1.0, "largest global norm of the gradient; 0 never clips", "gradient_clip_val")
     layerwise_lr: bool = opt(True, "double the learning rate of the decay: w0, or time_decay in x060 and x052")
     # adapters
-    peft: str = opt("pissa", "what is trained: pissa, lora, bone (disha), state, or none (no adapters: everything)")
+    peft: str = opt("pissa", "what is trained: pissa, lora, bone (disha, miss), state, none (no adapters: everything)")
     rank: int = opt(32, "rank of the adapters")
     svd_niter: int = opt(4, "PiSSA: power iterations of the fast SVD; 0: the exact SVD")
     lora_alpha: float = opt(32.0, "LoRA: its output is scaled by alpha / rank")
@@ -239,6 +239,7 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
+    peft_config: str = opt("", "likewise, of today's RWKV-PEFT, for every --peft: r, lora_alpha, lora_dropout")
     train_parts: tuple = opt(("auto",), "also train names with emb, head, ln or time (not in x070); auto: time ln")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs for its start; more reduce its error", within="[1,5]")
@@ -278,12 +279,15 @@ JSON_OPTIONS = {  # the tutorial's JSON options: their keys -> fields of Config
                     "lora_r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
     "bone_config": {f"{prefix}{key}": name for prefix in ("bone_", "")
                     for key, name in {"load": "adapter_load", "r": "rank", "mode": "bone_mode"}.items()},
+    "peft_config": {"r": "rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
 }
 WITHOUT_EFFECT = {  # RWKV-PEFT's flags that commands may still have -> why ignoring them loses nothing
-    **dict.fromkeys("ds_bucket_mb num_nodes enable_progress_bar fp32_logits num_workers persistent_workers"
+    "num_nodes": "torchrun sets how many nodes a run has",
+    **dict.fromkeys("ds_bucket_mb enable_progress_bar fp32_logits num_workers persistent_workers"
                     " prefetch_factor fused_kernel".split(), "there is nothing to tune"),
-    **dict.fromkeys("my_pile_version my_pile_stage my_pile_shift my_pile_edecay magic_prime my_exit my_exit_tokens"
-                    " my_random_steps my_qa_mask my_sample_len".split(), "it belongs to pretraining on the Pile"),
+    **dict.fromkeys("my_pile_version my_pile_stage my_pile_shift my_pile_edecay train_stage my_random_steps my_qa_mask"
+                    " my_sample_len".split(), "it belongs to pretraining on the Pile"),
+    **dict.fromkeys("magic_prime my_exit my_exit_tokens".split(), "a run ends after --epoch_count epochs"),
     **dict.fromkeys("head_size_divisor my_ffn_shift my_att_shift my_pos_emb tiny_att_dim tiny_att_layer load_partial"
                     " dropout".split(), "no released model uses it"),
     "weight_decay_final": "weight decay is constant",
@@ -320,9 +324,15 @@ def parser() -> Parser:
 
 def options_given(argv: list[str], peft: str) -> set[str]:
     """The options that a command line names, including those in the JSON of --pissa_config and the like."""
-    given, option = vars(parser().parse_known_args(argv)[0]), f"{peft}_config"
-    keys = JSON_OPTIONS.get(option, {})
-    return {*given, *(keys[key] for key in read_json(option, given.get(option, "")) if key in keys)}
+    given = vars(parser().parse_known_args(argv)[0])
+    inside = ((JSON_OPTIONS[option], read_json(option, given.get(option, ""))) for option in json_options(peft))
+    return {*given, *(keys[key] for keys, values in inside for key in values if key in keys)}
+
+
+def json_options(peft: str) -> list[str]:
+    """The JSON options that a method reads."""
+    own = f"{peft}_config"
+    return [own, "peft_config"] if own in JSON_OPTIONS else []
 
 
 def is_text(x: Any) -> bool:
@@ -348,13 +358,16 @@ def parse(argv: list[str]) -> Config:
     if unknown:
         known = [*given, "fla", *WITHOUT_EFFECT, *(f.metadata["also"] for f in fields(Config))]
         name = unknown[0].lstrip("-").partition("=")[0]
-        raise Fatal(f"unknown option {unknown[0]}{nearest(name, known, '--')}; --help lists them all")
+        meant = {key: f"--{ours}" for keys in JSON_OPTIONS.values() for key, ours in keys.items() if "_" in key}
+        meant["lora"] = "--peft lora"                                 # (as RWKV-LM-LoRA has it, and --lora_r)
+        hint = f"; did you mean {meant[name]}?" if name in meant else nearest(name, known, "--")
+        raise Fatal(f"unknown option {unknown[0]}{hint}; --help lists them all")
     if given.pop("fla", False):  # the tutorial's word for it
         if given["op"] not in ("", "fla"):
             raise Fatal(f"--fla is short for --op fla, and --op {given['op']} is given too: give one of them")
         given["op"] = "fla"
     given["grad_cp"] = {"true": "1", "false": "0"}.get(given["grad_cp"].lower(), given["grad_cp"])
-    given["peft"] = {"disha": "bone"}.get(given["peft"], given["peft"])  # RWKV-PEFT renamed it
+    given["peft"] = {"disha": "bone", "miss": "bone"}.get(given["peft"], given["peft"])   # RWKV-PEFT renamed it, twice
     if given["train_type"] == "state" and "peft" not in named:
         given["peft"] = "state"                                       # RWKV-PEFT's way to say it
     for f in fields(Config):
@@ -366,7 +379,7 @@ def parse(argv: list[str]) -> Config:
         if given.pop(name, None) is not None:
             say(f"--{name} has no effect here: {reason}")
     for option in JSON_OPTIONS:
-        if option == f"{given['peft']}_config":
+        if option in json_options(given["peft"]):
             given |= in_json(option, given)
         elif read_json(option, given[option]):                        # (its load and r are for another method)
             say(f"--{option} has no effect with --peft {given['peft']}")
@@ -1155,7 +1168,7 @@ class RWKV(nn.Module):
 NOT_OURS = {  # how a key ends -> what the file is
     "att.time_first": "RWKV-4 or an early RWKV-5", "att.gate_w1": "x060a, an experiment",
     "att.time_maa_rkvw_w1": "x060b or x060c, experiments",
-    "ffn.s_emb.weight": "x070a (DeepEmbed)", "qkv.q.weight": "x070b (with attention)",
+    "qkv.qq.weight": "x070b (with attention)", "ffn.s_emb.weight": "x070a (DeepEmbed)",
     "pos_emb_x": "a model with --my_pos_emb", "tiny_q.weight": "a model with --tiny_att_dim",
     **dict.fromkeys((".lora_A", ".disha"), "a run's adapters, for --adapter_load; --load_model takes their base"),
     "init_lora_A": "a run's init_pissa.pth, for --adapter_init", "master": "a run's resume.pth, for --resume",
@@ -1170,8 +1183,8 @@ def detect(tensors: dict[str, Tensor], path: str) -> Arch:
     last = f"blocks.{max(layers, default=0)}."                        # (block 0 may lack what the others have)
     held = {name.partition("att.")[2] for name in tensors}
     version = next((v for v, mix in TIME_MIX.items() if held.issuperset(mix.signature)), None)
-    if version is None:
-        odd = next((what for key, what in NOT_OURS.items() if any(name.endswith(key) for name in tensors)), "")
+    odd = next((what for key, what in NOT_OURS.items() if any(name.endswith(key) for name in tensors)), "")
+    if odd or version is None:
         raise Fatal(f"--load_model {path}: {f'this is {odd}' if odd else 'not an RWKV model'} ({len(tensors)} tensors,"
                     f" first {next(iter(tensors))!r}); supported are {', '.join(TIME_MIX)}")
     if layers != set(range(len(layers))):
@@ -2258,7 +2271,12 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     if bin.stat().st_size != starts[-1] * itemsize:
         raise Fatal(f"{bin}: {bin.stat().st_size} bytes, but {idx.name} describes {starts[-1]} tokens of {itemsize};"
                     " the two do not belong together, or the file is truncated")
-    return Corpus(np.memmap(bin, IDX_DTYPE[code], "r"), starts)
+    tokens = np.memmap(bin, IDX_DTYPE[code], "r")
+    endless = int((tokens[starts[1:][sizes > 0] - 1] != 0).sum())
+    if endless > N / 2:
+        say(f"{bin}: {endless:,} of its {N:,} documents do not end with token 0, by which a model learns to end;"
+            " json2binidx writes it with --append-eod")
+    return Corpus(tokens, starts)
 
 
 # ---------------------------------------------------------------------------------- streams of tokens, without an index
@@ -2972,7 +2990,8 @@ class LowBits(Numbers):
 
 
 MOMENTS = {"fp32": (Numbers, Numbers), "8bit": (CodedNumbers, CodedSquares)}
-STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}
+STAGE = {"": 1, "auto": 1, "ddp": 0, "zero1": 1, "zero2": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2,
+         "ddp_find_unused_parameters_false": 0}
 
 
 class ZeroAdamW:
@@ -3189,9 +3208,8 @@ def read_pth(path: str | Path, what: str, checks: bool = True) -> dict[str, Tens
     path = Path(path)
     refuse_device(path, what)
     if not path.is_file():
-        beside = some(p.name for p in path.parent.glob("*.pth"))
-        raise Fatal(f"{what} {path}: {'this is a folder' if path.is_dir() else 'no such file'}"
-                    + f"; beside it: {beside}" * bool(beside))
+        found = "this is a folder; expected a .pth" if path.is_dir() else "no such file"
+        raise Fatal(f"{what} {path}: {found}{what_is_beside(path)}")
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -3212,7 +3230,21 @@ def read_pth(path: str | Path, what: str, checks: bool = True) -> dict[str, Tens
         raise Fatal(f"{what} {path}: cannot be read: {first_line(e)}") from None
     if odd := oddity(tensors):
         raise Fatal(f"{what} {path}: expected a flat dict of tensors, not {odd}")
-    return {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach() for name, t in tensors.items()}
+    wrapper = wrapper_of(tensors)
+    return {name.removeprefix(wrapper).removeprefix("_forward_module.").removeprefix("_orig_mod."): t.detach()
+            for name, t in tensors.items()}
+
+
+def what_is_beside(path: Path) -> str:
+    where, folder = ("in it", path) if path.is_dir() else ("beside it", path.parent)
+    found = some(p.name for p in folder.glob("*.pth"))
+    return f"; {where}: {found}" * bool(found)
+
+
+def wrapper_of(names: dict[str, Any]) -> str:
+    """What all names of a model's file begin with: RWKV-PEFT saves merged ones as model.base_model.model.emb.weight."""
+    wrapper = next((name.removesuffix("emb.weight") for name in names if name.endswith(".emb.weight")), "")
+    return wrapper if all(name.startswith(wrapper) for name in names) else ""
 
 
 def pickles_of(path: Path, what: str, checks: bool) -> list[bytes]:
@@ -3492,6 +3524,11 @@ def adapters_of(
         raise Fatal(f"{path}: it holds no adapters, whose names end in {' or '.join(layer.names)}")
     if left:
         raise Fatal(f"{path}: it holds {some(left)}, which the base lacks")
+    blocks = {name.split(".")[1] for name in found}
+    adapted = {name.split(".")[1] for name, (own, _) in found.items() if own}
+    if layer.names and adapted != blocks:
+        raise Fatal(f"{path}: it holds adapters for {len(adapted)} of the base's {len(blocks)} blocks; is it of another"
+                    " model?")
     return found
 
 
@@ -3715,12 +3752,21 @@ def with_init(cfg: Config) -> Config:
 
 def from_whole_model(cfg: Config) -> Config:
     """A method whose files are whole models continues from one by using it as the base."""
-    file = cfg.adapter_load or (str(Path(cfg.proj_dir) / f"rwkv-{cfg.epoch_begin - 1}.pth") if cfg.epoch_begin else "")
-    if not file or not ADAPTER[cfg.peft].whole:
+    if not ADAPTER[cfg.peft].whole or not (cfg.adapter_load or cfg.epoch_begin):
         return cfg
+    file = cfg.adapter_load or epoch_before(cfg)
     if cfg.load_model and cfg.adapter_load:
         say(f"--load_model {cfg.load_model} has no effect: --adapter_load {file} is a whole model")
     return replace(cfg, load_model=file, adapter_load="")
+
+
+def epoch_before(cfg: Config) -> str:
+    """The file that --epoch_begin goes on from."""
+    file = Path(cfg.proj_dir) / f"rwkv-{cfg.epoch_begin - 1}.pth"
+    if not file.is_file():
+        raise Fatal(f"--epoch_begin {cfg.epoch_begin} goes on from {file}: no such file{what_is_beside(file)}; leave"
+                    " the flag out to begin with --load_model as it is")
+    return str(file)
 
 
 def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | None]:
@@ -3819,7 +3865,7 @@ def begun_from(cfg: Config, resumed: bool) -> Config:
     if not resumed and (cfg.adapter_load or not cfg.epoch_begin):
         return cfg
     init = str(folder / "init_pissa.pth") if method.layer.taken else ""
-    load = "" if resumed or method.whole else str(folder / f"rwkv-{cfg.epoch_begin - 1}.pth")
+    load = "" if resumed or method.whole else epoch_before(cfg)
     return replace(cfg, adapter_init=init, adapter_load=load)
 
 

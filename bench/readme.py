@@ -114,7 +114,8 @@ def tutorial() -> str:
         lines.append(f"| `--{option}`: {' '.join(f'`{shown[name]}`' for name in names)} | {flags(names)} |"
                      " either works; JSON takes precedence |")
     lines.append(f"| `--fla` | `--op {P.parse(['--fla']).op}` | either works |")
-    lines.append(f"| `--peft disha` | `--peft {P.parse(['--peft', 'disha']).peft}` | either works |")
+    lines += [f"| `--peft {name}` | `--peft {P.parse(['--peft', name]).peft}` | either works |"
+              for name in ("disha", "miss")]  # fmt: skip
     stages = {stage: name for name, stage in P.STAGE.items() if name.startswith("zero")}
     lines += [f"| `--strategy {name}` | `--strategy {stages[stage]}` | either works; DeepSpeed is not needed |"
               for name, stage in P.STAGE.items() if name.startswith("deepspeed")]  # fmt: skip

@@ -106,6 +106,27 @@ def test_json_of_another_method_has_no_effect(capsys):
     assert "--lora_config has no effect with --peft pissa" in capsys.readouterr().out
 
 
+def test_the_json_of_todays_rwkv_peft(capsys):
+    """Its README: one option for every method, in Hugging Face's names; bone is called miss there."""
+    cfg = parse("""--peft lora --peft_config '{"r":8,"lora_alpha":32,"lora_dropout":0.05}'""")
+    assert (cfg.peft, cfg.rank, cfg.lora_alpha, cfg.lora_dropout) == ("lora", 8, 32, 0.05)
+    text = """--peft miss --peft_config '{"r":64}'"""
+    assert (parse(text).peft, parse(text).rank, parse(text).bone_mode) == ("bone", 64, "bone")
+    assert merge.TYPE["miss"] == merge.TYPE["bone"]
+    assert P.options_given(shlex.split(text), "bone") == {"peft", "peft_config", "rank"}
+    assert not capsys.readouterr().out
+    assert parse("""--peft state --peft_config '{"r":64}'""").rank == P.Config.rank
+    assert capsys.readouterr().out == "--peft_config has no effect with --peft state\n"
+
+
+@pytest.mark.parametrize(("flag", "meant"), [
+    ("--lora", "--peft lora"), ("--lora_r", "--rank"), ("--lora_load", "--adapter_load"),
+    ("--lora_parts", "--train_parts"), ("--pissa_init", "--adapter_init"), ("--epoch_stepp", "--epoch_steps")])
+def test_flags_of_other_programs_are_answered_with_ours(flag, meant):
+    with pytest.raises(P.Fatal, match=rf"^unknown option {flag}; did you mean {meant}\?; --help lists them all$"):
+        parse(f"--rank 8 {flag} 8")
+
+
 def test_json_null_leaves_the_default():
     assert parse("""--peft bone --bone_config '{"bone_r": 8, "r": null}'""").rank == 8
     assert parse("""--pissa_config '{"pissa_load": null, "pissa_r": 8}'""").adapter_load == ""
@@ -164,7 +185,8 @@ def test_no_flag_is_both_with_and_without_effect():
     assert not names & P.WITHOUT_EFFECT.keys()
 
 
-# What RWKV-PEFT's scripts carry in June 2025 and before; the first lines are the tutorial's.
+# What RWKV-PEFT's scripts carry in June 2025 and before; the first lines are the tutorial's, the last two of 2026, and
+# RWKV-LM's for RWKV-7.
 SCRIPTS = """
 --load_model M --proj_dir O --data_file D --vocab_size 65536 --n_layer 32 --n_embd 2560 --data_type binidx
 --dataload pad --loss_mask pad --ctx_len 512 --micro_bsz 8 --epoch_steps 1000 --epoch_count 1 --epoch_begin 0
@@ -178,6 +200,8 @@ SCRIPTS = """
 --my_qa_mask 0 --data_shuffle 1 --op cuda --optim none --sft_field query response --sft_split train --avg_loss 0
 --merge 0 --fused_kernel --optimizer none --num_workers 8 --persistent_workers --prefetch_factor 2 --loss_mask pad
 --tiny_att_dim 0 --tiny_att_layer -999 --my_pos_emb 0 --num_nodes 1 --quant none --train_type none
+--peft lora --peft_config '{"r":64,"lora_alpha":128,"lora_dropout":0.01}' --op fla --my_testing x070
+--train_stage 3 --my_exit_tokens 1498226207 --magic_prime 2926181 --adam_eps 1e-18 --enable_progress_bar True
 """
 
 

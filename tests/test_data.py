@@ -577,6 +577,18 @@ def test_write_binidx_byte_for_byte(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize(("documents", "said"), [
+    ([[5, 6, 0], [7, 8], [9, 0]], ""), ([[5, 6], [7, 8], [9, 0]], "2 of its 3 documents do not end with token 0, by")])
+def test_a_binidx_without_ends_is_said_to_be_so(tmp_path, capsys, documents, said):
+    """As json2binidx writes it where --append-eod was forgotten."""
+    tokens = np.concatenate(documents)
+    P.write_binidx(str(tmp_path / "x"), P.Corpus(tokens, np.cumsum([0, *map(len, documents)])))
+    found = P.read_binidx(str(tmp_path / "x"), P.ByteTokenizer(), P.Config())
+    assert found.tokens.tolist() == tokens.tolist() and found.starts.tolist()[-1] == len(tokens)
+    out = capsys.readouterr().out
+    assert said in out and bool(out) == bool(said)
+
+
 def test_make_binidx_is_the_same_corpus_as_its_jsonl(tmp_path, capsys):
     path = tmp_path / "my.data.jsonl"
     texts = ["Hello world", "你好。\n\n😀", "third"]

@@ -255,6 +255,18 @@ def test_a_base_of_another_width_is_refused_with_both_widths(n_embd, model_file,
     assert f"[{n_embd}, {n_embd}]" in str(error.value) and "lora_A [4, 128]" in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["pissa", "bone"])
+def test_a_base_of_the_same_width_with_more_layers_is_refused(kind, model_file, tmp_path):
+    """RWKV-7 of 7.2B and of 13.3B are both 4096 wide, and RWKV-PEFT's files do not say of which they are."""
+    run = finished(tmp_path / "run", model_file(n_layer=2), peft=kind)
+    without_description(run.checkpoint)
+    if run.init.exists():
+        without_description(run.init)
+    with pytest.raises(Fatal, match="holds adapters for 2 of the base's 3 blocks; is it of another model"):
+        merged(run, base=model_file(name="deeper.pth", n_layer=3))
+    assert not run.output.exists()
+
+
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
