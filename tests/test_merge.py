@@ -262,7 +262,7 @@ def test_a_base_of_the_same_width_with_more_layers_is_refused(kind, model_file, 
     without_description(run.checkpoint)
     if run.init.exists():
         without_description(run.init)
-    with pytest.raises(Fatal, match="holds adapters for 2 of the base's 3 blocks; is it of another model"):
+    with pytest.raises(Fatal, match="holds adapters for 2 of the base's 3 blocks; is it for another model"):
         merged(run, base=model_file(name="deeper.pth", n_layer=3))
     assert not run.output.exists()
 
