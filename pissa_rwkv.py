@@ -3308,8 +3308,11 @@ def read_described(path: str | Path, what: str, checks: bool = True) -> tuple[di
     """
     held = read_pth(path, what, checks)
     tensors = {re.sub(r"\.bone$", ".disha", name.removeprefix("model.")): t for name, t in held.items()}
-    with zipfile.ZipFile(path) as archive:
-        about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"  # (lost if others save it)
+    try:
+        with zipfile.ZipFile(path) as archive:                        # (others that save it again lose the description)
+            about = archive.read(DESCRIPTION) if DESCRIPTION in archive.namelist() else b"{}"
+    except Exception as e:             # (as above, if the checksums were not looked at)
+        raise Fatal(f"{what} {path}: damaged ({first_line(e)}); fetch or save it again") from None
     if (old := tensors.pop(Path(DESCRIPTION).name, None)) is not None:                    # in old files, a tensor
         about = old.to(torch.uint8).numpy().tobytes()
     if bad := [name for name, t in tensors.items() if checks and not is_finite(t)]:

@@ -217,7 +217,7 @@ def test_memory_follows_the_chunk_and_not_the_row(base):
         P.train_step(run, 1e-5)
 
     def validate(run):
-        run.loader.cfg, run.loader.pass_rows = run.cfg, 2
+        run.loader.cfg, run.loader.pass_rows, run.loader.one_pass = run.cfg, 2, range(1)
         full_batch = run.loader.batch
         run.loader.batch = lambda number, last: full_batch(number)
         P.evaluate(run.model, run.loader)
