@@ -15,6 +15,7 @@ formula is `pissa_rwkv.merge`; here are its command line, those two formats, and
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -40,14 +41,14 @@ def for_web_rwkv(name: str, t: Tensor) -> tuple[str, Tensor]:
     return name.lower(), t.to(torch.float16).contiguous()
 
 
-def save_st(path: Path, tensors: P.Named) -> None:
+def save_st(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Safetensors as web-rwkv reads them: everything fp16, `RENAMED` and `SWAPPED` applied."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise Fatal(f"--output {path}: .st needs the package safetensors: `pip install safetensors`") from None
-    ready = dict(for_web_rwkv(name, t) for name, t in dict(tensors).items())
+    ready = dict(for_web_rwkv(name, t) for name, t in tensors)
     unused = {name.lower() for name in P.UNUSED}
     for name, t in ready.items():
         if not t.isfinite().all() and name not in unused:
@@ -183,10 +184,10 @@ def main(argv: list[str] | None = None) -> int:
         make(args)
         return 0
     except Exception as e:
-        if not (error := P.in_one_line(e, "a .pth takes a few matrices of it, a .st twice the model")):
+        if not (error := P.in_one_line(e, "a .pth takes as much as a few matrices, a .st twice its size")):
             raise
-        print(f"merge.py: error: {error}", file=sys.stderr)
-        return 2
+    print(f"merge.py: error: {error}", file=sys.stderr)               # (now that the bar is gone with what failed)
+    return 2
 
 
 if __name__ == "__main__":

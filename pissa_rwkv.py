@@ -239,7 +239,7 @@ class Config:
     pissa_config: str = opt("", "the tutorial's JSON for the same: pissa_load, pissa_init, pissa_r, svd_niter")
     lora_config: str = opt("", "likewise: lora_load, lora_r, lora_alpha, lora_dropout")
     bone_config: str = opt("", "likewise: bone_load, bone_r, bone_mode; or load, r, mode", "disha_config")
-    peft_config: str = opt("", "likewise, of today's RWKV-PEFT, for every --peft: r, lora_alpha, lora_dropout")
+    peft_config: str = opt("", "likewise, of today's RWKV-PEFT, for any adapters: r, lora_alpha, lora_dropout")
     train_parts: tuple = opt(("auto",), "also train names with emb, head, ln or time (not in x070); auto: time ln")
     quant: str = opt("none", "how frozen matrices are held: none (as they are), int8, nf4, nf4dq (8.3, 4.5, 4.1 bits)")
     qpissa_iters: int = opt(1, "PiSSA on a quantised base: SVDs for its start; more reduce its error", within="[1,5]")
@@ -3439,8 +3439,8 @@ Named = dict[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
 def save(path: Path, tensors: Named, about: dict[str, Any] | None = None, keep: int = 1) -> None:
-    """Named tensors as a .pth; with `about`, described by it. The file is one of torch.save, but written a tensor at a
-    time: of those that are made on demand, no two are in memory at once."""
+    """Named tensors as a .pth; with `about`, described by it. It holds what torch.save would write, but is written a
+    tensor at a time: of those that are made on demand, no two are in memory at once."""
 
     def write(file: IO[bytes]) -> None:
         forms, pickled = {}, io.BytesIO()
@@ -3754,7 +3754,7 @@ def with_init(cfg: Config) -> Config:
 
 def from_whole_model(cfg: Config) -> Config:
     """A method whose files are whole models continues from one by using it as the base."""
-    if not ADAPTER[cfg.peft].whole or not (cfg.adapter_load or cfg.epoch_begin):
+    if not ADAPTER[cfg.peft].whole or not (cfg.adapter_load or cfg.epoch_begin > 0):
         return cfg
     file = cfg.adapter_load or epoch_before(cfg)
     if cfg.load_model and cfg.adapter_load:

@@ -446,6 +446,7 @@ OPTIONS = [
     ("decay_frac of 0", "--lr_schedule wsd --decay_frac 0", "--decay_frac 0"),
     ("dropout of 2", "--peft lora --lora_dropout 2", "--lora_dropout 2"),
     ("negative svd_niter", "--svd_niter -1", "--svd_niter -1"),
+    ("negative epoch of a whole model", "--peft none --epoch_begin -1", "--epoch_begin -1: expected a number from 0"),
     ("negative seed", "--random_seed -1", "--random_seed -1"),
     ("val_split of 1", "--val_split 1", "--val_split 1"),
     ("negative val_split", "--val_split -0.1", "--val_split -0.1"),

@@ -14,6 +14,7 @@ import torch
 from conftest import load_model, logits_of, random_tensors
 
 import merge as command
+import pissa_rwkv
 from pissa_rwkv import Config, Fatal, PiSSALinear, build, merge_files, parse, read_described, save, train
 
 TOKENS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 26, 43, 0, 83, 27]
@@ -321,6 +322,21 @@ def test_the_command_refuses_in_one_line(model_file, tmp_path, capsys):
     assert not run.output.exists()
 
 
+def test_the_bar_is_gone_before_the_error_is_printed(model_file, tmp_path, monkeypatch, capsys):
+    """On a terminal the line would otherwise begin where the bar ends."""
+    def bar(items, what):
+        try:
+            yield from items
+        finally:
+            print("gone", file=sys.stderr)
+
+    run = finished(tmp_path / "run", model_file())
+    monkeypatch.setattr(pissa_rwkv, "progress", bar)
+    monkeypatch.setattr(pissa_rwkv, "write_part", lambda *_: open(tmp_path / "nowhere" / "x"))
+    assert command.main(arguments(run)) == 2
+    assert "gone\nmerge.py: error: cannot write " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("peft", ["pissa", "lora"])
 def test_an_alpha_that_contradicts_the_run_never_changes_the_result(peft, model_file, tmp_path, capsys):
     """PiSSA has no alpha; a LoRA of ours knows its own. Another one is refused, or has no effect."""
@@ -355,7 +371,7 @@ def test_a_file_for_web_rwkv(version, tmp_path):
     base = random_tensors(seed=3, version=version, layer0_v=True, pre_ffn=version == "x052")  # (of x070: NaN, unused)
     base |= {"blocks.1.att.time_state": torch.randn(1, 64, 64)}
     otherwise = OTHERWISE[version] | {"att.time_state": ("att.time_state", True)}
-    command.save_st(tmp_path / "m.st", base)
+    command.save_st(tmp_path / "m.st", base.items())
     (tmp_path / "plain").touch()
     assert (tmp_path / "m.st").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with safe_open(tmp_path / "m.st", "pt") as file:
@@ -373,7 +389,7 @@ def test_a_file_for_web_rwkv(version, tmp_path):
 
 def test_a_number_too_large_for_fp16_is_refused(tmp_path):
     with pytest.raises(Fatal, match="emb.weight has numbers beyond"):
-        command.save_st(tmp_path / "m.st", {"emb.weight": torch.full((2, 2), 1e5)})
+        command.save_st(tmp_path / "m.st", [("emb.weight", torch.full((2, 2), 1e5))])
     assert not (tmp_path / "m.st").exists()
 
 

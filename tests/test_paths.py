@@ -4,6 +4,7 @@ import json
 import logging
 import shlex
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,11 @@ def curve(place, folder, name, options):
         f" --ctx_len 24 --micro_bsz 2 --epoch_steps {STEPS} --lr_init 1e-3 --lr_final 1e-3 {options}")) == 0
     rows = [json.loads(line) for line in (folder / "loss_data.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows], [row["grad_norm"] for row in rows]
+
+
+def test_readme_says_how_many_losses_are_compared():
+    text = (Path(P.__file__).parent / "README.md").read_text("utf-8")
+    assert f"a test compares {STEPS} losses under each setting" in text
 
 
 @pytest.mark.parametrize("name", RUNS)
