@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one line about what the user can fix."""
+    """Returns the exit status: 0; 2 after one line about what the user can fix; 130 after Ctrl-C."""
     try:
         args = parser().parse_args(argv)
         method, make = TYPE[args.type]
@@ -183,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
             raise Fatal(f"--output {args.output}: no such folder {Path(args.output).parent}")
         make(args)
         return 0
+    except KeyboardInterrupt:
+        print("merge.py: stopped; nothing was written", file=sys.stderr)
+        return 130
     except Exception as e:
         if not (error := P.in_one_line(e, "a .pth takes as much as a few matrices, a .st twice its size")):
             raise

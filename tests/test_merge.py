@@ -337,6 +337,18 @@ def test_the_bar_is_gone_before_the_error_is_printed(model_file, tmp_path, monke
     assert "gone\nmerge.py: error: cannot write " in capsys.readouterr().err
 
 
+def test_ctrl_c_leaves_nothing(model_file, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    run = finished(tmp_path / "run", model_file())
+    before = {*tmp_path.rglob("*")}
+    monkeypatch.setattr(pissa_rwkv, "write_part", interrupted)
+    assert command.main(arguments(run)) == 130
+    assert capsys.readouterr().err.endswith("merge.py: stopped; nothing was written\n")
+    assert {*tmp_path.rglob("*")} == before
+
+
 @pytest.mark.parametrize("peft", ["pissa", "lora"])
 def test_an_alpha_that_contradicts_the_run_never_changes_the_result(peft, model_file, tmp_path, capsys):
     """PiSSA has no alpha; a LoRA of ours knows its own. Another one is refused, or has no effect."""
