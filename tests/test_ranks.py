@@ -225,6 +225,9 @@ def test_a_host_that_is_frozen_is_named():
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
     store.get("served")
     os.kill(host.pid, signal.SIGSTOP)
+    threads = Path(f"/proc/{host.pid}/task")
+    while not all("State:\tT" in status.read_text() for status in threads.glob("*/status")):
+        time.sleep(0.01)                                              # (the store's thread may still answer)
     ask = P.Ranks(1, 2, store).who_is_lost
     asking = reliability.threading.Thread(target=lambda: names.append(ask(0.1)), daemon=True)
     asking.start()
