@@ -31,6 +31,7 @@ setup(
         "image": ["Pillow"],
         "export": ["safetensors"],
         "triton": ["triton"],
+        "cuda": ["cuda-toolkit[nvcc,cccl]"],
         "fla": ["flash-linear-attention"],
     },
     entry_points={"console_scripts": ["pissa_rwkv=pissa_rwkv:main", "pissa_rwkv_merge=merge:main"]},

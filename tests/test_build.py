@@ -1,6 +1,8 @@
 """Compiling on request: what goes wrong at users' machines. The compiler here is a script that counts its runs."""
 
 import ctypes
+import importlib.machinery
+import importlib.util
 import os
 import shutil
 import signal
@@ -291,18 +293,27 @@ def test_the_compiler_that_the_environment_names(place, monkeypatch):
     one_line(caught)
 
 
-def test_nvcc_is_looked_for_where_torch_does(tmp_path, monkeypatch):
-    """In the toolkit that the environment names, on PATH, where it is installed; and with what each needs besides."""
-    for place in ("home", "path", "toolkit"):
+def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
+    """In the toolkit that the environment names, in pip's, on PATH, where it is installed; and with what each needs."""
+    pip = tmp_path / "nvidia" / "cu13"
+    for place in ("home", "nvidia/cu13", "path", "toolkit"):
         (tmp_path / place / "bin").mkdir(parents=True)
         (tmp_path / place / "bin" / "nvcc").touch(0o755)
     for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "CUDAHOSTCXX", "NVCC_CCBIN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(nvcc, "TOOLKIT", tmp_path / "toolkit")
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(importlib.util, "find_spec", {}.get)
     assert nvcc.find_nvcc() == tmp_path / "toolkit" / "bin" / "nvcc"
     monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
     assert nvcc.find_nvcc() == tmp_path / "path" / "bin" / "nvcc"
+    package = importlib.machinery.ModuleSpec("nvidia", None, is_package=True)
+    package.submodule_search_locations.append(str(tmp_path / "nvidia"))
+    monkeypatch.setattr(importlib.util, "find_spec", {"nvidia": package}.get)
+    assert nvcc.find_nvcc() == tmp_path / "path" / "bin" / "nvcc"      # pip's alone cannot compile
+    (pip / "include" / "cccl" / "nv").mkdir(parents=True)
+    (pip / "include" / "cccl" / "nv" / "target").touch()
+    assert nvcc.find_nvcc() == pip / "bin" / "nvcc"
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "home"))
     found = nvcc.find_nvcc()

@@ -7,6 +7,7 @@ runtime is linked statically; the driver must only be new enough for both).
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from . import build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tensors; the place is the code in the C interfaces
 TOOLKIT = Path("/usr/local/cuda")  # where it is installed; often not on PATH
+PIP_INSTALL = "pip install 'cuda-toolkit[nvcc,cccl]'"
 HEADERS = [Path(__file__).with_name(name) for name in ("device.cuh", "blocks.cuh")]
 FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
 
@@ -38,17 +40,26 @@ def open_library(
     """What nvcc makes of a .cu for GPUs of this compute capability, bound. flags: besides those of all."""
     nvcc, arch = find_nvcc(), "sm_{}{}".format(*capability)
     if nvcc is None:
-        problem = f"{source.name} needs nvcc, which is in none of $CUDA_HOME, PATH and {TOOLKIT}"
-        raise build.BuildError(f"{problem}: install the CUDA toolkit, {build.REMEDY}")
+        problem = f"{source.name} needs nvcc, which is in none of $CUDA_HOME, this Python, PATH and {TOOLKIT}"
+        raise build.BuildError(f"{problem}: install the CUDA toolkit ({PIP_INSTALL}), {build.REMEDY}")
     flags = [*FLAGS, *of_this_machine(nvcc), *flags, f"-arch={arch}"]
     return bind(build.load(f"{source.stem}_{arch}", source, str(nvcc), flags, HEADERS))
 
 
 def find_nvcc() -> Path | None:
-    """Where torch looks for it too: in the toolkit that the environment names, on PATH, where it is installed."""
+    """In the toolkit that the environment names, in those of this Python, on PATH, or where a toolkit is installed."""
     named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [*(Path(root, "bin", "nvcc") for root in named if root), shutil.which("nvcc"), TOOLKIT / "bin" / "nvcc"]
+    roots = [root for root in (*named, *of_pip()) if root]
+    places = [*(Path(root, "bin", "nvcc") for root in roots), shutil.which("nvcc"), TOOLKIT / "bin" / "nvcc"]
     return next((Path(nvcc) for nvcc in places if nvcc and Path(nvcc).exists()), None)
+
+
+def of_pip() -> list[Path]:
+    """The toolkits that PIP_INSTALL has put beside torch, with all headers. (JAX installs its nvcc without them.)"""
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = nvidia.submodule_search_locations if nvidia else None
+    headers = (header for folder in folders or () for header in Path(folder).glob("cu*/include/cccl/nv/target"))
+    return [header.parents[3] for header in headers]
 
 
 def of_this_machine(nvcc: Path) -> list[str]:
