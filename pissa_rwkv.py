@@ -191,7 +191,7 @@ class Config:
     head_qk: int = opt(0, "width of a head that copies earlier tokens; default: the base file's")
     vocab_size: int = opt(0, "vocabulary size; default: the base file's (new: 65536 world, 256 byte, or the data's)")
     # data
-    data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar or a binidx prefix; for dummy the family: base or shift")
+    data_file: str = opt("", "corpus: .jsonl, .txt, .npy, .tar, folder or binidx prefix; for dummy: base or shift")
     data_type: str = opt("", "binidx, jsonl, sft, utf-8, utf-16le, numpy, uint16, wds_img, dummy; default: by its name")
     sft_fields: tuple = opt(("question", "answer"), "sft: question and answer, or one with all messages", "sft_field")
     img_side: int = opt(64, "wds_img: side of the square images, in pixels", "my_img_size", within="[1,1e6]")
@@ -2089,7 +2089,8 @@ def read_text(path: str, encoding: str = "utf-8") -> str:
     try:
         text = Path(path).read_text(encoding)
     except UnicodeDecodeError as e:
-        raise Fatal(f"{path}: not {encoding.upper()} text (byte {e.start}: {e.reason})") from None
+        raise Fatal(f"{path}: not {encoding.upper()} text (byte {e.start}: {e.reason}); if it is in another encoding,"
+                    " `iconv -f ENCODING -t UTF-8` converts it") from None
     if "\0" in text:
         raise Fatal(f"{path}: holds the character 0, which no text does; if it is UTF-16, save it as UTF-8")
     if text.startswith("\ufffe"):                                     # the mark with its two bytes swapped
@@ -2318,17 +2319,6 @@ def read_uint16(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
-def shards(path: str) -> Iterator[str]:
-    """The files a name stands for: one, a folder's .tar, or those of a pattern: x-{000..012}.tar, x-*.tar."""
-    if Path(path).is_dir():
-        yield from sorted(map(str, Path(path).glob("*.tar")))
-    elif span := re.search(r"\{(\d+)\.\.(\d+)\}", path):
-        for i in range(int(span[1]), int(span[2]) + 1):
-            yield from shards(f"{path[:span.start()]}{i:0{len(span[1])}}{path[span.end():]}")
-    else:
-        yield from [path] if Path(path).exists() else sorted(glob.glob(path)) or [path]
-
-
 def images(shard: str) -> Iterator[tuple[str, bytes]]:
     """Name and contents of every image in a tar. Nothing is written to disk."""
     try:
@@ -2353,16 +2343,15 @@ def pixels(image: bytes, side: int) -> np.ndarray:
 
 
 def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    """WebDataset's tar shards: every image is a document, and the captions beside them are not read."""
+    """A tar of WebDataset's: every image is a document, and the captions beside them are not read."""
     if importlib.util.find_spec("PIL") is None:
         raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed: `pip install Pillow`")
     documents = []
-    for shard in progress(shards(path), "reading images"):
-        for name, image in images(shard):
-            try:
-                documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
-            except Exception as e:     # on nonsense Pillow raises OSError, SyntaxError, struct.error and others
-                raise Fatal(f"{shard}: {name} is not an image, or damaged ({first_line(e)})") from None
+    for name, image in progress(images(path), "reading images"):
+        try:
+            documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
+        except Exception as e:         # on nonsense Pillow raises OSError, SyntaxError, struct.error and others
+            raise Fatal(f"{path}: {name} is not an image, or damaged ({first_line(e)})") from None
     if not documents:
         raise Fatal(f"--data_file {path}: holds no image ({', '.join(IMAGES)})")
     return Corpus(np.concatenate(documents), np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1))
@@ -2376,19 +2365,38 @@ CORPUS: dict[str, Callable[[str, ByteTokenizer, Config], Corpus]] = {
 OF_TOKENS = ("binidx", "numpy", "uint16")                             # somebody else's tokenizer made these
 
 
+# --------------------------------------------------------------------------------- the files that a name stands for
+
+SUFFIXES = {"jsonl": (".jsonl", ".json"), "utf-8": (".txt", ".md"), "wds_img": (".tar",)}  # of types found in folders
+BY_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
+BY_SUFFIX |= {".bin": "binidx", ".idx": "binidx", ".npy": "numpy"}
+SUFFIXES |= {"sft": SUFFIXES["jsonl"], "utf-16le": SUFFIXES["utf-8"]}
+
+
 def data_type_of(cfg: Config, path: str) -> str:
     """--data_type, or what the file's name says. (A .bin alone may be half of a binidx: it is not taken for uint16.)"""
     if cfg.data_type or not path:
         return cfg.data_type or "dummy"
-    by_suffix = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "utf-8", ".md": "utf-8", ".bin": "binidx",
-                 ".idx": "binidx", ".npy": "numpy", ".tar": "wds_img"}
-    if Path(path).suffix in by_suffix:
-        return by_suffix[Path(path).suffix]
+    if Path(path).suffix in BY_SUFFIX:
+        return BY_SUFFIX[Path(path).suffix]
     if Path(path + ".idx").exists():
         return "binidx"
-    if any(Path(path).glob("*.tar")):
-        return "wds_img"
-    raise Fatal(f"--data_file {path}: its name does not tell what it is; set --data_type ({', '.join(CORPUS)})")
+    held = [kind for kind in ("wds_img", "jsonl", "utf-8") if Path(path).is_dir() and files_of(path, kind)]
+    if len(held) == 1 or "wds_img" in held:                           # (others beside tars describe them)
+        return held[0]
+    why = f"it holds {' and '.join(held)}" if held else "its name does not tell what it is"
+    raise Fatal(f"--data_file {path}: {why}; set --data_type ({', '.join(CORPUS)})")
+
+
+def files_of(path: str, kind: str) -> list[str]:
+    """The files of a type that a name stands for: one, a folder's, or those of a pattern: x-{000..012}.tar, x-*.tar."""
+    if Path(path).is_dir():
+        inside = sorted(glob.glob(f"{glob.escape(path)}/*"))          # (without hidden ones)
+        return [file for file in inside if Path(file).suffix in SUFFIXES[kind]]
+    if span := re.search(r"\{(\d+)\.\.(\d+)\}", path):
+        numbers = (f"{i:0{len(span[1])}}" for i in range(int(span[1]), int(span[2]) + 1))
+        return [file for i in numbers for file in files_of(path[:span.start()] + i + path[span.end():], kind)]
+    return [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True)) or [path]
 
 
 def needs_tokenizer(cfg: Config) -> bool:
@@ -2399,8 +2407,22 @@ def needs_tokenizer(cfg: Config) -> bool:
 
 
 def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:
-    refuse_device(path, flag)
-    return pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
+    """The corpus of a file, or of several, one after another."""
+    kind = data_type_of(cfg, path)
+    read, files = pick(CORPUS, "--data_type", kind), files_of(path, kind) if kind in SUFFIXES else [path]
+    if not files:
+        raise Fatal(f"{flag} {path}: no {' or '.join(SUFFIXES[kind])} there")
+    corpora = []
+    for file in progress(files, "reading") if files[1:] else files:
+        refuse_device(file, flag)
+        corpora.append(read(file, tokenizer, cfg))
+    return joined(corpora) if files[1:] else corpora[0]
+
+
+def joined(corpora: list[Corpus]) -> Corpus:
+    ends = [0, *itertools.accumulate(len(corpus.tokens) for corpus in corpora)]
+    starts = [corpus.starts[:-1] + before for corpus, before in zip(corpora, ends, strict=False)]
+    return Corpus(np.concatenate([corpus.tokens for corpus in corpora]), np.concatenate([*starts, ends[-1:]]))
 
 
 def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:

@@ -406,6 +406,22 @@ def test_utf8_is_one_document(tmp_path):
     assert read(tmp_path / "x.txt") == ["a\n\nb é\n\0".encode()]
 
 
+def test_a_folder_or_a_pattern_is_read_file_by_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"b.txt": "B", "a.txt": "A", "c.md": "C", ".hidden.txt": "no", "x.py": "no", "sub/d.txt": "D",
+                       "rows/1.jsonl": '{"text": "1"}\n{"text": "2"}', "rows/2.json": '[{"text": "3"}]'}.items():
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_text(text)
+    assert read("d") == read("d/") == [b"A\0", b"B\0", b"C\0"]
+    assert read("d/*.txt") == [b"A\0", b"B\0"] and read("d/**/*.txt") == [b"A\0", b"B\0", b"D\0"]
+    assert read("d/rows") == read("d/rows", "jsonl") == [b"1\0", b"2\0", b"3\0"]
+    assert read("d/rows/{1..1}.jsonl") == [b"1\0", b"2\0"]
+    Path("d/e.jsonl").write_text('{"question": "Q", "answer": "E"}')
+    with pytest.raises(P.Fatal, match="^--data_file d: it holds jsonl and utf-8; set --data_type"):
+        read("d")
+    assert read("d", "utf-8") == [b"A\0", b"B\0", b"C\0"] and read("d", "sft") == [b"User: Q\n\nAssistant: E\0"]
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xff\xfe"])
 def test_utf16le(tmp_path, mark):
     (tmp_path / "x.txt").write_bytes(mark + b"a\0\r\0\n\0\xe9\0" + struct.pack("<2H", 0xD83D, 0xDE00))
