@@ -2384,6 +2384,9 @@ def data_type_of(cfg: Config, path: str) -> str:
     held = [kind for kind in ("wds_img", "jsonl", "utf-8") if Path(path).is_dir() and files_of(path, kind)]
     if len(held) == 1 or "wds_img" in held:                           # (others beside tars describe them)
         return held[0]
+    if Path(path).suffix in (".csv", ".tsv", ".parquet", ".xlsx"):
+        raise Fatal(f"--data_file {path}: a table, which pandas turns into JSON lines: pandas.read_csv({path!r})"
+                    ".to_json('data.jsonl', orient='records', lines=True); --sft_fields names its columns")
     why = f"it holds {' and '.join(held)}" if held else "its name does not tell what it is"
     raise Fatal(f"--data_file {path}: {why}; set --data_type ({', '.join(CORPUS)})")
 
