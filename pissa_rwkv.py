@@ -2371,6 +2371,7 @@ SUFFIXES = {"jsonl": (".jsonl", ".json"), "utf-8": (".txt", ".md"), "wds_img": (
 BY_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 BY_SUFFIX |= {".bin": "binidx", ".idx": "binidx", ".npy": "numpy"}
 SUFFIXES |= {"sft": SUFFIXES["jsonl"], "utf-16le": SUFFIXES["utf-8"]}
+TABLES = {".csv": "read_csv", ".tsv": "read_table", ".parquet": "read_parquet", ".xlsx": "read_excel"}  # of pandas
 
 
 def data_type_of(cfg: Config, path: str) -> str:
@@ -2384,8 +2385,8 @@ def data_type_of(cfg: Config, path: str) -> str:
     held = [kind for kind in ("wds_img", "jsonl", "utf-8") if Path(path).is_dir() and files_of(path, kind)]
     if len(held) == 1 or "wds_img" in held:                           # (others beside tars describe them)
         return held[0]
-    if Path(path).suffix in (".csv", ".tsv", ".parquet", ".xlsx"):
-        raise Fatal(f"--data_file {path}: a table, which pandas turns into JSON lines: pandas.read_csv({path!r})"
+    if read := TABLES.get(Path(path).suffix):
+        raise Fatal(f"--data_file {path}: a table, which pandas turns into JSON lines: pandas.{read}({path!r})"
                     ".to_json('data.jsonl', orient='records', lines=True); --sft_fields names its columns")
     why = f"it holds {' and '.join(held)}" if held else "its name does not tell what it is"
     raise Fatal(f"--data_file {path}: {why}; set --data_type ({', '.join(CORPUS)})")
