@@ -479,7 +479,7 @@ DATA = [
     ("no such file", "--data_file nope.jsonl", "nope.jsonl|No such file"),
     ("no such validation file", "--val_file nope.jsonl", "nope.jsonl|No such file"),
     ("a folder without text", "--data_file no-shards --data_type utf-8", "no-shards|no .txt or .md"),
-    ("a table", "--data_file x.parquet", "--data_file x.parquet|pandas.read_parquet('x.parquet')|orient='records', lines=True|--sft_fields"),
+    ("a table", "--data_file x.parquet", "x.parquet|pandas.read_parquet('x.parquet')|lines=True|--sft_fields"),
     ("a name that says nothing", "--data_file nope", "--data_file nope|--data_type"),
     ("data_type without data_file", "--data_file '' --data_type jsonl", "--data_file"),
     ("no data_file", "--data_file ''", "--data_file"),
