@@ -84,7 +84,7 @@ def open_device() -> None:
     vars(torch.cuda).update(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, device=contextlib.nullcontext,
         _lazy_init=lambda: None, _is_in_bad_fork=lambda: False, get_device_capability=lambda device=None: (9, 0),
-        get_device_properties=lambda device=None: types.SimpleNamespace(major=9, minor=0),
+        get_device_properties=lambda device=None: types.SimpleNamespace(major=9, minor=0, multi_processor_count=132),
         is_bf16_supported=lambda including_emulation=True: True,
         memory_allocated=lambda device=None: held.value, max_memory_allocated=lambda device=None: most.value,
         reset_peak_memory_stats=lambda device=None: setattr(most, "value", held.value),

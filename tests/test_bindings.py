@@ -66,7 +66,7 @@ def test_segments_are_planned_by_the_heads_of_all_rows(module, monkeypatch):
     forward, backward = module.kernels(lambda device: None, lambda *sizes: planned.append(sizes) or 2)
     inputs, grads = PROBLEMS[module]()
     backward(*inputs, forward(*inputs, True)[2], *grads)
-    assert planned == [(6, 4)] * 2
+    assert planned == [(6, 4, fast.MULTIPROCESSORS)] * 2
 
 
 # ------------------------------------------------------------------------------------ which library it is, and the look

@@ -23,7 +23,7 @@ REGIMES = [  # one head each
 ]  # fmt: skip
 OUTPUTS = ["y", "state_T", "dr", "dw", "dk", "dv", "du", "dstate"]
 STATES = ("state_T", "dstate")  # fp32; the others are of the inputs' dtype
-PLANS = {"whole": lambda heads, chunks: chunks, "segments": lambda heads, chunks: 1}
+PLANS = {"whole": lambda heads, chunks, sms: chunks, "segments": lambda heads, chunks, sms: 1}
 TINY = 1e-30  # where the exact result is no larger, this is how large it may be: exp(-100) has no place in fp32
 
 
@@ -181,7 +181,7 @@ def test_each_barrier_is_needed(tmp_path, monkeypatch):
     problems = [problem(100, dtype, regimes=["random"]) for dtype in (torch.float32, torch.bfloat16)]
 
     def results(library):
-        forward, backward = wkv6_cuda.kernels(lambda device: wkv6_cuda.bind(library), lambda heads, chunks: 2)
+        forward, backward = wkv6_cuda.kernels(lambda device: wkv6_cuda.bind(library), lambda heads, chunks, sms: 2)
         tensors = []
         for inputs, grads in problems:
             y, state_T, saved = forward(*inputs, True)

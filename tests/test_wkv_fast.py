@@ -27,7 +27,7 @@ OTHERS = ["equal keys", "logits to 20", "zeros"]
 OUTPUTS = ["y", "state_T", "dr", "dw", "dk", "dv", "da", "db", "dstate"]
 STATES = ("state_T", "dstate")  # fp32; the others are bf16
 
-PLANS = {"whole": lambda heads, chunks: chunks, "segments": lambda heads, chunks: 1}
+PLANS = {"whole": lambda heads, chunks, sms: chunks, "segments": lambda heads, chunks, sms: 1}
 
 
 def problem(time, regime="random", batch=1, heads=2, rounded=True):
@@ -254,15 +254,18 @@ def test_a_gpu_that_takes_no_launch_is_left_to_the_next_operator(monkeypatch, ca
                     r": is the driver as new as the compiler\?; using the next one", said)  # fmt: skip
 
 
-@pytest.mark.parametrize("heads, chunks, length", [(128, 32, 32), (320, 5, 5), (40, 32, 6), (12, 32, 2), (64, 128, 32),
-                                                   (2, 5, 2)])  # the last: of `differs`
-def test_segments_fill_a_gpu_unless_the_heads_do(heads, chunks, length):
-    assert fast.segment_chunks(heads, chunks) == length
+@pytest.mark.parametrize("heads, chunks, sms, length", [
+    (128, 32, 132, 32), (320, 5, 132, 5), (40, 32, 132, 6), (12, 32, 132, 2), (64, 128, 132, 32),
+    (2, 5, 132, 2), (2, 5, 3, 2),                                      # of `differs`
+    (89, 32, 132, 32), (88, 32, 132, 11), (40, 32, 28, 32), (12, 32, 28, 8), (1, 1, 14, 2)])  # fmt: skip
+def test_segments_fill_a_gpu_unless_the_heads_do(heads, chunks, sms, length):
+    assert fast.segment_chunks(heads, chunks, sms) == length
 
 
 def test_no_segment_waits_for_another():
-    for heads, chunks in itertools.product(range(1, fast.WHOLE), (2, 3, 31, 32, 128, 1024)):
-        assert heads * -(-chunks // fast.segment_chunks(heads, chunks)) <= fast.BLOCKS
+    for heads, chunks, sms in itertools.product(range(1, 200), (2, 3, 31, 32, 128, 1024), (14, 28, 132)):
+        segments = -(-chunks // fast.segment_chunks(heads, chunks, sms))
+        assert segments == 1 or heads * segments <= 2 * sms
 
 
 def test_each_dtype_has_its_mode():

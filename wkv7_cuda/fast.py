@@ -17,8 +17,7 @@ FLAGS = ("-ftz=true",)  # the factors' exponentials are far from the smallest nu
 CAPABILITY = (8, 0)  # bf16 on tensor cores, cp.async
 N = 64  # head size
 L = 32  # tokens of a chunk
-WHOLE = 128  # from this many heads on, a head is not cut into segments
-BLOCKS = 264  # with fewer: this many segments at most; 132 multiprocessors take two blocks each of the backward at once
+MULTIPROCESSORS = 132  # of an H100 or H200; assumed where no GPU is there
 SHORTEST = 2  # chunks of a segment
 
 
@@ -36,18 +35,27 @@ def library(device: torch.device) -> ctypes.CDLL:
     return open_library(SOURCE, bind, torch.cuda.get_device_capability(device), *FLAGS)
 
 
-def segment_chunks(heads: int, chunks: int) -> int:
-    """How many chunks one block walks. It depends on shapes alone, not on the card."""
-    return chunks if heads >= WHOLE else max(SHORTEST, -(-chunks // (BLOCKS // heads)))
+def multiprocessors(device: torch.device) -> int:
+    """How many of them work at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
 
 
-def kernels(library_for: Callable[[torch.device], ctypes.CDLL], plan: Callable[[int, int], int] = segment_chunks):
+def segment_chunks(heads: int, chunks: int, multiprocessors: int = MULTIPROCESSORS) -> int:
+    """How many chunks one block walks: so few that each multiprocessor gets two blocks, since a block waits a lot.
+
+    But all chunks of a head if that makes two segments: finding the state before them takes as long as they save.
+    """
+    segments = 2 * multiprocessors // heads
+    return max(SHORTEST, -(-chunks // segments)) if segments > 2 else chunks
+
+
+def kernels(library_for: Callable[[torch.device], ctypes.CDLL], plan: Callable[[int, int, int], int] = segment_chunks):
     """The pair (forward, backward) of op.py's contract. library_for: a bound library that can work on a device."""
 
     def sizes_and_scratch(r: Tensor, state: Tensor) -> tuple[list[int], Tensor]:
         batch, time, heads, _ = r.shape
         chunks = -(-time // L)
-        length = min(plan(batch * heads, chunks), chunks)
+        length = min(plan(batch * heads, chunks, multiprocessors(r.device)), chunks)
         segments = -(-chunks // length)
         scratch = state.new_empty(batch * heads, segments, 3, N, N) if segments > 1 else state.new_empty(0)
         return [batch, time, heads, length], scratch

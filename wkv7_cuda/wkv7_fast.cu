@@ -33,10 +33,11 @@
 // computed depends on no branch but the inverse; inputs are read before results are written, since the compiler does
 // not know that they lie apart; and products that do not need each other stand side by side.
 //
-// SEGMENTS. With B*H blocks of its own every SM of a GPU is busy only from about 128 heads on. With fewer, a head's
-// tokens are cut into segments that are walked at once; for that the state before each must be known. A segment maps it
-// affinely, S' = S M + N, and the same walk finds both at once (TRANSITION): N is what becomes of 0, M what becomes of
-// the identity without V. wkv7_scan then joins the segments. Backward likewise, from the last segment to the first.
+// SEGMENTS. With a block for each of B*H heads, SMs of a large GPU are idle unless there are many heads. With fewer, a
+// head's tokens are cut into segments that are walked at once; for that the state before each must be known. A segment
+// maps it affinely, S' = S M + N, and the same walk finds both at once (TRANSITION): N is what becomes of 0, M what
+// becomes of the identity without V. wkv7_scan then joins the segments. Backward likewise, from the last segment to the
+// first.
 //
 // MEMORY. `saved`, if asked for: S~ of every chunk in bf16, 256 bytes per token and head, in the order of the
 // fragments. Nothing else is kept. Scratch with n > 1 segments: 3 * 16 KB each.
