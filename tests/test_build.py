@@ -229,6 +229,8 @@ def test_compile_error_is_the_first_one_in_one_line(place):
 @pytest.mark.parametrize("said, wanted", [
     ("host_config.h:1: error: #error -- unsupported GNU version! gcc versions later than 13 are not supported!",
      "unsupported GNU version.*set NVCC_CCBIN to an older g[+][+], or .*--op chunk"),
+    ("gcc: No such file or directory\nnvcc fatal   : Failed to preprocess host compiler properties.",
+     "host compiler properties.; install g[+][+], or .*--op chunk"),
     ("nvcc fatal   : Unsupported gpu architecture 'sm_70'", "architecture 'sm_70'; use .* up to 12.9 .*--op chunk"),
     ("nvcc fatal   : Value 'sm_120' is not defined for option 'gpu-architecture'", "; use a newer CUDA .*--op chunk"),
     ("ld: cannot find -lcudart_static: No such file\ncollect2: error: ld returned 1 exit status",

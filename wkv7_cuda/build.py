@@ -39,6 +39,7 @@ REMEDY = "or use an operator that needs no compiler: --op chunk (RWKV-7 on a GPU
 
 MENDS = (  # what that line says, what helps
     ("unsupported (GNU|clang) version", "set NVCC_CCBIN to an older g++"),
+    ("host compiler properties|cc1plus", "install g++"),
     ("gpu.architecture", "use a newer CUDA toolkit for a newer GPU, one up to 12.9 for a GPU before sm_75"),
     ("", "repair or update the compiler"),
 )
