@@ -2,7 +2,7 @@
 
     python bench/gpu.py OUT                          # builds, tests, sanitizers, benchmarks: an hour
     python bench/gpu.py OUT --minutes 9 --only build tune tests bench
-    python bench/gpu.py OUT --minutes 9 --only dequant memory levers
+    python bench/gpu.py OUT --minutes 9 --only dequant segments memory levers
     python bench/gpu.py OUT --minutes 9 --only step learning --qa gsm8k_train.jsonl gsm8k_test.jsonl
     python bench/gpu.py OUT --minutes 6 --only memory step --models RWKV7-1.5B
     python bench/gpu.py OUT --list                   # what would be done, and what is missing; does nothing
@@ -107,6 +107,7 @@ def steps(out: Path, commit: str, qa: list[str] | None = None, models: list[str]
                          "compute-sanitizer", 240),
         "racecheck": Step([*checker, "racecheck", python, "-c", run + SMALL], "compute-sanitizer", 240),
         "dequant": Step([python, str(bench / "dequant.py"), *into], "", 150, (), "dequant-cuda"),
+        "segments": Step([python, str(bench / "segments.py"), *into], "", 90, (), "segments-cuda"),
         "curve": Step([python, str(bench / "wkv_curve.py"), *into], "", 240, (), "wkv_curve-cuda"),
         "memory": Step([python, str(bench / "vram.py"), *of_models, *timed], "", 480, (), "vram"),
         "levers": Step([python, str(bench / "vram.py"), "--levers", "--models", "RWKV7-7.2B", *timed], "", 300, (),

@@ -29,6 +29,7 @@ import gpu  # noqa: E402
 import readme  # noqa: E402
 import record  # noqa: E402
 import sass  # noqa: E402
+import segments  # noqa: E402
 import sequential  # noqa: E402
 import step  # noqa: E402
 import vram  # noqa: E402
@@ -208,6 +209,21 @@ def test_contestants_take_turns():
     assert order == ["a", "b"] * 4 and [len(t) for t in times.values()] == [3, 3]  # the first finds out how long
     spread = wkv.spread([0.001 * x for x in range(1, 21)], parts=2)
     assert spread == pytest.approx({"ms": 5.25, "low": 1.5, "high": 9.0, "n": 20})
+
+
+def test_every_number_of_segments_is_tried_once_and_the_best_is_named(monkeypatch):
+    """By kernels whose forward takes a microsecond for a segment's chunks each, and one for each segment."""
+    assert segments.numbers_of_segments(1) == {1: 1} and segments.numbers_of_segments(5) == {1: 5, 2: 3, 3: 2}
+    assert [*segments.numbers_of_segments(32)] == [1, 2, 3, 4, 5, 6, 7, 8, 11, 16]
+
+    def kernels(library, plan):
+        length = plan(2, 9, segments.fast.MULTIPROCESSORS)
+        return lambda *given: (length + -(-9 // length), 0, 0), lambda *given: (0,)
+
+    monkeypatch.setattr(segments, "MODULES", {"wkv7": SimpleNamespace(kernels=kernels, library=None)})
+    monkeypatch.setattr(segments, "in_a_graph", lambda calls: calls[0]()[0] / 1e6)
+    row = segments.measure("wkv7", (1, 257, 2), "cpu")
+    assert row == {"multiprocessors": 132, "chosen": 5, "best": 3, "us": {1: 20, 2: 14, 3: 12, 5: 14}}
 
 
 # ---------------------------------------------------------------------------------------------------- one command
