@@ -2081,9 +2081,7 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
         if "\0" in text:
             raise Fatal(f"{path}: text {len(documents) + 1} has the character 0, which ends a document: {text[:50]!r}")
         documents.append(np.array([*tokenizer.encode(text), 0], np.uint32))
-    if not documents:
-        raise Fatal(f"--data_file {path}: holds no text")
-    return Corpus(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
+    return Corpus(np.concatenate([*documents, np.zeros(0, np.uint32)]), np.cumsum([0, *map(len, documents)]))
 
 
 def read_text(path: str, encoding: str = "utf-8") -> str:
@@ -2354,9 +2352,8 @@ def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
             documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
         except Exception as e:         # on nonsense Pillow raises OSError, SyntaxError, struct.error and others
             raise Fatal(f"{path}: {name} is not an image, or damaged ({first_line(e)})") from None
-    if not documents:
-        raise Fatal(f"--data_file {path}: holds no image ({', '.join(IMAGES)})")
-    return Corpus(np.concatenate(documents), np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1))
+    starts = np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1)
+    return Corpus(np.concatenate([*documents, np.zeros(0, np.uint8)]), starts)
 
 
 CORPUS: dict[str, Callable[[str, ByteTokenizer, Config], Corpus]] = {
@@ -2435,6 +2432,12 @@ def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--da
     for file in progress(files, "reading") if files[1:] else files:
         refuse_device(file, flag)
         corpora.append(read(file, tokenizer, cfg))
+    empty = [file for file, corpus in zip(files, corpora, strict=True) if not len(corpus.tokens)]
+    if len(empty) == len(files):
+        wanted = f"image ({', '.join(IMAGES)})" if kind == "wds_img" else "text"
+        raise Fatal(f"{flag} {path}: holds no {wanted}")
+    if empty:
+        say(f"{path}: there is nothing in {some(empty)}")
     return joined(corpora) if files[1:] else corpora[0]
 
 

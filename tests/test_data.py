@@ -422,6 +422,15 @@ def test_a_folder_or_a_pattern_is_read_file_by_file(tmp_path, monkeypatch):
     assert read("d", "utf-8") == [b"A\0", b"B\0", b"C\0"] and read("d", "sft") == [b"User: Q\n\nAssistant: E\0"]
 
 
+def test_an_empty_file_among_others_is_named(tmp_path, capsys):
+    for name, text in {"a.txt": "A", "b.txt": "", "c.txt": "C"}.items():
+        (tmp_path / name).write_text(text)
+    assert read(tmp_path) == [b"A\0", b"C\0"]
+    assert capsys.readouterr().out == f"{tmp_path}: there is nothing in {tmp_path / 'b.txt'}\n"
+    with pytest.raises(P.Fatal, match="^--val_file .*b.txt: holds no text$"):
+        P.read_corpus(config(), str(tmp_path / "b.txt"), P.ByteTokenizer(), "--val_file")
+
+
 def test_which_files_of_a_folder_are_data(tmp_path, monkeypatch):
     """A suffix in capitals is one too; a run's logs are not, or a run whose proj_dir is the folder could not resume."""
     monkeypatch.chdir(tmp_path)
@@ -542,6 +551,8 @@ def test_wds_img_of_one_tar_a_folder_and_patterns(tmp_path, monkeypatch):
         assert P.data_type_of(P.Config(), name) == "wds_img"
         assert read(name, img_side=2) == [a, b, c], name
     assert read("d/s-{010..010}.tar", img_side=2) == [c]
+    tar("d/s-011.tar", a_txt=b"a caption")
+    assert read("d", img_side=2) == [a, b, c]
 
 
 def test_wds_img_cuts_scales_and_forgets_colour(tmp_path):
