@@ -2390,7 +2390,8 @@ def data_type_of(cfg: Config, path: str) -> str:
         raise Fatal(f"--data_file {path}: {none_in(path, 'utf-8', 'jsonl', 'wds_img')}")
     if read := TABLES.get(suffix):
         raise Fatal(f"--data_file {path}: a table, which pandas turns into JSON lines: pandas.{read}({path!r})"
-                    ".to_json('data.jsonl', orient='records', lines=True); --sft_fields names its columns")
+                    ".to_json('data.jsonl', orient='records', lines=True); --data_type sft reads these, and"
+                    " --sft_fields names the columns")
     why = f"it holds {' and '.join(held)}" if held else "its name does not tell what it is"
     raise Fatal(f"--data_file {path}: {why}; set --data_type ({', '.join(CORPUS)})")
 

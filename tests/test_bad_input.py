@@ -481,7 +481,7 @@ DATA = [
     ("a folder without text", "--data_file no-shards --data_type utf-8", "no .txt or .md|'no-shards/**/*.txt'"),
     ("an empty folder", "--data_file no-shards", "no-shards|no .txt or .md or .jsonl or .json or .tar there"),
     ("a pattern without quotes", "--data_file one.jsonl null.jsonl", "'null.jsonl' belongs to no option|in quotes"),
-    ("a table", "--data_file x.parquet", "x.parquet|pandas.read_parquet('x.parquet')|lines=True|--sft_fields"),
+    ("a table", "--data_file x.parquet", "pandas.read_parquet('x.parquet')|--data_type sft|--sft_fields"),
     ("a name that says nothing", "--data_file nope", "--data_file nope|--data_type"),
     ("data_type without data_file", "--data_file '' --data_type jsonl", "--data_file"),
     ("no data_file", "--data_file ''", "--data_file"),
