@@ -203,7 +203,7 @@ class Config:
     data_shuffle: bool = opt(True, "pad, only: a new order in every pass")
     val_file: str = opt("", "corpus held out for validation, of the type of data_file")
     val_split: float = opt(0.0, "share of the corpus held out for validation, taken from its end", within="[0,1)")
-    make_binidx: str = opt("", "only convert this .jsonl (--data_type jsonl or sft) to binidx, then stop")
+    make_binidx: str = opt("", "only convert this .jsonl or folder (--data_type jsonl or sft) to binidx, then stop")
     # the length of the run
     ctx_len: int = opt(1024, "tokens per training row", within="[1,1e6]")
     train_type: str = opt("normal", "normal: whole rows at once; infctx: in chunks that pass on their state")
@@ -355,6 +355,8 @@ def parse(argv: list[str]) -> Config:
     """The command line as a Config. Raises Fatal on an unknown flag, a wrong type, or JSON with a typo."""
     named, unknown = parser().parse_known_args(argv)
     given = asdict(Config()) | vars(named)
+    if unknown and unknown[0][:1] != "-":                             # (the shell has made several words of one)
+        raise Fatal(f"{unknown[0]!r} belongs to no option: put a pattern, or a name with spaces, in quotes")
     if unknown:
         known = [*given, "fla", *WITHOUT_EFFECT, *(f.metadata["also"] for f in fields(Config))]
         name = unknown[0].lstrip("-").partition("=")[0]
@@ -2079,9 +2081,7 @@ def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Cor
         if "\0" in text:
             raise Fatal(f"{path}: text {len(documents) + 1} has the character 0, which ends a document: {text[:50]!r}")
         documents.append(np.array([*tokenizer.encode(text), 0], np.uint32))
-    if not documents:
-        raise Fatal(f"--data_file {path}: holds no text")
-    return Corpus(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
+    return Corpus(np.concatenate([*documents, np.zeros(0, np.uint32)]), np.cumsum([0, *map(len, documents)]))
 
 
 def read_text(path: str, encoding: str = "utf-8") -> str:
@@ -2352,9 +2352,8 @@ def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
             documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
         except Exception as e:         # on nonsense Pillow raises OSError, SyntaxError, struct.error and others
             raise Fatal(f"{path}: {name} is not an image, or damaged ({first_line(e)})") from None
-    if not documents:
-        raise Fatal(f"--data_file {path}: holds no image ({', '.join(IMAGES)})")
-    return Corpus(np.concatenate(documents), np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1))
+    starts = np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1)
+    return Corpus(np.concatenate([*documents, np.zeros(0, np.uint8)]), starts)
 
 
 CORPUS: dict[str, Callable[[str, ByteTokenizer, Config], Corpus]] = {
@@ -2371,6 +2370,7 @@ SUFFIXES = {"jsonl": (".jsonl", ".json"), "utf-8": (".txt", ".md"), "wds_img": (
 BY_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 BY_SUFFIX |= {".bin": "binidx", ".idx": "binidx", ".npy": "numpy"}
 SUFFIXES |= {"sft": SUFFIXES["jsonl"], "utf-16le": SUFFIXES["utf-8"]}
+LOGS = ("train_log.txt", "loss_data.jsonl")                           # of a run whose --proj_dir is there: no data
 TABLES = {".csv": "read_csv", ".tsv": "read_table", ".parquet": "read_parquet", ".xlsx": "read_excel"}  # of pandas
 
 
@@ -2378,16 +2378,20 @@ def data_type_of(cfg: Config, path: str) -> str:
     """--data_type, or what the file's name says. (A .bin alone may be half of a binidx: it is not taken for uint16.)"""
     if cfg.data_type or not path:
         return cfg.data_type or "dummy"
-    if Path(path).suffix in BY_SUFFIX:
-        return BY_SUFFIX[Path(path).suffix]
+    suffix, is_folder = Path(path).suffix.lower(), Path(path).is_dir()
+    if suffix in BY_SUFFIX:
+        return BY_SUFFIX[suffix]
     if Path(path + ".idx").exists():
         return "binidx"
-    held = [kind for kind in ("wds_img", "jsonl", "utf-8") if Path(path).is_dir() and files_of(path, kind)]
+    held = [kind for kind in ("wds_img", "jsonl", "utf-8") if is_folder and files_of(path, kind)]
     if len(held) == 1 or "wds_img" in held:                           # (others beside tars describe them)
         return held[0]
-    if read := TABLES.get(Path(path).suffix):
+    if is_folder and not held:
+        raise Fatal(f"--data_file {path}: {none_in(path, 'utf-8', 'jsonl', 'wds_img')}")
+    if read := TABLES.get(suffix):
         raise Fatal(f"--data_file {path}: a table, which pandas turns into JSON lines: pandas.{read}({path!r})"
-                    ".to_json('data.jsonl', orient='records', lines=True); --sft_fields names its columns")
+                    ".to_json('data.jsonl', orient='records', lines=True); --data_type sft reads these, and"
+                    " --sft_fields names the columns")
     why = f"it holds {' and '.join(held)}" if held else "its name does not tell what it is"
     raise Fatal(f"--data_file {path}: {why}; set --data_type ({', '.join(CORPUS)})")
 
@@ -2395,12 +2399,21 @@ def data_type_of(cfg: Config, path: str) -> str:
 def files_of(path: str, kind: str) -> list[str]:
     """The files of a type that a name stands for: one, a folder's, or those of a pattern: x-{000..012}.tar, x-*.tar."""
     if Path(path).is_dir():
-        inside = sorted(glob.glob(f"{glob.escape(path)}/*"))          # (without hidden ones)
-        return [file for file in inside if Path(file).suffix in SUFFIXES[kind]]
+        inside = [file for file in Path(path).iterdir() if file.suffix.lower() in SUFFIXES[kind]]
+        return sorted(str(file) for file in inside if file.name[0] != "." and file.name not in LOGS)
+    if Path(path).exists():
+        return [path]
     if span := re.search(r"\{(\d+)\.\.(\d+)\}", path):
         numbers = (f"{i:0{len(span[1])}}" for i in range(int(span[1]), int(span[2]) + 1))
         return [file for i in numbers for file in files_of(path[:span.start()] + i + path[span.end():], kind)]
-    return [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True)) or [path]
+    return sorted(file for file in glob.glob(path, recursive=True) if Path(file).name not in LOGS) or [path]
+
+
+def none_in(path: str, *kinds: str) -> str:
+    """Why a folder, or a span that counts down, is no corpus."""
+    suffixes = [suffix for kind in kinds for suffix in SUFFIXES[kind]]
+    nested = f"; files in folders inside it take a pattern: '{Path(path) / '**' / '*'}{suffixes[0]}'"
+    return f"no {' or '.join(suffixes)} there" + nested * Path(path).is_dir()
 
 
 def needs_tokenizer(cfg: Config) -> bool:
@@ -2415,11 +2428,17 @@ def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--da
     kind = data_type_of(cfg, path)
     read, files = pick(CORPUS, "--data_type", kind), files_of(path, kind) if kind in SUFFIXES else [path]
     if not files:
-        raise Fatal(f"{flag} {path}: no {' or '.join(SUFFIXES[kind])} there")
+        raise Fatal(f"{flag} {path}: {none_in(path, kind)}")
     corpora = []
     for file in progress(files, "reading") if files[1:] else files:
         refuse_device(file, flag)
         corpora.append(read(file, tokenizer, cfg))
+    empty = [file for file, corpus in zip(files, corpora, strict=True) if not len(corpus.tokens)]
+    if len(empty) == len(files):
+        wanted = f"image ({', '.join(IMAGES)})" if kind == "wds_img" else "text"
+        raise Fatal(f"{flag} {path}: holds no {wanted}")
+    if empty:
+        say(f"{path}: there is nothing in {some(empty)}")
     return joined(corpora) if files[1:] else corpora[0]
 
 
@@ -4456,7 +4475,8 @@ def check_together(cfg: Config) -> None:
     """Refuses options that contradict each other, or need another."""
     layer, lossy, everything = ADAPTER[cfg.peft].layer, QUANT[cfg.quant].lossy, EVERYTHING in parts_of(cfg)
     if not cfg.data_file and cfg.data_type != "dummy" and not cfg.chat:
-        raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar or a binidx prefix; or --data_type dummy")
+        raise Fatal("--data_file is missing: a .jsonl, .txt, .npy, .tar, a folder or a binidx prefix; or --data_type"
+                    " dummy")
     if not cfg.load_model and not everything:
         what = f"trains --train_parts {' '.join(cfg.train_parts)} of" if ADAPTER[cfg.peft].whole else "adapts"
         raise Fatal(f"--load_model is missing: --peft {cfg.peft} {what} a base model; only --peft none pretrains a new"
@@ -4980,8 +5000,11 @@ def counted_with(cfg: Config, device: str, op: str) -> str:
 
 
 def make_binidx(cfg: Config) -> None:
-    """--make_binidx X.jsonl, or X.json, writes X.bin and X.idx beside it."""
-    prefix = cfg.make_binidx.removesuffix(".jsonl").removesuffix(".json")
+    """--make_binidx X.jsonl, X.json or a folder X of such files writes X.bin and X.idx beside it."""
+    if not Path(cfg.make_binidx).exists():
+        raise Fatal(f"--make_binidx {cfg.make_binidx}: no such file or folder, after which the two that"
+                    " it writes are named")
+    prefix = str(Path(cfg.make_binidx)).removesuffix(".jsonl").removesuffix(".json")
     for file in (prefix + ".bin", prefix + ".idx"):
         if Path(file).exists():
             raise Fatal(f"--make_binidx {cfg.make_binidx}: {file} exists already; move it away first")

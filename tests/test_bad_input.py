@@ -478,8 +478,10 @@ NEW_MODEL = [
 DATA = [
     ("no such file", "--data_file nope.jsonl", "nope.jsonl|No such file"),
     ("no such validation file", "--val_file nope.jsonl", "nope.jsonl|No such file"),
-    ("a folder without text", "--data_file no-shards --data_type utf-8", "no-shards|no .txt or .md"),
-    ("a table", "--data_file x.parquet", "x.parquet|pandas.read_parquet('x.parquet')|lines=True|--sft_fields"),
+    ("a folder without text", "--data_file no-shards --data_type utf-8", "no .txt or .md|'no-shards/**/*.txt'"),
+    ("an empty folder", "--data_file no-shards", "no-shards|no .txt or .md or .jsonl or .json or .tar there"),
+    ("a pattern without quotes", "--data_file one.jsonl null.jsonl", "'null.jsonl' belongs to no option|in quotes"),
+    ("a table", "--data_file x.parquet", "pandas.read_parquet('x.parquet')|--data_type sft|--sft_fields"),
     ("a name that says nothing", "--data_file nope", "--data_file nope|--data_type"),
     ("data_type without data_file", "--data_file '' --data_type jsonl", "--data_file"),
     ("no data_file", "--data_file ''", "--data_file"),
@@ -576,7 +578,8 @@ DATA = [
     ("all of it held out", "--data_file one.jsonl --val_split 0.99", "one.jsonl|--val_split 0.99"),
     ("other tokens held out", "--val_file outside", "--val_file outside: token 300"),
     ("make_binidx of an array", "--make_binidx ids.npy", "--make_binidx ids.npy|numpy"),
-    ("make_binidx of nothing", "--make_binidx nope.jsonl", "nope.jsonl|No such file"),
+    ("make_binidx of nothing", "--make_binidx nope.jsonl", "--make_binidx nope.jsonl|no such file"),
+    ("make_binidx of a pattern", "--make_binidx '*.jsonl'", "--make_binidx *.jsonl|no such file or folder"),
     ("make_binidx onto a file", "--make_binidx there.jsonl", "there.bin|exists"),
 ]
 RESULTS = [

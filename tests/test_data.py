@@ -422,6 +422,25 @@ def test_a_folder_or_a_pattern_is_read_file_by_file(tmp_path, monkeypatch):
     assert read("d", "utf-8") == [b"A\0", b"B\0", b"C\0"] and read("d", "sft") == [b"User: Q\n\nAssistant: E\0"]
 
 
+def test_an_empty_file_among_others_is_named(tmp_path, capsys):
+    for name, text in {"a.txt": "A", "b.txt": "", "c.txt": "C"}.items():
+        (tmp_path / name).write_text(text)
+    assert read(tmp_path) == [b"A\0", b"C\0"]
+    assert capsys.readouterr().out == f"{tmp_path}: there is nothing in {tmp_path / 'b.txt'}\n"
+    with pytest.raises(P.Fatal, match="^--val_file .*b.txt: holds no text$"):
+        P.read_corpus(config(), str(tmp_path / "b.txt"), P.ByteTokenizer(), "--val_file")
+
+
+def test_which_files_of_a_folder_are_data(tmp_path, monkeypatch):
+    """A suffix in capitals is one too; a run's logs are not, or a run whose proj_dir is the folder could not resume."""
+    monkeypatch.chdir(tmp_path)
+    Path("d[1]{1..2}").mkdir()
+    for name in ("A.TXT", "b.txt", "train_log.txt", "loss_data.jsonl"):
+        (Path("d[1]{1..2}") / name).write_text(name)
+    assert read("d[1]{1..2}") == read("d[1]{1..2}", "utf-8") == [b"A.TXT\0", b"b.txt\0"]
+    assert read("d[1]{1..2}/A.TXT") == [b"A.TXT\0"] and read("*/*.txt") == [b"b.txt\0"]
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xff\xfe"])
 def test_utf16le(tmp_path, mark):
     (tmp_path / "x.txt").write_bytes(mark + b"a\0\r\0\n\0\xe9\0" + struct.pack("<2H", 0xD83D, 0xDE00))
@@ -532,6 +551,8 @@ def test_wds_img_of_one_tar_a_folder_and_patterns(tmp_path, monkeypatch):
         assert P.data_type_of(P.Config(), name) == "wds_img"
         assert read(name, img_side=2) == [a, b, c], name
     assert read("d/s-{010..010}.tar", img_side=2) == [c]
+    tar("d/s-011.tar", a_txt=b"a caption")
+    assert read("d", img_side=2) == [a, b, c]
 
 
 def test_wds_img_cuts_scales_and_forgets_colour(tmp_path):
@@ -603,6 +624,15 @@ def test_a_binidx_without_ends_is_said_to_be_so(tmp_path, capsys, documents, sai
     assert found.tokens.tolist() == tokens.tolist() and found.starts.tolist()[-1] == len(tokens)
     out = capsys.readouterr().out
     assert said in out and bool(out) == bool(said)
+
+
+def test_make_binidx_of_a_folder_is_beside_it(tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name in "ab":
+        (tmp_path / "rows" / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    assert P.main(["--make_binidx", f"{tmp_path}/rows/", "--tokenizer", "byte"]) == 0
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["rows", "rows.bin", "rows.idx"]
+    assert read(tmp_path / "rows") == read(f"{tmp_path}/rows/") == [b"a\0", b"b\0"]
 
 
 def test_make_binidx_is_the_same_corpus_as_its_jsonl(tmp_path, capsys):
