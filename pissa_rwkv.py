@@ -95,7 +95,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 if __name__ == "__main__":
     # A waiting thread spins for some 10 us, then sleeps. (OpenMP's default is a hundred times that: with other programs
@@ -2072,20 +2072,52 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
-def from_texts(texts: Iterable[str], tokenizer: ByteTokenizer, path: str) -> Corpus:
-    """Each text becomes a document: its tokens and the 0 that ends it."""
+def from_texts(texts: Iterable[tuple[str, str]], tokenizer: ByteTokenizer, path: str) -> Corpus:
+    """Each text, given with the place it is from, becomes a document: its tokens and the 0 that ends it."""
     documents = []
-    for text in progress(texts, "tokenising"):
+    for where, text in progress(texts, "tokenising"):
         if not is_text(text):
-            raise Fatal(f"{path}: text {len(documents) + 1} has an incomplete character: {text[:50]!r}")
+            raise Fatal(f"{where} has an incomplete character: {text[:50]!r}")
         if "\0" in text:
-            raise Fatal(f"{path}: text {len(documents) + 1} has the character 0, which ends a document: {text[:50]!r}")
+            raise Fatal(f"{where} has the character 0, which ends a document: {text[:50]!r}")
         documents.append(np.array([*tokenizer.encode(text), 0], np.uint32))
-    return Corpus(np.concatenate([*documents, np.zeros(0, np.uint32)]), np.cumsum([0, *map(len, documents)]))
+    if not documents:
+        raise Fatal(f"{path}: holds no text")
+    return Corpus(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
+
+
+SUFFIXES = {"utf-8": (".txt", ".md"), "jsonl": (".jsonl", ".json"), "wds_img": (".tar",)}  # of what may be many files
+LOGS = ("train_log.txt", "loss_data.jsonl")                           # of a run whose --proj_dir is there: no data
+
+
+def in_folder(path: str, kind: str) -> list[str]:
+    """A folder's files of a type, in the order of their names."""
+    found = [file for file in Path(path).iterdir() if file.suffix.lower() in SUFFIXES[kind] and file.name not in LOGS]
+    return sorted(str(file) for file in found if file.name[0] != "." and not file.is_dir())
+
+
+def nothing_in(path: str, *kinds: str) -> NoReturn:
+    suffixes = [suffix for kind in kinds for suffix in SUFFIXES[kind]]
+    raise Fatal(f"{path}: no {' or '.join(suffixes)} there; files in folders inside it take a pattern:"
+                f" '{Path(path) / '**' / '*'}{suffixes[0]}'")
+
+
+def files_of(path: str, kind: str) -> Iterator[str]:
+    """The files that a name stands for: one, a folder's, or those of a pattern: x-{000..012}.tar, x-*.tar."""
+    if Path(path).is_dir():
+        yield from in_folder(path, kind) or nothing_in(path, kind)
+    elif Path(path).exists():
+        yield path
+    elif span := re.search(r"\{(\d+)\.\.(\d+)\}", path):
+        for i in range(int(span[1]), int(span[2]) + 1):
+            yield from files_of(f"{path[:span.start()]}{i:0{len(span[1])}}{path[span.end():]}", kind)
+    else:
+        yield from sorted(file for file in glob.glob(path, recursive=True) if Path(file).name not in LOGS) or [path]
 
 
 def read_text(path: str, encoding: str = "utf-8") -> str:
     """A text file. (Some editors begin one with a byte-order mark, which is dropped.)"""
+    refuse_device(path, "data")
     try:
         text = Path(path).read_text(encoding)
     except UnicodeDecodeError as e:
@@ -2099,7 +2131,12 @@ def read_text(path: str, encoding: str = "utf-8") -> str:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Every line of a JSON-lines file, or every item of a JSON list: where it is, and its value."""
+    """Every line of JSON-lines files, or every item of JSON lists: where it is, and its value."""
+    return itertools.chain.from_iterable(map(rows_in, files_of(path, "jsonl")))
+
+
+def rows_in(path: str) -> Iterator[tuple[str, Any]]:
+    """The same of one file."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
@@ -2186,24 +2223,25 @@ def turns_of(row: Any, fields: Sequence[str], where: str) -> list[tuple[str, str
 
 
 def read_jsonl(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    return from_texts((field_of(row, "text", str, where) for where, row in read_rows(path)), tokenizer, path)
+    return from_texts(((where, field_of(row, "text", str, where)) for where, row in read_rows(path)), tokenizer, path)
 
 
 def read_sft(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     if not cfg.sft_fields:
         raise Fatal("--sft_fields is empty; name a question and an answer, or one field that holds a conversation")
-    every = [turns_of(row, cfg.sft_fields, where) for where, row in read_rows(path)]
-    rows = [turns for turns in every if any(who == "Assistant" and text.strip() for who, text in turns)]
+    every = [(where, turns_of(row, cfg.sft_fields, where)) for where, row in read_rows(path)]
+    rows = [(where, turns) for where, turns in every if any(who == "Assistant" and text.strip() for who, text in turns)]
     if len(rows) < len(every):
         say(f"{path}: of {len(every):,} rows {len(every) - len(rows):,} have no answer; they are left out")
-    if changed := sum(any(re.search(BLANK_LINES, text.strip()) for _, text in turns) for turns in rows):
+    if changed := sum(any(re.search(BLANK_LINES, text.strip()) for _, text in turns) for _, turns in rows):
         say(f"{path}: of {len(rows):,} rows {changed:,} have blank lines in a question or an answer; these are"
             " removed, since a blank line ends a turn")
-    return from_texts(map(conversation, rows), tokenizer, path)
+    return from_texts(((where, conversation(turns)) for where, turns in rows), tokenizer, path)
 
 
 def read_plain(path: str, tokenizer: ByteTokenizer, cfg: Config, encoding: str = "utf-8") -> Corpus:
-    return from_texts([text] if (text := read_text(path, encoding)) else [], tokenizer, path)
+    texts = ((file, read_text(file, encoding)) for file in files_of(path, "utf-8"))
+    return from_texts(((file, text) for file, text in texts if text), tokenizer, path)
 
 
 # ---------------------------------------------------------------- generated tasks: nothing to download, exact answers
@@ -2241,7 +2279,8 @@ def dummy_tasks(family: str, count: int, seed: int) -> list[tuple[str, str]]:
 def read_dummy(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     family = path or "base"
     pick(DUMMY, "--data_file", family)
-    return from_texts(itertools.starmap(chat, dummy_tasks(family, 4096, cfg.random_seed)), tokenizer, path)
+    tasks = dummy_tasks(family, 4096, cfg.random_seed)
+    return from_texts(((family, chat(*task)) for task in tasks), tokenizer, path)
 
 
 IDX_MAGIC, IDX_DTYPE = b"MMIDIDX\0\0", {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -2321,6 +2360,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 def images(shard: str) -> Iterator[tuple[str, bytes]]:
     """Name and contents of every image in a tar. Nothing is written to disk."""
+    refuse_device(shard, "data")
     try:
         with tarfile.open(shard) as tar:
             for member in tar:
@@ -2343,17 +2383,19 @@ def pixels(image: bytes, side: int) -> np.ndarray:
 
 
 def read_wds_img(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
-    """A tar of WebDataset's: every image is a document, and the captions beside them are not read."""
+    """WebDataset's tar shards: every image is a document, and the captions beside them are not read."""
     if importlib.util.find_spec("PIL") is None:
         raise Fatal("--data_type wds_img: images are read by Pillow, which is not installed: `pip install Pillow`")
     documents = []
-    for name, image in progress(images(path), "reading images"):
-        try:
-            documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
-        except Exception as e:         # on nonsense Pillow raises OSError, SyntaxError, struct.error and others
-            raise Fatal(f"{path}: {name} is not an image, or damaged ({first_line(e)})") from None
-    starts = np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1)
-    return Corpus(np.concatenate([*documents, np.zeros(0, np.uint8)]), starts)
+    for shard in progress(files_of(path, "wds_img"), "reading images"):
+        for name, image in images(shard):
+            try:
+                documents += [pixels(image, cfg.img_side), np.zeros(1, np.uint8)]
+            except Exception as e:     # on nonsense Pillow raises OSError, SyntaxError, struct.error and others
+                raise Fatal(f"{shard}: {name} is not an image, or damaged ({first_line(e)})") from None
+    if not documents:
+        raise Fatal(f"{path}: holds no image ({', '.join(IMAGES)})")
+    return Corpus(np.concatenate(documents), np.arange(len(documents) // 2 + 1) * (cfg.img_side**2 + 1))
 
 
 CORPUS: dict[str, Callable[[str, ByteTokenizer, Config], Corpus]] = {
@@ -2362,15 +2404,8 @@ CORPUS: dict[str, Callable[[str, ByteTokenizer, Config], Corpus]] = {
     "wds_img": read_wds_img, "dummy": read_dummy,
 }
 OF_TOKENS = ("binidx", "numpy", "uint16")                             # somebody else's tokenizer made these
-
-
-# --------------------------------------------------------------------------------- the files that a name stands for
-
-SUFFIXES = {"jsonl": (".jsonl", ".json"), "utf-8": (".txt", ".md"), "wds_img": (".tar",)}  # of types found in folders
 BY_SUFFIX = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 BY_SUFFIX |= {".bin": "binidx", ".idx": "binidx", ".npy": "numpy"}
-SUFFIXES |= {"sft": SUFFIXES["jsonl"], "utf-16le": SUFFIXES["utf-8"]}
-LOGS = ("train_log.txt", "loss_data.jsonl")                           # of a run whose --proj_dir is there: no data
 TABLES = {".csv": "read_csv", ".tsv": "read_table", ".parquet": "read_parquet", ".xlsx": "read_excel"}  # of pandas
 
 
@@ -2378,42 +2413,22 @@ def data_type_of(cfg: Config, path: str) -> str:
     """--data_type, or what the file's name says. (A .bin alone may be half of a binidx: it is not taken for uint16.)"""
     if cfg.data_type or not path:
         return cfg.data_type or "dummy"
-    suffix, is_folder = Path(path).suffix.lower(), Path(path).is_dir()
+    suffix = Path(path).suffix.lower()
     if suffix in BY_SUFFIX:
         return BY_SUFFIX[suffix]
     if Path(path + ".idx").exists():
         return "binidx"
-    held = [kind for kind in ("wds_img", "jsonl", "utf-8") if is_folder and files_of(path, kind)]
+    held = [kind for kind in ("wds_img", "jsonl", "utf-8") if Path(path).is_dir() and in_folder(path, kind)]
     if len(held) == 1 or "wds_img" in held:                           # (others beside tars describe them)
         return held[0]
-    if is_folder and not held:
-        raise Fatal(f"--data_file {path}: {none_in(path, 'utf-8', 'jsonl', 'wds_img')}")
     if read := TABLES.get(suffix):
         raise Fatal(f"--data_file {path}: a table, which pandas turns into JSON lines: pandas.{read}({path!r})"
                     ".to_json('data.jsonl', orient='records', lines=True); --data_type sft reads these, and"
                     " --sft_fields names the columns")
+    if Path(path).is_dir() and not held:
+        nothing_in(path, *SUFFIXES)
     why = f"it holds {' and '.join(held)}" if held else "its name does not tell what it is"
     raise Fatal(f"--data_file {path}: {why}; set --data_type ({', '.join(CORPUS)})")
-
-
-def files_of(path: str, kind: str) -> list[str]:
-    """The files of a type that a name stands for: one, a folder's, or those of a pattern: x-{000..012}.tar, x-*.tar."""
-    if Path(path).is_dir():
-        inside = [file for file in Path(path).iterdir() if file.suffix.lower() in SUFFIXES[kind]]
-        return sorted(str(file) for file in inside if file.name[0] != "." and file.name not in LOGS)
-    if Path(path).exists():
-        return [path]
-    if span := re.search(r"\{(\d+)\.\.(\d+)\}", path):
-        numbers = (f"{i:0{len(span[1])}}" for i in range(int(span[1]), int(span[2]) + 1))
-        return [file for i in numbers for file in files_of(path[:span.start()] + i + path[span.end():], kind)]
-    return sorted(file for file in glob.glob(path, recursive=True) if Path(file).name not in LOGS) or [path]
-
-
-def none_in(path: str, *kinds: str) -> str:
-    """Why a folder, or a span that counts down, is no corpus."""
-    suffixes = [suffix for kind in kinds for suffix in SUFFIXES[kind]]
-    nested = f"; files in folders inside it take a pattern: '{Path(path) / '**' / '*'}{suffixes[0]}'"
-    return f"no {' or '.join(suffixes)} there" + nested * Path(path).is_dir()
 
 
 def needs_tokenizer(cfg: Config) -> bool:
@@ -2424,28 +2439,8 @@ def needs_tokenizer(cfg: Config) -> bool:
 
 
 def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:
-    """The corpus of a file, or of several, one after another."""
-    kind = data_type_of(cfg, path)
-    read, files = pick(CORPUS, "--data_type", kind), files_of(path, kind) if kind in SUFFIXES else [path]
-    if not files:
-        raise Fatal(f"{flag} {path}: {none_in(path, kind)}")
-    corpora = []
-    for file in progress(files, "reading") if files[1:] else files:
-        refuse_device(file, flag)
-        corpora.append(read(file, tokenizer, cfg))
-    empty = [file for file, corpus in zip(files, corpora, strict=True) if not len(corpus.tokens)]
-    if len(empty) == len(files):
-        wanted = f"image ({', '.join(IMAGES)})" if kind == "wds_img" else "text"
-        raise Fatal(f"{flag} {path}: holds no {wanted}")
-    if empty:
-        say(f"{path}: there is nothing in {some(empty)}")
-    return joined(corpora) if files[1:] else corpora[0]
-
-
-def joined(corpora: list[Corpus]) -> Corpus:
-    ends = [0, *itertools.accumulate(len(corpus.tokens) for corpus in corpora)]
-    starts = [corpus.starts[:-1] + before for corpus, before in zip(corpora, ends, strict=False)]
-    return Corpus(np.concatenate([corpus.tokens for corpus in corpora]), np.concatenate([*starts, ends[-1:]]))
+    refuse_device(path, flag)
+    return pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
 
 
 def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:

@@ -47,7 +47,7 @@ def measure(recurrence: str, shape: tuple[int, int, int], device: str) -> dict:
     """The figures of one row."""
     batch, tokens, heads = shape
     case = wkv.make(shape, torch.bfloat16, device, its=wkv.RECURRENCES[recurrence])
-    chunks, there = -(-tokens // fast.L), fast.multiprocessors(torch.device(device))
+    chunks, there = -(-tokens // fast.L), fast.multiprocessors_of(torch.device(device))
     length = min(fast.segment_chunks(batch * heads, chunks, there), chunks)
     chosen = -(-chunks // length)
     plans = numbers_of_segments(chunks) | {chosen: length}

@@ -257,7 +257,8 @@ def test_a_gpu_that_takes_no_launch_is_left_to_the_next_operator(monkeypatch, ca
 @pytest.mark.parametrize("heads, chunks, sms, length", [
     (128, 32, 132, 32), (320, 5, 132, 5), (40, 32, 132, 6), (12, 32, 132, 2), (64, 128, 132, 32),
     (2, 5, 132, 2), (2, 5, 3, 2),                                      # of `differs`
-    (89, 32, 132, 32), (88, 32, 132, 11), (40, 32, 28, 32), (12, 32, 28, 8), (1, 1, 14, 2)])  # fmt: skip
+    (89, 32, 132, 32), (88, 32, 132, 11), (40, 32, 28, 32), (12, 32, 28, 8), (1, 1, 14, 1),
+    (1, 4, 132, 4)])  # fmt: skip
 def test_segments_fill_a_gpu_unless_the_heads_do(heads, chunks, sms, length):
     assert fast.segment_chunks(heads, chunks, sms) == length
 

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # g++, clang `x.cpp:3:5: error: ...`; nvcc `x.cu(3): error: ...`, `nvcc fatal   : ...`; ld `undefined reference to ...`
-FIRST_ERROR = re.compile(r"\b(error|fatal)\s*:|cannot find -l|undefined reference|undefined symbol", re.IGNORECASE)
+FIRST_ERROR = re.compile(r"\b(error|fatal)\s*:|cannot find -l|undefined (reference|symbol)|: not found", re.IGNORECASE)
 REMEDY = "or use an operator that needs no compiler: --op chunk (RWKV-7 on a GPU: --op triton)"
 
 MENDS = (  # what that line says, what helps
@@ -180,6 +180,7 @@ def _compile(library: Path, command: Sequence[str]) -> None:
         if run.returncode:
             lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
             first = next((line for line in lines if FIRST_ERROR.search(line)), lines[-1] if lines else "no output")
+            first = first.rstrip(".")
             mend = next(mend for said, mend in MENDS if re.search(said, first))
             raise BuildError(f"compiling {source} with {Path(command[0]).name} failed: {first}; {mend}, {REMEDY}")
         built = Path(build, library.name)

@@ -35,18 +35,18 @@ def library(device: torch.device) -> ctypes.CDLL:
     return open_library(SOURCE, bind, torch.cuda.get_device_capability(device), *FLAGS)
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many of them work at once."""
+def multiprocessors_of(device: torch.device) -> int:
+    """How many multiprocessors a card has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
 
 
 def segment_chunks(heads: int, chunks: int, multiprocessors: int = MULTIPROCESSORS) -> int:
     """How many chunks one block walks: so few that each multiprocessor gets two blocks, since a block waits a lot.
 
-    But all chunks of a head if that makes two segments: finding the state before them takes as long as they save.
+    But all chunks of a head if that makes only two segments: finding the state before them takes as long as they save.
     """
-    segments = 2 * multiprocessors // heads
-    return max(SHORTEST, -(-chunks // segments)) if segments > 2 else chunks
+    length = max(SHORTEST, -(-chunks // max(1, 2 * multiprocessors // heads)))
+    return length if chunks > 2 * length else chunks
 
 
 def kernels(library_for: Callable[[torch.device], ctypes.CDLL], plan: Callable[[int, int, int], int] = segment_chunks):
@@ -55,7 +55,7 @@ def kernels(library_for: Callable[[torch.device], ctypes.CDLL], plan: Callable[[
     def sizes_and_scratch(r: Tensor, state: Tensor) -> tuple[list[int], Tensor]:
         batch, time, heads, _ = r.shape
         chunks = -(-time // L)
-        length = min(plan(batch * heads, chunks, multiprocessors(r.device)), chunks)
+        length = min(plan(batch * heads, chunks, multiprocessors_of(r.device)), chunks)
         segments = -(-chunks // length)
         scratch = state.new_empty(batch * heads, segments, 3, N, N) if segments > 1 else state.new_empty(0)
         return [batch, time, heads, length], scratch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import build, op, wkv6_chunk
-from .fast import multiprocessors, segment_chunks
+from .fast import multiprocessors_of, segment_chunks
 from .nvcc import DTYPES, aligned, call, check_gpu, open_library
 
 SOURCE = Path(__file__).with_name("wkv6.cu")
@@ -66,7 +66,7 @@ def kernels(library_for: Callable[[torch.device], ctypes.CDLL], plan: Callable[[
     def sizes_and_scratch(r: Tensor, state: Tensor) -> tuple[list[int], int, Tensor]:
         batch, time, heads, _ = r.shape
         chunks = -(-time // L)
-        length = min(plan(batch * heads, chunks, multiprocessors(r.device)), chunks)
+        length = min(plan(batch * heads, chunks, multiprocessors_of(r.device)), chunks)
         segments = -(-chunks // length)
         scratch = state.new_empty(batch * heads * segments * (N + 1) * N if segments > 1 else 0)
         return [DTYPES.index(r.dtype), batch, time, heads, length], segments, scratch
