@@ -2609,9 +2609,13 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of a corpus. The n-th row is a function of n and the seed: a position is all that resuming needs."""
+    """Batches of a corpus. The n-th row is a function of n and the seed: a position is all that resuming needs.
 
-    def __init__(self, corpus: Corpus, tokenizer: ByteTokenizer, cfg: Config):
+    The rows of `together` micro-batches, those of a step, are sorted: then rows of about one length are padded to that,
+    and what all of them add up to is the same. 0: those of a pass.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: ByteTokenizer, cfg: Config, together: int = 1):
         self.corpus, self.tokenizer, self.cfg = corpus, tokenizer, cfg
         one_text = len(corpus.starts) == 2 and len(corpus.tokens) > cfg.ctx_len + 1
         answers = data_type_of(cfg, cfg.data_file) in ("sft", "dummy")
@@ -2623,6 +2627,8 @@ class Loader:
         self.batch = lru_cache(maxsize=2 * cfg.accumulate_grad_batches)(self.batch)       # of a step and the next
         self.pass_rows, self.span = pick(SAMPLER, "--dataload", self.sampler)(corpus, cfg, self.learnable)
         self.bsz = 1 if self.sampler == "only" else cfg.micro_bsz
+        self.together = together or len(self.one_pass)
+        self.longest_first = lru_cache(maxsize=2)(self.longest_first)
 
     @property
     def one_pass(self) -> range:
@@ -2658,9 +2664,16 @@ class Loader:
         self.barren += not teaches
         return teaches
 
+    def longest_first(self, step: int, last: int) -> list[tuple[int, int]]:
+        """The spans of a step's rows (those below `last`)."""
+        size = self.together * self.bsz
+        rows = range(step * size, min((step + 1) * size, last))
+        return sorted(map(self.span, rows), key=lambda span: span[0] - span[1])
+
     def batch(self, number: int, last: int = sys.maxsize) -> Batch:
-        """The micro-batch of this number: the rows from number * bsz on (below `last`), padded on the right."""
-        spans = [self.span(row) for row in range(number * self.bsz, min((number + 1) * self.bsz, last))]
+        """The micro-batch of this number, of rows below `last`, padded on the right."""
+        step, i = divmod(number, self.together)
+        spans = self.longest_first(step, last)[i * self.bsz: (i + 1) * self.bsz]
         T = max(stop - start for start, stop in spans) - 1
         inputs, targets, learnt = np.zeros((3, len(spans), T), np.int64)
         for i, (start, stop) in enumerate(spans):
@@ -3726,8 +3739,8 @@ def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
     cfg = cfg if cfg.dry_run else open_folder(cfg, ranks)
     tokenizer = load_tokenizer(cfg, arch.vocab_size) if needs_tokenizer(cfg) else ByteTokenizer(arch.vocab_size)
     check_tokens(tokenizer.encode(cfg.sample_prompt), arch, f"--sample_prompt {cfg.sample_prompt}")
-    loader, held_out = load_data(cfg, tokenizer)
-    epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * cfg.accumulate_grad_batches * ranks.size))
+    loader, held_out = load_data(cfg, tokenizer, cfg.accumulate_grad_batches * ranks.size)
+    epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * loader.together))
     base = fingerprint(tensors) if tensors else "new"
     if not cfg.dry_run:
         check_alike(cfg, ranks, base=base, data=loader, held_out=held_out, epoch_steps=epoch_steps, dtype=str(dtype))
@@ -3811,16 +3824,16 @@ def epoch_before(cfg: Config) -> str:
     return str(file)
 
 
-def load_data(cfg: Config, tokenizer: ByteTokenizer) -> tuple[Loader, Loader | None]:
-    """The corpus and what is held out, if anything is."""
+def load_data(cfg: Config, tokenizer: ByteTokenizer, batches: int) -> tuple[Loader, Loader | None]:
+    """The corpus, in steps of so many micro-batches, and what is held out, if anything is."""
     corpus = read_corpus(cfg, cfg.data_file, tokenizer)
     corpus, held_out = split(corpus, cfg.val_split) if cfg.val_split else (corpus, None)
     if cfg.val_file:
         held_out = read_corpus(cfg, cfg.val_file, tokenizer, "--val_file")
-    loader = Loader(corpus, tokenizer, cfg)
+    loader = Loader(corpus, tokenizer, cfg, batches)
     if held_out:
         in_order = replace(cfg, data_file=cfg.val_file or cfg.data_file, dataload="pad", data_shuffle=False)
-        held_out = Loader(held_out, tokenizer, in_order)
+        held_out = Loader(held_out, tokenizer, in_order, together=0)
     text = f" ({tokenizer.tokens_are})" if needs_tokenizer(cfg) else ""
     say(f"data{text}: {loader.summary()}" + (f"\nheld out: {held_out.summary()}" if held_out else ""))
     return loader, held_out

@@ -139,13 +139,35 @@ def test_batch_equals_its_rows_one_by_one(sampler, mask):
         for position, target in zip(batch.learnt.tolist(), batch.targets.tolist(), strict=True):
             found[divmod(position, batch.inputs.shape[1])] = target
         wanted = {}
-        for i in range(rows.bsz):
-            start, stop = rows.span(number * rows.bsz + i)
+        spans = [rows.span(number * rows.bsz + i) for i in range(rows.bsz)]
+        for i, (start, stop) in enumerate(sorted(spans, key=lambda span: span[0] - span[1])):
             assert batch.inputs[i, : stop - start - 1].tolist() == TOKENS[start: stop - 1]
             assert not batch.inputs[i, stop - start - 1:].any()
             learnt = rows.learnt(start, stop)
             wanted |= {(i, t - 1): TOKENS[start + t] for t in range(1, stop - start) if learnt[t]}
         assert found == wanted
+
+
+@pytest.mark.parametrize("last", [120, 43])
+def test_a_step_has_the_same_rows_in_less_padding(last):
+    """However many micro-batches it has; what is learnt of each row is the same."""
+    draw = np.random.default_rng(0)
+    texts = ["".join(map(chr, draw.integers(97, 123, draw.integers(1, 40)))) for _ in range(last)]
+    its = P.from_texts([("x", text) for text in texts], P.ByteTokenizer(), "x")
+    found, sizes = [], []
+    for together in (1, 5, 0):                                         # 0: the whole pass
+        rows = P.Loader(its, P.ByteTokenizer(), config(ctx_len=64, micro_bsz=4, dataload="pad"), together)
+        batches = [rows.batch(i, last=rows.pass_rows) for i in rows.one_pass]
+        assert [len(b.inputs) for b in batches[:-1]] == [4] * (len(batches) - 1)
+        learnt = [sorted(zip(b.learnt % b.inputs.shape[1], b.targets, strict=True)) for b in batches]
+        step = 5 if together != 0 else len(batches)
+        found.append([sorted(sum(learnt[at: at + step], [])) for at in range(0, len(batches), step)])
+        sizes.append(sum(b.inputs.numel() for b in batches))
+        widths = [b.inputs.shape[1] for b in batches[: rows.together]]
+        assert widths == sorted(widths, reverse=True)
+    assert found[0] == found[1] and sorted(sum(found[0], [])) == found[2][0]
+    tokens = sum(map(len, texts))
+    assert sizes[0] > sizes[1] > sizes[2] and sizes[2] < 1.1 * tokens, (sizes, tokens)
 
 
 def test_summary_numbers():
