@@ -2682,6 +2682,13 @@ class Loader:
         at = np.flatnonzero(learnt)
         return Batch(*map(torch.from_numpy, (inputs, at, targets.reshape(-1)[at])))
 
+    def padding(self) -> float:
+        """The share of padding in what is computed, estimated from about 1,000 rows."""
+        steps = range(-(-min(self.pass_rows, 1000) // (self.together * self.bsz)))
+        spans = [span for step in steps for span in self.longest_first(step, sys.maxsize)]
+        lengths = np.array([stop - start - 1 for start, stop in spans]).reshape(-1, self.bsz)  # (micro-batches,bsz)
+        return 1 - lengths.sum() / (lengths.max(1).sum() * self.bsz)
+
     def summary(self) -> str:
         """What the corpus holds and how much of it is learnt (a share estimated from at most 1,000 rows)."""
         spans = [self.span(n) for n in range(0, self.pass_rows, -(-self.pass_rows // 1000))]
@@ -2695,6 +2702,9 @@ class Loader:
             said.append(f"{single:,} documents of one token skipped")
         if long and self.sampler != "get":
             said.append(f"{long:,} documents of up to {length.max():,} tokens cut after every {self.cfg.ctx_len:,}")
+        if (padding := self.padding()) > 0.2:
+            said.append(f"{padding:.0%} of what is computed is padding (less with a smaller --micro_bsz and more"
+                        " --accumulate_grad_batches)")
         if self.barren:
             said.append(f"{self.barren:,} rows with nothing to learn left out")
         if self.learnt_whole:

@@ -168,6 +168,10 @@ def test_a_step_has_the_same_rows_in_less_padding(last):
     assert found[0] == found[1] and sorted(sum(found[0], [])) == found[2][0]
     tokens = sum(map(len, texts))
     assert sizes[0] > sizes[1] > sizes[2] and sizes[2] < 1.1 * tokens, (sizes, tokens)
+    one = P.Loader(its, P.ByteTokenizer(), config(ctx_len=64, micro_bsz=4, dataload="pad"))
+    said = re.search(r"(\d+)% of what is computed is padding", one.summary())
+    assert abs(int(said[1]) / 100 - (1 - tokens / sizes[0])) < 0.02
+    assert "padding" not in rows.summary()
 
 
 def test_summary_numbers():
