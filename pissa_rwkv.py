@@ -2611,8 +2611,8 @@ class Batch(NamedTuple):
 class Loader:
     """Batches of a corpus. The n-th row is a function of n and the seed: a position is all that resuming needs.
 
-    The rows of `together` micro-batches, those of a step, are sorted: then rows of about one length are padded to that,
-    and what all of them add up to is the same. 0: those of a pass.
+    A step's rows are sorted by length before they are cut into its micro-batches, `together` of them: so less of each
+    is padding, and the step adds up to the same. (0: the rows of a pass.)
     """
 
     def __init__(self, corpus: Corpus, tokenizer: ByteTokenizer, cfg: Config, together: int = 1):
@@ -5020,8 +5020,8 @@ def counted_with(cfg: Config, device: str, op: str) -> str:
 def make_binidx(cfg: Config) -> None:
     """--make_binidx X.jsonl, X.json or a folder X of such files writes X.bin and X.idx beside it."""
     if not Path(cfg.make_binidx).exists():
-        raise Fatal(f"--make_binidx {cfg.make_binidx}: no such file or folder, after which the two that"
-                    " it writes are named")
+        raise Fatal(f"--make_binidx {cfg.make_binidx}: no such file or folder (a pattern would not say"
+                    " what to call the result)")
     prefix = str(Path(cfg.make_binidx)).removesuffix(".jsonl").removesuffix(".json")
     for file in (prefix + ".bin", prefix + ".idx"):
         if Path(file).exists():
