@@ -112,7 +112,7 @@ def test_memory_is_used_well(compiled, tmp_path, monkeypatch):
     tokens, quantised = test_wkv_fast.problem(64, heads=1), test_dequant.parts_of("nf4", 16384)
 
     def walk(library, kernels):
-        forward, backward = kernels.kernels(lambda device: kernels.bind(library), lambda heads, chunks: 1)
+        forward, backward = kernels.kernels(lambda device: kernels.bind(library), lambda *sizes: 1)
         (inputs, grads) = tokens if kernels is fast else test_wkv6_cuda.problem(64, torch.bfloat16, regimes=["random"])
         backward(*inputs, forward(*inputs, True)[2], *grads)
 
