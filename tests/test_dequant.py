@@ -181,7 +181,7 @@ def test_where_the_kernel_cannot_be_built_pytorch_reads_and_it_is_said_once(quan
     for _ in range(2):
         assert torch.equal(read(parts, shape, torch.float16), PLAIN[quant](parts, shape, torch.float16))
     assert len(said) == 1 and re.fullmatch(
-        r"no kernel reads quantised matrices: dequant\.cu needs nvcc, .*: install the CUDA toolkit .*; PyTorch does, .*",
+        r"no kernel reads quantised matrices: dequant\.cu needs nvcc, .*: install .*; PyTorch does, .*",
         said[0])  # fmt: skip
 
 
