@@ -2797,7 +2797,8 @@ def truncated(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Ten
     for chunk in chunks:
         with torch.set_grad_enabled(torch.is_grad_enabled() and len(chunk.learnt) > 0):
             loss, states = chunk_loss(model, chunk, n, states)
-        states = [state.detach() for state in states]
+        # (Nobody reads the last ones, which would take memory during backward.)
+        states = [state.detach() for state in states] if chunk is not chunks[-1] else None
         if len(chunk.learnt):
             yield loss
 
@@ -2811,6 +2812,7 @@ def full(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
         loss, states = checkpoint(lambda weight, *rest: chunk_loss(*rest), model.head.weight, model, chunk, n, states,
                                   use_reentrant=False)
         total = total + loss
+    del loss, states                                                  # (likewise)
     yield total
 
 
