@@ -948,6 +948,20 @@ class TimeMix_x070(TimeMix):
         super().initialise()
 
 
+class SquaredReLU(torch.autograd.Function):
+    """y = max(x, 0)^2. These are the widest tensors of a block; torch's own backward makes three more of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.relu(x).square_()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        x, = ctx.saved_tensors
+        return torch.relu(x).mul_(dy).mul_(2)
+
+
 class ChannelMix(nn.Module):
     """key, squared relu, value: the memory of a token's own channels. Before version 7 a gate follows."""
 
@@ -963,7 +977,7 @@ class ChannelMix(nn.Module):
             self.add_module(name, Linear(width if name == "value" else C, width if name == "key" else C, bias=False))
 
     def recall(self, x_k: Tensor) -> Tensor:
-        return self.value(torch.relu(self.key(x_k)) ** 2)                                 # (B,T,F) in between
+        return self.value(SquaredReLU.apply(self.key(x_k)))                               # (B,T,F) in between
 
     def initialise(self) -> None:
         delta, (_, tau) = torch.arange(self.arch.n_embd) / self.arch.n_embd, self.arch.depth(self.layer)
@@ -1068,7 +1082,8 @@ save_nothing = partial(policy, CheckpointPolicy.PREFER_RECOMPUTE)
 def save_products(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
     """The WKV operator's output, and products that sum over C terms or more: those with a block's matrices, and the
     first of two thin ones, whose results are short."""
-    if op is torch.ops.aten.mm.default and inputs[0].shape[1] >= C or op.name().startswith("pissa_rwkv::wkv"):
+    left = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}.get(op)        # which input: (M,terms)
+    if left is not None and inputs[left].shape[1] >= C or op.name().startswith("pissa_rwkv::wkv"):
         return CheckpointPolicy.MUST_SAVE
     return save_nothing(context, op)
 
@@ -1463,16 +1478,16 @@ QUANT = {"none": Quant(hold_dense, read_dense, lossy=False),
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T. For backward it keeps the parts that W is held as, neither x nor W itself."""
+    """x W^T + y, for x (M,in), y (M,out). For backward it keeps the parts that W is held as, neither x nor W itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: FrozenLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, frozen: FrozenLinear) -> Tensor:
         ctx.frozen = frozen
-        return F.linear(x, frozen.weight)
+        return F.linear(x, frozen.weight) if y is None else torch.addmm(y, x, frozen.weight.T)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.frozen.weight, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return dy @ ctx.frozen.weight, dy if ctx.needs_input_grad[1] else None, None
 
 
 class FrozenLinear(nn.Module):
@@ -1489,8 +1504,8 @@ class FrozenLinear(nn.Module):
         """W in the compute dtype; if it is held as codes, a new one each time."""
         return self.read(dict(self.named_buffers()), self.shape, self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return FrozenProduct.apply(x, self)
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return FrozenProduct.apply(x, y, self)
 
 
 # ======================================================================================================================
@@ -1578,6 +1593,23 @@ class Adapter(nn.Module):
         return 0.0
 
 
+class ThinProduct(torch.autograd.Function):
+    """x itself, and z = x A^T. What multiplies that x by W leaves its gradient here, and the sum is made in place:
+
+        dx += dz A,  dA = dz^T x
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, A)
+        return x.view_as(x), x @ A.T                                                      # (M,in), (M,r)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+        x, A = ctx.saved_tensors
+        return dx.addmm_(dz, A), dz.T @ x
+
+
 class LowRank(Adapter):
     """y = x W^T + scale drop(x) A^T B^T, for A (r,in), B (out,r); only A and B are trained. What LoRA and PiSSA share:
     they differ in where A and B start, and PiSSA has neither scale nor dropout."""
@@ -1604,10 +1636,13 @@ class LowRank(Adapter):
         return {"lora_A": A.to(W), "lora_B": W.new_zeros(W.shape[0], cfg.rank)}
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        y = F.linear(F.linear(h, self.lora_A), self.lora_B)
-        return self.frozen(x) + (y if self.scale == 1 else self.scale * y)
-
+        rows = x.flatten(0, -2)                                                           # (M,in)
+        if self.dropout:
+            z = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A)
+        else:
+            rows, z = ThinProduct.apply(rows, self.lora_A)
+        y = F.linear(z if self.scale == 1 else self.scale * z, self.lora_B)               # (M,out)
+        return self.frozen(rows, y).view(*x.shape[:-1], -1)
     @staticmethod
     def delta(W: Tensor, scale: float, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return scale * (lora_B @ lora_A)
@@ -2745,6 +2780,7 @@ class HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=dtype, device=x.device)
         rows = max(1, LOGITS_HELD // len(W))
         for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
+            logits = dlogits = None                                   # (else those before would be there beside these)
             logits, target = (x[part] @ W.T).to(dtype), targets[part, None]               # (rows,V), (rows,1)
             if votes is not None:
                 logits.scatter_add_(1, spoken[part], votes[part].to(dtype))

@@ -207,7 +207,7 @@ OF_NAME = {  # how the name of an operation or of a node of the graph begins -> 
     "pissa_rwkv::wkv": "WKV", "GeneratedBackwardFor_pissa_rwkv_wkv": "WKV", "FrozenProduct": "base products",
     "HeadLoss": "head + loss", "torch::autograd::AccumulateGrad": "optimiser",
 }
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")                   # outside of all others they are the low-rank maps
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")   # outside of all others they are the low-rank maps
 NODE = "autograd::engine::evaluate_function"
 
 

@@ -205,6 +205,24 @@ def test_lora_is_its_formula_and_starts_at_nothing(model_file):
         torch.testing.assert_close(layer(x), x @ (W + 6.0 / 4 * B @ layer.lora_A).T, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_of_an_adapter_are_those_of_its_formula(dropout):
+    """By finite differences, with x used elsewhere too: what is summed in place must not be anyone else's."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = (5, 8), (2, 8), (5, 2), (2, 3, 8)
+    W, A, B, x = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+    frozen = FrozenLinear(W, W.dtype, "none")
+
+    def outputs(x, A, B):
+        layer = LoRALinear(Config(rank=2, lora_alpha=3.0, lora_dropout=dropout), frozen, lora_A=A, lora_B=B).train()
+        del layer.lora_A, layer.lora_B                                # (parameters would be leaves)
+        layer.lora_A, layer.lora_B = A, B
+        torch.manual_seed(1)
+        return layer(x), x * x, layer(x * 2)
+
+    assert torch.autograd.gradcheck(outputs, [t.requires_grad_() for t in (x, A, B)])
+
+
 def test_loras_dropout_is_on_its_input_and_only_in_training():
     W, A, B, x = torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2), torch.randn(300, 8)
     frozen = FrozenLinear(W, W.dtype, "none")

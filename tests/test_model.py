@@ -20,6 +20,7 @@ from pissa_rwkv import (
     ByteTokenizer,
     Config,
     Fatal,
+    SquaredReLU,
     check_arch,
     chunk_loss,
     detect,
@@ -423,3 +424,14 @@ def test_a_new_x070_cannot_begin_with_a_channel_mixing():
 def test_the_head_size_must_divide_the_width():
     with pytest.raises(Fatal, match=re.escape("--n_embd 100: expected a multiple of --head_size 64")):
         new_arch(Config(n_embd=100))
+
+
+def test_gradient_of_the_squared_relu():
+    x = torch.tensor([-2.0, -0.1, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
+    assert SquaredReLU.apply(x).tolist() == pytest.approx([0, 0, 0.09, 25])
+    assert torch.autograd.gradcheck(SquaredReLU.apply, x)
+    low = torch.randn(1000).bfloat16().requires_grad_()
+    theirs = torch.relu(low) ** 2
+    dy = torch.randn(1000).bfloat16()
+    found, = torch.autograd.grad(SquaredReLU.apply(low), low, dy)
+    assert torch.equal(found, torch.autograd.grad(theirs, low, dy)[0])
