@@ -1478,12 +1478,13 @@ QUANT = {"none": Quant(hold_dense, read_dense, lossy=False),
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T + y, for x (M,in), y (M,out). For backward it keeps the parts that W is held as, neither x nor W itself."""
+    """y = x W^T + u, where u (...,out) may be None. For backward it keeps the parts that W is held as, neither x nor W
+    itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, frozen: FrozenLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, u: Tensor | None, frozen: FrozenLinear) -> Tensor:
         ctx.frozen = frozen
-        return F.linear(x, frozen.weight) if y is None else torch.addmm(y, x, frozen.weight.T)
+        return F.linear(x, frozen.weight) if u is None else torch.addmm(u, x, frozen.weight.T)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -1491,7 +1492,8 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T for W (out,in), held as QUANT[quant] says, multiplied in the compute dtype. W gets no gradient."""
+    """y = x W^T, or x W^T + u, for W (out,in), held as QUANT[quant] says, multiplied in the compute dtype. W gets no
+    gradient. (With u, x and u have two dimensions.)"""
 
     def __init__(self, W: Tensor, dtype: torch.dtype, quant: str):
         super().__init__()
@@ -1504,8 +1506,8 @@ class FrozenLinear(nn.Module):
         """W in the compute dtype; if it is held as codes, a new one each time."""
         return self.read(dict(self.named_buffers()), self.shape, self.dtype)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        return FrozenProduct.apply(x, y, self)
+    def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        return FrozenProduct.apply(x, u, self)
 
 
 # ======================================================================================================================
@@ -1594,15 +1596,17 @@ class Adapter(nn.Module):
 
 
 class ThinProduct(torch.autograd.Function):
-    """x itself, and z = x A^T. What multiplies that x by W leaves its gradient here, and the sum is made in place:
+    """x (M,in) itself, and z = x A^T (M,r). What multiplies that x by W leaves its gradient here, where
 
         dx += dz A,  dA = dz^T x
+
+    is a sum in place. (Autograd would make dz A, as wide as x, beside it.)
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, A)
-        return x.view_as(x), x @ A.T                                                      # (M,in), (M,r)
+        return x.view_as(x), x @ A.T
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
@@ -1638,11 +1642,13 @@ class LowRank(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)                                                           # (M,in)
         if self.dropout:
-            z = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A)
+            z = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A)       # (M,r)
         else:
             rows, z = ThinProduct.apply(rows, self.lora_A)
-        y = F.linear(z if self.scale == 1 else self.scale * z, self.lora_B)               # (M,out)
-        return self.frozen(rows, y).view(*x.shape[:-1], -1)
+        u = F.linear(z if self.scale == 1 else self.scale * z, self.lora_B)               # (M,out)
+        # W's product comes last and keeps nothing: a block that ends with it is computed again only up to here.
+        return self.frozen(rows, u).view(*x.shape[:-1], -1)
+
     @staticmethod
     def delta(W: Tensor, scale: float, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return scale * (lora_B @ lora_A)
