@@ -242,7 +242,8 @@ def test_the_rehearsal_counts_chunks(base, chunk_grad):
         cfg = config(load_model=str(base), peft="pissa", rank=4, micro_bsz=2, **options)
         return P.Rehearsal(cfg, arch, "cuda", torch.bfloat16).memory(2).activations
 
-    chunks = [activations(ctx_len=T, chunk_ctx=64, chunk_grad=chunk_grad) for T in (128, 512)]
+    # (From three chunks on, one has states both before and after it.)
+    chunks = [activations(ctx_len=T, chunk_ctx=64, chunk_grad=chunk_grad) for T in (192, 512)]
     assert (chunks[0] == chunks[1]) == (chunk_grad == "truncated")
     assert chunks[1] < activations(ctx_len=512, train_type="normal") / 2
 
