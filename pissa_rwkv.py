@@ -949,17 +949,22 @@ class TimeMix_x070(TimeMix):
 
 
 class SquaredReLU(torch.autograd.Function):
-    """y = max(x, 0)^2. These are the widest tensors of a block; torch's own backward makes three more of them."""
+    """y = max(x, 0)^2. These are the widest tensors of a block; torch's own backward makes three more of them.
+
+    (In place, but for compilers, which need no help: torch 2.11's makes wrong code of it.)
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.relu(x).square_()
+        h = torch.relu(x)
+        return h * h if torch.compiler.is_compiling() else h.square_()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         x, = ctx.saved_tensors
-        return torch.relu(x).mul_(dy).mul_(2)
+        h = torch.relu(x)
+        return h * dy * 2 if torch.compiler.is_compiling() else h.mul_(dy).mul_(2)
 
 
 class ChannelMix(nn.Module):
