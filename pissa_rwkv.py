@@ -748,6 +748,48 @@ def shift(x: Tensor, last: Tensor) -> Tensor:
     return torch.cat([last[:, None], x[:, :-1]], dim=1)
 
 
+class Mixed(torch.autograd.Function):
+    """x + (y - x) mu, for each of several mu (1,1,C) or (B,T,C). Their backward passes are made at once, in a third of
+    the operations that autograd would need:
+
+        dy = sum of dz_i mu_i,   dx = sum of dz_i - dy,   dmu_i = dz_i (y - x), summed to mu_i's shape
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, *mus: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*mus, *((x, y) if any(ctx.needs_input_grad[2:]) else ()))
+        return tuple(torch.lerp(x, y, mu) for mu in mus)
+
+    @staticmethod
+    def backward(ctx: Any, *dzs: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        mus, xy = saved[:len(dzs)], saved[len(dzs):]
+        total = dzs[0].to(torch.promote_types(dzs[0].dtype, torch.float32))
+        dy = total * mus[0]
+        for dz, mu in zip(dzs[1:], mus[1:], strict=True):
+            total, dy = total + dz, torch.addcmul(dy, dz, mu)
+        dmus = [None] * len(mus)
+        if xy:
+            dmus = [(dz * (xy[1] - xy[0])).sum_to_size(mu.shape) for dz, mu in zip(dzs, mus, strict=True)]
+        return (total - dy).to(dzs[0]), dy.to(dzs[0]), *dmus
+
+
+class Unit(torch.autograd.Function):
+    """u = x / |x| along the last dimension; dx = (du - (du . u) u) / |x|, likewise in fewer operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+        u = x / length
+        ctx.save_for_backward(u, length)
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, du: Tensor) -> Tensor:
+        u, length = ctx.saved_tensors
+        return torch.addcmul(du, (du * u).sum(-1, keepdim=True), u, value=-1) / length
+
+
 def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         module.register_parameter(name, nn.Parameter(torch.empty(shape)))
@@ -823,8 +865,7 @@ class TimeMix_x052(TimeMix):
 
     def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
         # Version 5 stores the weight of x_t, 6 and 7 that of x_{t-1}.
-        weights = self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g
-        return tuple(torch.lerp(previous, x, m) for m in weights)
+        return Mixed.apply(previous, x, self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g)
 
     def decay(self) -> Tensor:
         return self.time_decay                                                            # (H,N)
@@ -871,12 +912,11 @@ class TimeMix_x060(TimeMix_x052):
         return mix | decay | {"time_faaaa": (self.arch.n_head, self.arch.head_size)}
 
     def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
-        p = previous - x
-        hidden = torch.tanh((x + p * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B,T,5,D)
+        x_x = torch.lerp(x, previous, self.time_maa_x)
+        hidden = torch.tanh(x_x @ self.time_maa_w1).unflatten(-1, (5, -1))                # (B,T,5,D)
         m_w, m_k, m_v, m_r, m_g = torch.einsum("btfd,fdc->fbtc", hidden, self.time_maa_w2)
-        weights = (self.time_maa_k + m_k, self.time_maa_v + m_v, self.time_maa_r + m_r, self.time_maa_g + m_g,
-                   self.time_maa_w + m_w)
-        return tuple(x + p * mu for mu in weights)
+        return Mixed.apply(x, previous, self.time_maa_k + m_k, self.time_maa_v + m_v, self.time_maa_r + m_r,
+                           self.time_maa_g + m_g, self.time_maa_w + m_w)
 
     def decay(self, x_w: Tensor) -> Tensor:
         return self.heads(self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2)
@@ -910,8 +950,8 @@ class TimeMix_x070(TimeMix):
         return shapes | {"k_k": (1, 1, C), "k_a": (1, 1, C), "r_k": (self.arch.n_head, self.arch.head_size)}
 
     def project(self, x: Tensor, previous: Tensor, v_first: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor]:
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            torch.lerp(x, previous, mu) for mu in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        mus = self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
+        x_r, x_w, x_k, x_v, x_a, x_g = Mixed.apply(x, previous, *mus)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)                    # (B,T,A)
         w = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2                                 # raw decay logit
         eta = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)                          # in-context learning rate
@@ -921,7 +961,7 @@ class TimeMix_x070(TimeMix):
         else:                                                                             # value residual
             v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
         # The removal key is taken from k as it is before the learning rate is folded into k.
-        kappa = F.normalize(self.heads(k * self.k_k), dim=-1)                             # (B,T,H,N)
+        kappa = Unit.apply(self.heads(k * self.k_k))                                      # (B,T,H,N)
         k = k * (1 + (eta - 1) * self.k_a)
         return [*map(self.heads, (r, w, k, v)), -kappa, kappa * self.heads(eta)], g, v_first
 
@@ -1005,7 +1045,7 @@ class ChannelMix_x052(ChannelMix):
         return delta**tau
 
     def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.lerp(previous, x, self.time_mix_k), torch.lerp(previous, x, self.time_mix_r)
+        return Mixed.apply(previous, x, self.time_mix_k, self.time_mix_r)
 
     def forward(self, x: Tensor, last: Tensor) -> Tensor:
         """x (B,T,C), last (B,C) -> the update (B,T,C)."""
@@ -1021,7 +1061,7 @@ class ChannelMix_x060(ChannelMix_x052):
         return 1 - delta**tau**3
 
     def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.lerp(x, previous, self.time_maa_k), torch.lerp(x, previous, self.time_maa_r)
+        return Mixed.apply(x, previous, self.time_maa_k, self.time_maa_r)
 
 
 class ChannelMix_x070(ChannelMix):
@@ -2879,7 +2919,7 @@ def batch_losses(model: RWKV, batch: Batch, n: int | Tensor, cfg: Config) -> Ite
 
 
 def add_gradient(model: RWKV, batch: Batch, n: int | Tensor, loss_scale: float | Tensor, cfg: Config) -> Tensor:
-    """Forward and backward of a micro-batch; the optimiser's hooks take the gradients, times loss_scale. Returns its
+    """Forward and backward of a micro-batch; its gradients, times loss_scale, are added to the optimiser's. Returns its
     share of the loss, in fp64."""
     loss = torch.zeros((), dtype=torch.float64, device=model.head.weight.device)
     for share in batch_losses(model, batch, n, cfg):
@@ -2958,7 +2998,7 @@ class Buckets:
         first = bisect.bisect_right(self.starts, where.start) - 1
         for bucket in self.waiting[first: bisect.bisect_left(self.starts, where.stop)]:
             both = overlap(where, bucket.part)
-            bucket.sum[shifted(both, bucket.part.start)] += g[shifted(both, where.start)]
+            bucket.sum[shifted(both, bucket.part.start)].add_(g[shifted(both, where.start)])
             bucket.missing -= both.stop - both.start
         while self.eager and self.waiting and not self.waiting[-1].missing:
             self.send()
@@ -3110,9 +3150,10 @@ class ZeroAdamW:
     """AdamW (arXiv 1711.05101) on everything that is trained, laid end to end in one buffer and shared out over ranks
     as ZeRO does (arXiv 1910.02054).
 
-    The parameters themselves become views of `working`, a buffer in the compute dtype; `master`, `m` and `v` are fp32:
-    in bf16 a step of 2e-5 would be rounded away. A hook adds each gradient to `grad` as soon as backward has made it,
-    and frees it. For a parameter in bf16, each of R ranks holds and sends (x 1 - 1/R) this many bytes a step:
+    The parameters become views of `working`, a buffer in the compute dtype, and their gradients of `grad`, to which
+    autograd adds. (Where `grad` is wider than they are, or sent during backward, a hook adds each gradient as soon as
+    it is made, and frees it.) `master`, `m` and `v` are fp32: in bf16 a step of 2e-5 would be rounded away. For a
+    parameter in bf16, each of R ranks holds and sends (x 1 - 1/R) this many bytes a step:
 
         stage   gradients, fp32                   master, m, v   then                    bytes held        sent
         0       all-reduced                       all            -                       2 + 4 + 10        8
@@ -3154,7 +3195,10 @@ class ZeroAdamW:
         self.summed: Tensor | None = None                             # (S) of the gradient, once it is summed
         for name, p in self.named:
             p.data = self.working[self.where[name]].view(p.shape)
-            p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
+            if self.buckets or wide != own.dtype:
+                p.register_post_accumulate_grad_hook(partial(self.take, self.where[name]))
+            else:
+                p.grad = self.grad[self.where[name]].view(p.shape)    # to which autograd adds, in place
             if exact and name in exact:
                 mine = overlap(self.where[name], self.own)
                 values = exact[name].reshape(-1)[shifted(mine, self.where[name].start)]
@@ -3180,11 +3224,11 @@ class ZeroAdamW:
             self.groups.append((shifted(group, begin), scale, decay))
 
     def take(self, where: slice, p: nn.Parameter) -> None:
-        """A parameter's gradient, as soon as there is one."""
+        """The hook: a parameter's gradient, as soon as there is one."""
         if self.buckets:
             self.buckets.take(where, p.grad.reshape(-1))
         else:
-            self.grad[where] += p.grad.reshape(-1)
+            self.grad[where].add_(p.grad.reshape(-1))
         p.grad = None
 
     def parts(self, size: int = 0) -> Iterator[slice]:
@@ -4660,6 +4704,7 @@ class Graphs:
 
     def record(self, shape: Any, work: Callable[[], Tensor], model: RWKV) -> None:
         """Records the work, which does not run it. If that fails, says so once; from then on work runs as usual."""
+        gradients = [(p, p.grad) for p in model.parameters()]
         try:
             self.graphs[shape] = self.captured(work)
         except RuntimeError as e:
@@ -4667,8 +4712,8 @@ class Graphs:
             say(f"--cuda_graph 1: what a step does could not be recorded ({why}); continuing without")
             self.most = 0
             self.graphs.clear()
-            for p in model.parameters():
-                p.grad = None                                         # of a backward pass that never ran
+            for p, gradient in gradients:                             # (without those of a backward that never ran)
+                p.grad = gradient
 
     def captured(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()

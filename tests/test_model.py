@@ -20,7 +20,9 @@ from pissa_rwkv import (
     ByteTokenizer,
     Config,
     Fatal,
+    Mixed,
     SquaredReLU,
+    Unit,
     check_arch,
     chunk_loss,
     detect,
@@ -435,3 +437,44 @@ def test_gradient_of_the_squared_relu():
     dy = torch.randn(1000).bfloat16()
     found, = torch.autograd.grad(SquaredReLU.apply(low), low, dy)
     assert torch.equal(found, torch.autograd.grad(theirs, low, dy)[0])
+
+
+def test_gradients_of_what_token_shift_mixes():
+    def weights(*shape, trained):
+        return torch.rand(*shape, dtype=torch.float64).requires_grad_(trained)
+
+    x, y = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for mus in ([weights(1, 1, 4, trained=True), weights(2, 3, 4, trained=True)],
+                [weights(1, 1, 4, trained=False) for _ in range(3)], [weights(1, 1, 4, trained=True)]):
+        for z, mu in zip(Mixed.apply(x, y, *mus), mus, strict=True):
+            torch.testing.assert_close(z, x + (y - x) * mu)
+        assert torch.autograd.gradcheck(Mixed.apply, (x, y, *mus))
+
+
+def test_gradient_of_the_unit_vector():
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(Unit.apply(x), torch.nn.functional.normalize(x, dim=-1))
+    assert torch.autograd.gradcheck(Unit.apply, x.requires_grad_())
+    assert not Unit.apply(torch.zeros(2, 4)).any()
+
+
+def relative_errors(f, inputs, dys):
+    """Of f's gradients in bf16, against those in float64."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        outputs = f(*leaves)
+        dxs = torch.autograd.grad(outputs, leaves, [dy.to(dtype) for dy in dys[: len(outputs)]])
+        found.append([dx.double() for dx in dxs])
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True)]
+
+
+def test_in_bf16_these_gradients_are_no_worse_than_autograds():
+    x, y, *dys = torch.randn(8, 4, 50, 64).bfloat16()
+    mus = torch.rand(6, 1, 1, 64).bfloat16()
+    for ours, autograds, inputs in (
+        (lambda x, y: Mixed.apply(x, y, *mus.to(x)), lambda x, y: [torch.lerp(x, y, mu) for mu in mus.to(x)], (x, y)),
+        (lambda x: [Unit.apply(x)], lambda x: [torch.nn.functional.normalize(x, dim=-1)], (x,)),
+    ):
+        errors, usual = (relative_errors(f, inputs, dys) for f in (ours, autograds))
+        assert all(error < 1.1 * its for error, its in zip(errors, usual, strict=True)), (errors, usual)
