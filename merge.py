@@ -6,14 +6,16 @@
     python merge.py --type pissa2lora --base_model M.pth --lora_init out/init_pissa.pth \\
                     --lora_checkpoint out/rwkv-0.pth --output lora.pth
 
-An output named .st is written for web-rwkv, Ai00 and RWKV Runner (extra `export`). --type pissa2lora writes not a
-model but what PiSSA changed, as a LoRA of twice the rank, for programs that do not know PiSSA. Adapters trained on a
-quantised base are merged into what was trained on: our files say what that was; for RWKV-PEFT's, --quant does. The
-formula is `pissa_rwkv.merge`; here are its command line, those two formats, and RWKV-PEFT's old int8.
+An output named .st is written for web-rwkv, Ai00 and RWKV Runner. --type pissa2lora writes not a model but what PiSSA
+changed, as a LoRA of twice the rank, for programs that do not know PiSSA. Adapters trained on a quantised base are
+merged into what was trained on: our files say what that was; for RWKV-PEFT's, --quant does. The formula is
+`pissa_rwkv.merge`; here are its command line, those two formats, and RWKV-PEFT's old int8.
 """
 
 import argparse
-import os
+import itertools
+import json
+import struct
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,28 +43,32 @@ def for_web_rwkv(name: str, t: Tensor) -> tuple[str, Tensor]:
     return name.lower(), t.to(torch.float16).contiguous()
 
 
+HEADER = 2**20                                                        # bytes: four times what the 13.3B model fills
+
+
 def save_st(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Safetensors as web-rwkv reads them: everything fp16, `RENAMED` and `SWAPPED` applied."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
-        raise Fatal(f"--output {path}: .st needs the package safetensors: `pip install safetensors`") from None
-    ready = dict(for_web_rwkv(name, t) for name, t in tensors)
+    """Safetensors as web-rwkv reads them: everything fp16, `RENAMED` and `SWAPPED` applied. Like a .pth it is written a
+    tensor at a time. The header, which names them, comes first: room is left for it, and filled up with spaces.
+
+        8 bytes: the length of the header;  the header, in JSON;  the numbers of all tensors, end to end
+    """
     unused = {name.lower() for name in P.UNUSED}
-    for name, t in ready.items():
-        if not t.isfinite().all() and name not in unused:
-            raise Fatal(f"--output {path}: {name} has numbers beyond fp16's 65504; write a .pth")
 
     def write(file: IO[bytes]) -> None:
-        mode = os.fstat(file.fileno()).st_mode
-        try:
-            save_file(ready, file.name, metadata={"format": "pt"})    # it puts a new file there, for its owner alone
-        except SafetensorError as e:
-            raise OSError(e) from None
-        os.chmod(file.name, mode)
-        with open(file.name, "rb+") as other:
-            os.fsync(other.fileno())
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        file.seek(HEADER)
+        for name, t in itertools.starmap(for_web_rwkv, tensors):
+            if not t.isfinite().all() and name not in unused:
+                raise Fatal(f"--output {path}: {name} has numbers beyond fp16's 65504; write a .pth")
+            file.write(t.reshape(-1).view(torch.uint8).numpy())
+            header[name] = {"dtype": "F16", "shape": [*t.shape], "data_offsets": [end, end + t.nbytes]}
+            end += t.nbytes
+            P.release_memory()
+        text = json.dumps(header).encode()
+        if len(text) > HEADER - 8:
+            raise Fatal(f"--output {path}: {len(header) - 1} tensors are more than its header has room for; write a .pth")
+        file.seek(0)
+        file.write(struct.pack("<Q", HEADER - 8) + text.ljust(HEADER - 8))
 
     write_whole(path, write)
 
@@ -187,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         print("merge.py: stopped; nothing was written", file=sys.stderr)
         return 130
     except Exception as e:
-        if not (error := P.in_one_line(e, "a .pth takes as much as a few matrices, a .st twice its size")):
+        if not (error := P.in_one_line(e, "merging takes as much as a few matrices")):
             raise
     print(f"merge.py: error: {error}", file=sys.stderr)               # (now that the bar is gone with what failed)
     return 2

@@ -29,7 +29,6 @@ setup(
         "plot": ["matplotlib"],
         "wandb": ["wandb"],
         "image": ["Pillow"],
-        "export": ["safetensors"],
         "triton": ["triton"],
         "cuda": ["cuda-toolkit[nvcc,cccl]"],
         "fla": ["flash-linear-attention"],

@@ -119,7 +119,8 @@ def test_keys_order_shapes_and_dtypes_are_the_bases_whatever_these_are(tmp_path)
     assert all(found[f"blocks.0.att.v{i}"].isnan().all() for i in "012")
 
 
-def test_a_matrix_is_made_when_it_is_asked_for_and_none_is_kept(model_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("write", [save, command.save_st])
+def test_a_matrix_is_made_when_it_is_asked_for_and_none_is_kept(write, model_file, tmp_path, monkeypatch):
     run, alive, most = finished(tmp_path / "run", model_file()), weakref.WeakSet(), []
     residual = PiSSALinear.residual
 
@@ -131,7 +132,7 @@ def test_a_matrix_is_made_when_it_is_asked_for_and_none_is_kept(model_file, tmp_
     monkeypatch.setattr(PiSSALinear, "residual", staticmethod(seen))
     found = merge_files(run.kind, str(run.base), str(run.init), str(run.checkpoint))
     assert not most and next(found)[0] == "emb.weight" and not most   # (all was compared with the base before)
-    save(run.output, found)
+    write(run.output, found)
     assert most == [1] * len(MATRICES)
 
 
@@ -397,6 +398,13 @@ def test_a_file_for_web_rwkv(version, tmp_path):
             found = file.get_tensor(new)
             assert found.dtype == torch.float16 and torch.allclose(found, wanted, 0, 0, equal_nan=True), name
         assert not left
+
+
+def test_more_tensors_than_the_header_has_room_for_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "HEADER", 64)
+    with pytest.raises(Fatal, match="1 tensors are more than its header has room for"):
+        command.save_st(tmp_path / "m.st", [("emb.weight", torch.ones(2, 2))])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_number_too_large_for_fp16_is_refused(tmp_path):
