@@ -66,7 +66,7 @@ def save_st(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             P.release_memory()
         text = json.dumps(header).encode()
         if len(text) > HEADER - 8:
-            raise Fatal(f"--output {path}: {len(header) - 1} tensors are more than its header has room for; write a .pth")
+            raise Fatal(f"--output {path}: its header has no room for {len(header) - 1} tensors; write a .pth")
         file.seek(0)
         file.write(struct.pack("<Q", HEADER - 8) + text.ljust(HEADER - 8))
 

@@ -3825,6 +3825,7 @@ class Run(Plan):
     scaled_at: int = 0                                                # the last step after which it was changed
     bad_steps: int = 0
     add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
+    wandb: Any = None                                                 # --wandb: its run
 
 
 def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
@@ -3861,6 +3862,7 @@ def build(cfg: Config) -> Run:
     plan, tensors = prepare(cfg)
     cfg, ranks, device = plan.cfg, plan.ranks, plan.device
     earlier = read_earlier(plan)
+    wandb = load_wandb(cfg) if cfg.wandb and ranks.rank == 0 else None  # (early: it may lack a key, or a network)
     model = load_model(cfg, plan.arch, tensors, device, plan.dtype)
     torch.manual_seed(cfg.random_seed + ranks.rank)                   # every rank drops out different numbers
     plan.about = adapt(model, plan, earlier)
@@ -3869,7 +3871,7 @@ def build(cfg: Config) -> Run:
     model.run_block = compiled(model.run_block, device) if cfg.compile else model.run_block
     loss_scale = 2.0**16 if plan.dtype == torch.float16 else 1.0      # (torch's initial one)
     run = Run(**vars(plan), model=model, optimiser=optimiser, step=plan.first_step, loss_scale=loss_scale,
-              scaled_at=plan.first_step)
+              scaled_at=plan.first_step, wandb=wandb)
     if cfg.cuda_graph:
         run.add_gradient = graphs(model, cfg, device, ranks)
     if earlier.state:
@@ -4397,7 +4399,7 @@ class Logger:
     """train_log.txt (a line per epoch), loss_data.jsonl (a line per step), both in RWKV-PEFT's form; maybe wandb."""
 
     def __init__(self, run: Run):
-        self.run, self.wandb = run, None
+        self.run, self.wandb = run, run.wandb
         self.log, self.losses = run.folder / "train_log.txt", run.folder / "loss_data.jsonl"
         if run.ranks.rank > 0:
             return
@@ -4406,7 +4408,6 @@ class Logger:
             lines = self.losses.read_text("utf-8", errors="replace").splitlines()
             kept = "".join(x + "\n" for x in lines if step_of(x) < run.step)
             write_whole(self.losses, lambda file: file.write(kept.encode()))
-        self.wandb = load_wandb(run.cfg)
 
     def __enter__(self) -> Logger:
         return self
@@ -4444,9 +4445,7 @@ def step_of(line: str) -> float:
 
 
 def load_wandb(cfg: Config) -> Any:
-    """A run of Weights & Biases, whose files are all in proj_dir; None without --wandb."""
-    if not cfg.wandb:
-        return None
+    """A run of Weights & Biases, whose files are all in proj_dir."""
     import wandb
 
     folder = Path(cfg.proj_dir).absolute()
@@ -5268,6 +5267,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as e:
         JOINED[-1].tell_failure()
+        if (wandb := sys.modules.get("wandb")) and wandb.run:         # (else Logger ends its run)
+            wandb.finish(exit_code=1)
         if not (error := in_one_line(e)):
             raise
     if not is_first():                                                # where all found the same, one line is enough:

@@ -1,6 +1,7 @@
 """Weights & Biases: the package itself writes a run offline, and its file is read back record by record."""
 
 import json
+import math
 import os
 import shlex
 import struct
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import random_model
 
 import pissa_rwkv as P
@@ -100,16 +102,27 @@ def test_a_run_that_fails_is_ended_as_failed(command, tmp_path, monkeypatch, cap
     assert len(of_kind(found, "history")) == 1
 
 
+def test_a_run_that_fails_before_its_first_step_is_ended_as_failed(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    weights = torch.load(tmp_path / "base.pth")
+    weights["blocks.0.ffn.key.weight"][0] = math.nan
+    torch.save(weights, tmp_path / "base.pth")
+    assert P.main(command("--epoch_steps 1")) == 2
+    file, = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
+    assert [end.exit_code for end in of_kind(read(file), "exit")] == [1] and wandb.run is None
+
+
 def one_line(capfd):
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pissa_rwkv: error:")]
     assert len(lines) == 1
     return lines[0]
 
 
-def test_online_without_a_key(command, monkeypatch, capfd):
+def test_online_without_a_key(command, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "online")
     assert P.main(command("--epoch_steps 1")) == 2
     assert "--wandb a-project: No API key" in (line := one_line(capfd)) and "WANDB_MODE=offline" in line
+    assert not [*tmp_path.glob("out/*.pth")]                          # (before the adapters' start is computed)
 
 
 def test_the_package_is_not_there(command, tmp_path, monkeypatch, capfd):
