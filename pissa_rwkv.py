@@ -380,17 +380,19 @@ def parse(argv: list[str]) -> Config:
     for name, reason in WITHOUT_EFFECT.items():
         if given.pop(name, None) is not None:
             say(f"--{name} has no effect here: {reason}")
+    inside: dict[str, Any] = {}
     for option in JSON_OPTIONS:
         if option in json_options(given["peft"]):
-            given |= in_json(option, given)
+            inside = in_json(option, given, inside)
         elif read_json(option, given[option]):                        # (its load and r are for another method)
             say(f"--{option} has no effect with --peft {given['peft']}")
-    return Config(**given)
+    return Config(**given | inside)
 
 
-def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The options given inside another, with values of their types; null leaves one as it was."""
-    keys, values = JSON_OPTIONS[option], {}
+def in_json(option: str, given: dict[str, Any], inside: dict[str, Any]) -> dict[str, Any]:
+    """The options given inside another, with values of their types, added to those of an earlier one, `inside`; null
+    leaves one as it was."""
+    keys, values = JSON_OPTIONS[option], dict(inside)
     for key, value in read_json(option, given[option]).items():
         if key not in keys:
             raise Fatal(f"--{option}: unknown key {key!r}; it takes {', '.join(keys)}{nearest(key, keys)}")
@@ -398,11 +400,13 @@ def in_json(option: str, given: dict[str, Any]) -> dict[str, Any]:
             continue
         usual = given[keys[key]]
         try:
-            values[keys[key]] = typed = type(usual)(value)
+            typed = type(usual)(value)
             if not isinstance(usual, str) and (isinstance(value, bool) or float(value) != typed):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
             raise Fatal(f"--{option}: {key} is {value!r}; expected a value like {usual!r}") from None
+        if (other := values.setdefault(keys[key], typed)) != typed:
+            raise Fatal(f"--{option}: {key} is {value!r}, but {other!r} is given for --{keys[key]} too; leave one out")
     return values
 
 
@@ -2507,14 +2511,15 @@ def data_type_of(cfg: Config, path: str) -> str:
     held = [kind for kind in ("wds_img", "jsonl", "utf-8") if Path(path).is_dir() and in_folder(path, kind)]
     if len(held) == 1 or "wds_img" in held:                           # (others beside tars describe them)
         return held[0]
+    flag = {cfg.make_binidx: "--make_binidx", cfg.val_file: "--val_file"}.get(path, "--data_file")
     if read := TABLES.get(suffix):
-        raise Fatal(f"--data_file {path}: a table, which pandas turns into JSON lines: pandas.{read}({path!r})"
+        raise Fatal(f"{flag} {path}: a table, which pandas turns into JSON lines: pandas.{read}({path!r})"
                     ".to_json('data.jsonl', orient='records', lines=True); --data_type sft reads these, and"
                     " --sft_fields names the columns")
     if Path(path).is_dir() and not held:
         nothing_in(path, *SUFFIXES)
     why = f"it holds {' and '.join(held)}" if held else "its name does not tell what it is"
-    raise Fatal(f"--data_file {path}: {why}; set --data_type ({', '.join(CORPUS)})")
+    raise Fatal(f"{flag} {path}: {why}; set --data_type ({', '.join(CORPUS)})")
 
 
 def needs_tokenizer(cfg: Config) -> bool:
