@@ -108,10 +108,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.rendezvous import rendezvous
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 from tqdm import tqdm
 
 import wkv7_cuda
@@ -1140,15 +1146,71 @@ def save_products(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -
 RunBlock = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Tensor, BlockState]]
 
 
-def checkpointed(policy: Callable | None, block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
+class Saved(torch.autograd.Function):
+    """Saves tensors for backward, as an operation does, and returns an empty one that leads to them."""
+
+    @staticmethod
+    def forward(ctx: Any, empty: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return empty.clone()
+
+
+class Complete(Exception):
+    """All has been computed again that backward needs."""
+
+
+def recomputed(
+    contexts: Sequence[contextlib.AbstractContextManager], block: Block, x: Tensor, v_first: Tensor | None,
+    state: BlockState,
+) -> tuple[Tensor, Tensor, BlockState]:
+    """What torch's checkpoint does, without the checks by which that doubles what a block takes of the host's time.
+
+    In the place of each tensor that an operation saves, only its number is kept; backward, when it asks for the first
+    of them, runs the block again, up to the operation that saves the last. contexts: of the first run and the second.
+    """
+    inputs = Saved.apply(torch.empty(0, requires_grad=True), x, v_first, state.att, state.wkv, state.ffn)
+    held: list[Tensor | None] = []                                    # by number, from the second run until it is used
+
+    def forget(t: Tensor) -> int:
+        held.append(None)
+        return len(held) - 1
+
+    def recall(number: int) -> Tensor:
+        if held[number] is None:
+            run_again()
+        t, held[number] = held[number], None
+        return t
+
+    def run_again() -> None:
+        numbers = itertools.count()
+
+        def hold(t: Tensor) -> Tensor:
+            number, t = next(numbers), t.detach()
+            held[number] = t
+            if number + 1 == len(held):
+                raise Complete
+            return t
+
+        x, v_first, *state = inputs.grad_fn.saved_tensors
+        with (contextlib.suppress(Complete), torch.enable_grad(), saved_tensors_hooks(hold, lambda t: t),
+              contexts[1]):
+            block(x, v_first, BlockState(*state))
+
+    with saved_tensors_hooks(forget, recall), contexts[0]:
+        return block(x, v_first, state)
+
+
+def checkpointed(policy: Callable | None, block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
     """Runs the block; backward recomputes what the policy did not save, or without one everything."""
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if policy else {}
-    return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=block.draws, **context)
+    contexts = partial(create_selective_checkpoint_contexts, policy) if policy else noop_context_fn
+    if block.draws or torch.compiler.is_compiling():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=block.draws, context_fn=contexts)
+    return recomputed(contexts(), block, *inputs)
 
 
-def keep_all(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
+def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
     # Eager code does not keep what is made from codes (see FrozenProduct); a compiler must be told.
-    return checkpointed(save_all, block, x, *rest) if torch.compiler.is_compiling() else block(x, *rest)
+    return checkpointed(save_all, block, *inputs) if torch.compiler.is_compiling() else block(*inputs)
 
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
@@ -1156,9 +1218,9 @@ def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
 
 
-def keep_input(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
+def keep_input(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
     # (The compiler of torch 2.10 and 2.11 must be told here as well.)
-    return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, x, *rest)
+    return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, *inputs)
 
 
 # From fast and large to slow and small.
@@ -1553,7 +1615,7 @@ class FrozenLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W in the compute dtype; if it is held as codes, a new one each time."""
-        return self.read(dict(self.named_buffers()), self.shape, self.dtype)
+        return self.read(self._buffers, self.shape, self.dtype)
 
     def forward(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         return FrozenProduct.apply(x, u, self)
