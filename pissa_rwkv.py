@@ -805,11 +805,44 @@ def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None
         module.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
 
+ONCE: list[Callable[[Callable[[], Tensor]], Tensor]] = []             # the last: what becomes of a product
+
+
+def once(compute: Callable[[], Tensor]) -> Tensor:
+    """compute(), or what it gave before, if that is kept (--grad_cp products)."""
+    return ONCE[-1](compute) if ONCE else compute()
+
+
+@contextlib.contextmanager
+def through(way: Callable[[Callable[[], Tensor]], Tensor]) -> Iterator[None]:
+    """In this context products go through `way`."""
+    ONCE.append(way)
+    try:
+        yield
+    finally:
+        ONCE.pop()
+
+
+class Product(torch.autograd.Function):
+    """y = x W^T, computed once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return once(lambda: F.linear(x, W))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, W = ctx.saved_tensors
+        dx = dy @ W if ctx.needs_input_grad[0] else None
+        return dx, dy.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+
+
 class Linear(nn.Linear):
     """y = x W^T. Until it gets adapters, W may stay in the file it came from; each use then fetches it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x))
+        return Product.apply(x, self.weight.to(x))
 
 
 class TimeMix(nn.Module):
@@ -1122,7 +1155,8 @@ class Block(nn.Module):
         return x, v_first, BlockState(h[:, -1].clone(), S, h2[:, -1].clone())  # (a view would keep all of h)
 
 
-# What --grad_cp keeps of a block for backward: first torch's policies, asked whether an operation's result is saved.
+# What --grad_cp keeps of a block for backward: first for compilers, as torch's policies, which are asked whether the
+# result of an operation is saved.
 
 
 def policy(usual: CheckpointPolicy, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
@@ -1135,10 +1169,10 @@ save_nothing = partial(policy, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def save_products(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """The WKV operator's output, and products that sum over C terms or more: those with a block's matrices, and the
-    first of two thin ones, whose results are short."""
+    """Products that sum over C terms or more: those with a block's matrices, and the first of two thin ones, whose
+    results are short."""
     left = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}.get(op)        # which input: (M,terms)
-    if left is not None and inputs[left].shape[1] >= C or op.name().startswith("pissa_rwkv::wkv"):
+    if left is not None and inputs[left].shape[1] >= C:
         return CheckpointPolicy.MUST_SAVE
     return save_nothing(context, op)
 
@@ -1214,8 +1248,17 @@ def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
 
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """The input, and what takes longest to compute: some 13 C numbers a token."""
-    return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
+    """The input, and the products with the block's matrices: some 10 C numbers a token."""
+    if block.draws or torch.compiler.is_compiling():
+        return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
+    kept: list[Tensor] = []
+
+    def keep(compute: Callable[[], Tensor]) -> Tensor:
+        y = compute()
+        kept.append(y.detach())
+        return y
+
+    return recomputed([through(keep), through(lambda compute: kept.pop(0))], block, x, *rest)
 
 
 def keep_input(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
@@ -1595,7 +1638,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, u: Tensor | None, frozen: FrozenLinear) -> Tensor:
         ctx.frozen = frozen
-        return F.linear(x, frozen.weight) if u is None else torch.addmm(u, x, frozen.weight.T)
+        return once(lambda: F.linear(x, frozen.weight) if u is None else torch.addmm(u, x, frozen.weight.T))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:

@@ -21,6 +21,7 @@ from pissa_rwkv import (
     Config,
     Fatal,
     Mixed,
+    Product,
     SquaredReLU,
     Unit,
     check_arch,
@@ -437,6 +438,14 @@ def test_gradient_of_the_squared_relu():
     dy = torch.randn(1000).bfloat16()
     found, = torch.autograd.grad(SquaredReLU.apply(low), low, dy)
     assert torch.equal(found, torch.autograd.grad(theirs, low, dy)[0])
+
+
+@pytest.mark.parametrize("trained", [(True, True), (False, True), (True, False)])
+def test_gradients_of_a_product(trained):
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=trained[0])
+    W = torch.randn(5, 4, dtype=torch.float64, requires_grad=trained[1])
+    assert torch.equal(Product.apply(x, W), torch.nn.functional.linear(x, W))
+    assert torch.autograd.gradcheck(Product.apply, (x, W))
 
 
 def test_gradients_of_what_token_shift_mixes():
