@@ -112,12 +112,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.rendezvous import rendezvous
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 import wkv7_cuda
@@ -1180,6 +1175,17 @@ def save_products(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -
 RunBlock = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Tensor, BlockState]]
 
 
+def checkpointed(policy: Callable | None, block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
+    """Runs the block; backward recomputes what the policy did not save, or without one everything."""
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if policy else {}
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=block.draws, **context)
+
+
+def needs_torchs(block: Block) -> bool:
+    """Whether that is needed: by a compiler, or for the same random numbers again. Otherwise `recomputed` is used."""
+    return block.draws or torch.compiler.is_compiling()
+
+
 class Saved(torch.autograd.Function):
     """Saves tensors for backward, as an operation does, and returns an empty one that leads to them."""
 
@@ -1190,20 +1196,25 @@ class Saved(torch.autograd.Function):
 
 
 class Complete(Exception):
-    """All has been computed again that backward needs."""
+    """All that backward needs has been computed again."""
+
+
+Context = contextlib.AbstractContextManager
+NOTHING = contextlib.nullcontext()
 
 
 def recomputed(
-    contexts: Sequence[contextlib.AbstractContextManager], block: Block, x: Tensor, v_first: Tensor | None,
-    state: BlockState,
+    block: Block, x: Tensor, v_first: Tensor | None, state: BlockState, first: Context = NOTHING,
+    second: Context = NOTHING,
 ) -> tuple[Tensor, Tensor, BlockState]:
-    """What torch's checkpoint does, without the checks by which that doubles what a block takes of the host's time.
+    """Runs the block; backward runs it again. As torch's checkpoint does, but in a fraction of the host's time: that
+    checks each tensor that comes again (bench/host.py).
 
-    In the place of each tensor that an operation saves, only its number is kept; backward, when it asks for the first
-    of them, runs the block again, up to the operation that saves the last. contexts: of the first run and the second.
+    Of a tensor that an operation saves for backward only its number is kept. When backward asks for the first of them,
+    the block runs a second time, up to the operation that saves the last. first, second: contexts of the two runs.
     """
     inputs = Saved.apply(torch.empty(0, requires_grad=True), x, v_first, state.att, state.wkv, state.ffn)
-    held: list[Tensor | None] = []                                    # by number, from the second run until it is used
+    held: list[Tensor | None] = []                                    # by number; filled by the second run
 
     def forget(t: Tensor) -> int:
         held.append(None)
@@ -1219,27 +1230,18 @@ def recomputed(
         numbers = itertools.count()
 
         def hold(t: Tensor) -> Tensor:
-            number, t = next(numbers), t.detach()
-            held[number] = t
+            number = next(numbers)
+            held[number] = t = t.detach()
             if number + 1 == len(held):
                 raise Complete
             return t
 
         x, v_first, *state = inputs.grad_fn.saved_tensors
-        with (contextlib.suppress(Complete), torch.enable_grad(), saved_tensors_hooks(hold, lambda t: t),
-              contexts[1]):
+        with contextlib.suppress(Complete), torch.enable_grad(), saved_tensors_hooks(hold, lambda t: t), second:
             block(x, v_first, BlockState(*state))
 
-    with saved_tensors_hooks(forget, recall), contexts[0]:
+    with saved_tensors_hooks(forget, recall), first:
         return block(x, v_first, state)
-
-
-def checkpointed(policy: Callable | None, block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """Runs the block; backward recomputes what the policy did not save, or without one everything."""
-    contexts = partial(create_selective_checkpoint_contexts, policy) if policy else noop_context_fn
-    if block.draws or torch.compiler.is_compiling():
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=block.draws, context_fn=contexts)
-    return recomputed(contexts(), block, *inputs)
 
 
 def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
@@ -1249,21 +1251,21 @@ def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
     """The input, and the products with the block's matrices: some 10 C numbers a token."""
-    if block.draws or torch.compiler.is_compiling():
+    if needs_torchs(block):
         return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
     kept: list[Tensor] = []
 
     def keep(compute: Callable[[], Tensor]) -> Tensor:
-        y = compute()
-        kept.append(y.detach())
-        return y
+        kept.append(y := compute())
+        return y.detach()
 
-    return recomputed([through(keep), through(lambda compute: kept.pop(0))], block, x, *rest)
+    return recomputed(block, x, *rest, first=through(keep), second=through(lambda compute: kept.pop(0)))
 
 
 def keep_input(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
-    # (The compiler of torch 2.10 and 2.11 must be told here as well.)
-    return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, *inputs)
+    if needs_torchs(block):                                           # (compilers of torch 2.10 and 2.11 need a policy)
+        return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, *inputs)
+    return recomputed(block, *inputs)
 
 
 # From fast and large to slow and small.
@@ -4775,7 +4777,7 @@ class Graphs:
     its own graph, and copied to where the recorded one was; n and the loss scale are there too. The first of a shape
     runs as usual, for the libraries to set themselves up, and the second is recorded. All graphs share the same memory:
     no two run at once, and what a micro-batch leaves is in the optimiser's buffers.
-    Reducing, clipping and the update stay outside: they differ from step to step, and are 90 of 8000 launches (1.5B).
+    Reducing, clipping and the update stay outside: they differ from step to step, and are 90 of 7000 launches (1.5B).
     """
 
     most = 16                                                         # graphs; further shapes run as usual

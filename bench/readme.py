@@ -601,6 +601,16 @@ def steps_table(device: str, rows: list[dict]) -> str:
     return "\n".join([head, "|---" * (5 + there) + "|", *lines]) + f"\n\n{source(rows)}" if lines else ""
 
 
+def host() -> str:
+    """Milliseconds of one CPU thread."""
+    rows = of_last_machine(record.read("host"))
+    ms = {(r["layers"], r["way"]): r["step"]["ms"] for r in rows}
+    depths, ways = sorted({layers for layers, _ in ms}), [*dict.fromkeys(way for _, way in ms)]
+    lines = [f"| {way} | {' | '.join(f'{ms[layers, way]:.0f}' for layers in depths)} |" for way in ways]
+    head = f"| `--grad_cp` | {' | '.join(f'{n} layers' for n in depths)} |\n" + "|---" * (1 + len(depths)) + "|"
+    return "\n".join([head, *lines]) + f"\n\n{source(rows)}"
+
+
 OPS = {  # what it needs, what it is; in README's order
     "cuda": ("a GPU and nvcc", "bf16: 32 tokens at a time on tensor cores; RWKV-7 in other dtypes: `cuda_precise`"),
     "cuda_precise": ("a GPU and nvcc", "the recurrence in fp32, state in registers"),
@@ -625,7 +635,7 @@ def which() -> str:
 
 TABLES = {
     README: (demo, options, sections, order, tutorial, which, ops, learning, svd, reliability, quants, qerror, int8,
-             memory, levers, clients, sharing, ranks, efficiency, rank_kills, steps),
+             memory, levers, clients, sharing, ranks, efficiency, rank_kills, steps, host),
     OPS_README: (measured, curve, wkv6, dequantising),
     CHINESE: (demo, learning, quants, which, steps, memory),
 }

@@ -95,17 +95,20 @@ def ours(
     cfg = P.Config(accelerator={"cuda": "gpu"}.get(device, device), precision=dtype, peft="pissa", rank=RANK,
                    svd_niter=1, ctx_len=ctx, micro_bsz=bsz, quant=quant)
     options = changed(name.split()[1:]) | options
-    cfg = P.replace(cfg, **options)
+    return prepared(vram.arch_of(model), P.replace(cfg, **options))
+
+
+def prepared(arch: P.Arch, cfg: P.Config) -> Contestant:
+    """A run of ours on random weights and tokens."""
     _, device, compute = P.setup(cfg)
-    arch = vram.arch_of(model)
     with torch.device("meta"):
         wkv7 = P.load_wkv(arch.version, arch.head_size, cfg.op, device)
         rwkv = P.RWKV(arch, wkv7, cfg.grad_cp)
-    P.fill(rwkv, vram.random_tensors(arch, device), model, device, compute, P.left_in_file(rwkv, cfg))
+    P.fill(rwkv, vram.random_tensors(arch, device), "", device, compute, P.left_in_file(rwkv, cfg))
     P.add_adapters(rwkv, cfg, {}, {})
     optimiser = P.ZeroAdamW(((n, p) for n, p in rwkv.named_parameters() if p.requires_grad), cfg)
     rwkv.run_block = P.compiled(rwkv.run_block, device) if cfg.compile else rwkv.run_block
-    rows = RandomRows(arch.vocab_size, bsz, ctx, device)
+    rows = RandomRows(arch.vocab_size, cfg.micro_bsz, cfg.ctx_len, device)
     run = P.Run(cfg, P.ONE_RANK, device, compute, arch, None, rows, None, 1, {}, rwkv, optimiser)
     if cfg.cuda_graph:
         run.add_gradient = P.graphs(rwkv, cfg, device, P.ONE_RANK)
@@ -175,12 +178,13 @@ def with_peft(
 
 
 COMPILED, FAST = "pissa_rwkv --compile 1", "pissa_rwkv --compile 1 --grad_cp products"
+KEPT = "pissa_rwkv --grad_cp products"
 GRAPH, FASTEST = "pissa_rwkv --cuda_graph 1", f"{FAST} --cuda_graph 1"
-OURS = ("pissa_rwkv", COMPILED, FAST, "pissa_rwkv --compile 1 --grad_cp 0", GRAPH, FASTEST)
+OURS = ("pissa_rwkv", KEPT, COMPILED, FAST, "pissa_rwkv --compile 1 --grad_cp 0", GRAPH, FASTEST)
 MAKERS = {name: partial(ours, name) for name in OURS} | {
     "rwkv7-hf": partial(with_peft, rwkv7_hf), "fla": partial(with_peft, fla)}
 ENTRIES = {  # device -> who takes part in a shape: name, dtype, quant
-    "cpu": [(name, dtype, "none") for name in ("pissa_rwkv", COMPILED, FAST, "rwkv7-hf") for dtype in DTYPES],
+    "cpu": [(name, dtype, "none") for name in ("pissa_rwkv", KEPT, COMPILED, FAST, "rwkv7-hf") for dtype in DTYPES],
     "cuda": [*((name, "bf16", "none") for name in ("fla", *OURS)),
              *((name, "bf16", "nf4") for name in ("pissa_rwkv", FAST, FASTEST))],
 }

@@ -26,6 +26,7 @@ sys.path.insert(0, str(BENCH))
 import curves  # noqa: E402
 import fla_tune  # noqa: E402
 import gpu  # noqa: E402
+import host  # noqa: E402
 import readme  # noqa: E402
 import record  # noqa: E402
 import sass  # noqa: E402
@@ -422,6 +423,26 @@ def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
         assert sum(row["parts"].values()) == pytest.approx(row["step"]["ms"])
     assert 4 * (2 * 1024 * 64 + blocks) < rows[0]["peak"] < 12 * (2 * 1024 * 64 + blocks) and rows[1]["peak"] > 0
     assert "No module named 'peer'" in capsys.readouterr().out
+
+
+def test_what_a_step_takes_of_the_host(tmp_path, monkeypatch):
+    """All ways take the same steps; each has a row, and its ratio to the usual one."""
+    narrow, losses, made = host.narrow, {}, host.step.prepared
+
+    def noted(*args):
+        c = made(*args)
+        return c._replace(step=lambda: losses.setdefault(id(c), []).append(c.step()))
+
+    monkeypatch.setattr(host, "narrow", lambda model: host.P.replace(narrow(model), n_layer=2))
+    monkeypatch.setattr(host.step, "prepared", noted)
+    assert host.main(["--models", "RWKV7-0.1B", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    rows = {row["way"]: row for row in record.load(tmp_path / "host.json")}
+    assert [*rows] == ["0", "products", "1", "products (torch)", "1 (torch)"]
+    for row in rows.values():
+        assert row["layers"] == 2 and row["step"]["n"] >= 3 and row["step"]["low"] > 0
+        assert row["ratio"] == row["step"]["ms"] / rows["1"]["step"]["ms"]
+    first, *others = losses.values()
+    assert len(others) == 4 and first[-1] < first[0] and all(ls == first for ls in others)
 
 
 def test_operations_are_told_apart(small):
