@@ -754,10 +754,11 @@ def shift(x: Tensor, last: Tensor) -> Tensor:
 
 
 class Mixed(torch.autograd.Function):
-    """x + (y - x) mu, for each of several mu (1,1,C) or (B,T,C). Their backward passes are made at once, in a third of
-    the operations that autograd would need:
+    """z_i = x + (y - x) mu_i, for x y (B,T,C) and each mu_i (1,1,C) or (B,T,C); their backward passes in one:
 
         dy = sum of dz_i mu_i,   dx = sum of dz_i - dy,   dmu_i = dz_i (y - x), summed to mu_i's shape
+
+    The sums are in fp32. (Autograd makes twice the operations, and in bf16 twice the error.)
     """
 
     @staticmethod
@@ -775,12 +776,14 @@ class Mixed(torch.autograd.Function):
             total, dy = total + dz, torch.addcmul(dy, dz, mu)
         dmus = [None] * len(mus)
         if xy:
-            dmus = [(dz * (xy[1] - xy[0])).sum_to_size(mu.shape) for dz, mu in zip(dzs, mus, strict=True)]
+            p = xy[1] - xy[0]
+            dmus = [(dz * p).sum_to_size(mu.shape) for dz, mu in zip(dzs, mus, strict=True)]
         return (total - dy).to(dzs[0]), dy.to(dzs[0]), *dmus
 
 
 class Unit(torch.autograd.Function):
-    """u = x / |x| along the last dimension; dx = (du - (du . u) u) / |x|, likewise in fewer operations."""
+    """u = x / |x| along the last dimension; dx = (du - (du . u) u) / |x|. (Autograd makes three times the operations.)
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -800,26 +803,27 @@ def parameters_of(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None
         module.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
 
-ONCE: list[Callable[[Callable[[], Tensor]], Tensor]] = []             # the last: what becomes of a product
+Compute = Callable[[], Tensor]
+WAYS: list[Callable[[Compute], Tensor]] = []                          # the last: of the block that is running
 
 
-def once(compute: Callable[[], Tensor]) -> Tensor:
-    """compute(), or what it gave before, if that is kept (--grad_cp products)."""
-    return ONCE[-1](compute) if ONCE else compute()
+def once(compute: Compute) -> Tensor:
+    """The result of a product: computed, or the one that --grad_cp products has kept."""
+    return WAYS[-1](compute) if WAYS else compute()
 
 
 @contextlib.contextmanager
-def through(way: Callable[[Callable[[], Tensor]], Tensor]) -> Iterator[None]:
-    """In this context products go through `way`."""
-    ONCE.append(way)
+def through(way: Callable[[Compute], Tensor]) -> Iterator[None]:
+    """In this context, `way` says what becomes of a product."""
+    WAYS.append(way)
     try:
         yield
     finally:
-        ONCE.pop()
+        WAYS.pop()
 
 
 class Product(torch.autograd.Function):
-    """y = x W^T, computed once."""
+    """y = x W^T, for a W (out,in) that may be trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
@@ -1181,9 +1185,9 @@ def checkpointed(policy: Callable | None, block: Block, *inputs: Any) -> tuple[T
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=block.draws, **context)
 
 
-def needs_torchs(block: Block) -> bool:
-    """Whether that is needed: by a compiler, or for the same random numbers again. Otherwise `recomputed` is used."""
-    return block.draws or torch.compiler.is_compiling()
+def repeatable(block: Block) -> bool:
+    """Whether `recomputed` can take its place: not for a compiler, nor if the same random numbers are needed again."""
+    return not (block.draws or torch.compiler.is_compiling())
 
 
 class Saved(torch.autograd.Function):
@@ -1207,11 +1211,11 @@ def recomputed(
     block: Block, x: Tensor, v_first: Tensor | None, state: BlockState, first: Context = NOTHING,
     second: Context = NOTHING,
 ) -> tuple[Tensor, Tensor, BlockState]:
-    """Runs the block; backward runs it again. As torch's checkpoint does, but in a fraction of the host's time: that
-    checks each tensor that comes again (bench/host.py).
+    """Runs the block; backward runs it again. So does torch's checkpoint, but that also checks every tensor, for which
+    a step takes the host 1.3 times as long (bench/host.py).
 
-    Of a tensor that an operation saves for backward only its number is kept. When backward asks for the first of them,
-    the block runs a second time, up to the operation that saves the last. first, second: contexts of the two runs.
+    Of each tensor that an operation saves for backward only its number is kept. When backward asks for the first of
+    them, the block runs a second time, up to the operation that saves the last. first, second: contexts of these runs.
     """
     inputs = Saved.apply(torch.empty(0, requires_grad=True), x, v_first, state.att, state.wkv, state.ffn)
     held: list[Tensor | None] = []                                    # by number; filled by the second run
@@ -1250,20 +1254,25 @@ def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
 
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """The input, and the products with the block's matrices: some 10 C numbers a token."""
-    if needs_torchs(block):
+    """The input, and the products with the block's matrices but for the last: some 9 C numbers a token."""
+    if not repeatable(block):
         return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
     kept: list[Tensor] = []
 
-    def keep(compute: Callable[[], Tensor]) -> Tensor:
+    def keep(compute: Compute) -> Tensor:
         kept.append(y := compute())
         return y.detach()
 
-    return recomputed(block, x, *rest, first=through(keep), second=through(lambda compute: kept.pop(0)))
+    def take(compute: Compute) -> Tensor:
+        return kept.pop(0) if kept else compute()
+
+    after = recomputed(block, x, *rest, first=through(keep), second=through(take))
+    kept.pop()                                                        # (x070's second run ends before it gets there)
+    return after
 
 
 def keep_input(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
-    if needs_torchs(block):                                           # (compilers of torch 2.10 and 2.11 need a policy)
+    if not repeatable(block):                                         # (compilers of torch 2.10 and 2.11 need a policy)
         return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, *inputs)
     return recomputed(block, *inputs)
 

@@ -125,7 +125,7 @@ def test_auto_keeps_as_much_as_fits(tmp_path, capsys):
                       ("1", taken["products"] - 1), ("1", 10**8)):
         assert rehearsal.fastest(1, room) == way
     kept = (taken["products"] - taken["1"]) / 1.03 / (256 * 768 * 2 * arch.n_layer)       # in rows of C numbers
-    assert 8 < kept < 10                                              # that of one block is there at the peak anyway
+    assert 7 < kept < 9                                               # that of one block is there at the peak anyway
     run = f"--load_model {random_model(tmp_path / 'base.pth')} --data_file {tmp_path}/d.txt --grad_cp auto --rank 4"
     (tmp_path / "d.txt").write_text("a text " * 99)
     assert P.main([*run.split(), "--accelerator", "gpu", "--vram_gb", "24", "--dry_run"]) == 0
