@@ -58,6 +58,8 @@ def save_st(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         header, end = {"__metadata__": {"format": "pt"}}, 0
         file.seek(HEADER)
         for name, t in itertools.starmap(for_web_rwkv, tensors):
+            if name in header:
+                raise Fatal(f"--output {path}: two tensors would be called {name}; write a .pth")
             if not t.isfinite().all() and name not in unused:
                 raise Fatal(f"--output {path}: {name} has numbers beyond fp16's 65504; write a .pth")
             file.write(t.reshape(-1).view(torch.uint8).numpy())

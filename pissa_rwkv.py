@@ -758,7 +758,7 @@ class Mixed(torch.autograd.Function):
 
         dy = sum of dz_i mu_i,   dx = sum of dz_i - dy,   dmu_i = dz_i (y - x), summed to mu_i's shape
 
-    The sums are in fp32. (Autograd makes twice the operations, and in bf16 twice the error.)
+    dx and dy are summed in fp32. (Autograd makes twice the operations, and in bf16 twice the error.)
     """
 
     @staticmethod
@@ -787,7 +787,8 @@ class Unit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+        least = max(1e-12, torch.finfo(x.dtype).tiny)                 # (1e-12 is 0 in fp16)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(least)
         u = x / length
         ctx.save_for_backward(u, length)
         return u
@@ -807,8 +808,8 @@ Compute = Callable[[], Tensor]
 WAYS: list[Callable[[Compute], Tensor]] = []                          # the last: of the block that is running
 
 
-def once(compute: Compute) -> Tensor:
-    """The result of a product: computed, or the one that --grad_cp products has kept."""
+def product(compute: Compute) -> Tensor:
+    """A product with a matrix of a block: computed, or the one that --grad_cp products has kept."""
     return WAYS[-1](compute) if WAYS else compute()
 
 
@@ -823,12 +824,12 @@ def through(way: Callable[[Compute], Tensor]) -> Iterator[None]:
 
 
 class Product(torch.autograd.Function):
-    """y = x W^T, for a W (out,in) that may be trained."""
+    """y = x W^T, for a W (out,in) that may be trained; y may be kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
         ctx.save_for_backward(x, W)
-        return once(lambda: F.linear(x, W))
+        return product(lambda: F.linear(x, W))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -841,7 +842,9 @@ class Linear(nn.Linear):
     """y = x W^T. Until it gets adapters, W may stay in the file it came from; each use then fetches it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return Product.apply(x, self.weight.to(x))
+        W = self.weight.to(x)
+        # (F.linear saves x and W before it multiplies, and what is computed again may end there; Product saves after.)
+        return Product.apply(x, W) if WAYS else F.linear(x, W)
 
 
 class TimeMix(nn.Module):
@@ -1203,22 +1206,29 @@ class Complete(Exception):
     """All that backward needs has been computed again."""
 
 
-Context = contextlib.AbstractContextManager
-NOTHING = contextlib.nullcontext()
-
-
 def recomputed(
-    block: Block, x: Tensor, v_first: Tensor | None, state: BlockState, first: Context = NOTHING,
-    second: Context = NOTHING,
+    block: Block, x: Tensor, v_first: Tensor | None, state: BlockState, products: bool = False
 ) -> tuple[Tensor, Tensor, BlockState]:
     """Runs the block; backward runs it again. So does torch's checkpoint, but that also checks every tensor, for which
     a step takes the host 1.3 times as long (bench/host.py).
 
     Of each tensor that an operation saves for backward only its number is kept. When backward asks for the first of
-    them, the block runs a second time, up to the operation that saves the last. first, second: contexts of these runs.
+    them, the block runs a second time, up to the operation that saves the last. products: keep those that the second
+    run needs.
     """
     inputs = Saved.apply(torch.empty(0, requires_grad=True), x, v_first, state.att, state.wkv, state.ffn)
     held: list[Tensor | None] = []                                    # by number; filled by the second run
+    kept: list[tuple[int, Tensor]] = []                               # products, and how many were saved before each
+
+    def keep(compute: Compute) -> Tensor:
+        kept.append((len(held), y := compute()))
+        return y.detach()
+
+    def take(compute: Compute) -> Tensor:
+        return kept.pop(0)[1] if kept else compute()
+
+    def products_by(way: Callable[[Compute], Tensor]) -> contextlib.AbstractContextManager:
+        return through(way) if products else contextlib.nullcontext()
 
     def forget(t: Tensor) -> int:
         held.append(None)
@@ -1241,11 +1251,15 @@ def recomputed(
             return t
 
         x, v_first, *state = inputs.grad_fn.saved_tensors
-        with contextlib.suppress(Complete), torch.enable_grad(), saved_tensors_hooks(hold, lambda t: t), second:
+        hooks = saved_tensors_hooks(hold, lambda t: t)
+        with contextlib.suppress(Complete), torch.enable_grad(), hooks, products_by(take):
             block(x, v_first, BlockState(*state))
 
-    with saved_tensors_hooks(forget, recall), first:
-        return block(x, v_first, state)
+    with saved_tensors_hooks(forget, recall), products_by(keep):
+        after = block(x, v_first, state)
+    if kept and kept[-1][0] == len(held):                             # nothing is saved after it: the second run ends
+        kept.pop()                                                    # before it
+    return after
 
 
 def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
@@ -1254,21 +1268,10 @@ def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
 
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """The input, and the products with the block's matrices but for the last: some 9 C numbers a token."""
+    """The input, and the products with the block's matrices: some 9 C numbers a token (10 C before x070)."""
     if not repeatable(block):
         return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
-    kept: list[Tensor] = []
-
-    def keep(compute: Compute) -> Tensor:
-        kept.append(y := compute())
-        return y.detach()
-
-    def take(compute: Compute) -> Tensor:
-        return kept.pop(0) if kept else compute()
-
-    after = recomputed(block, x, *rest, first=through(keep), second=through(take))
-    kept.pop()                                                        # (x070's second run ends before it gets there)
-    return after
+    return recomputed(block, x, *rest, products=True)
 
 
 def keep_input(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
@@ -1649,7 +1652,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, u: Tensor | None, frozen: FrozenLinear) -> Tensor:
         ctx.frozen = frozen
-        return once(lambda: F.linear(x, frozen.weight) if u is None else torch.addmm(u, x, frozen.weight.T))
+        return product(lambda: F.linear(x, frozen.weight) if u is None else torch.addmm(u, x, frozen.weight.T))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -1918,7 +1921,7 @@ class BoneLinear(Adapter):
         lacking = -x.shape[-1] % r
         pieces = (F.pad(x, (0, lacking)) if lacking else x).unflatten(-1, (-1, r))        # (B,T,in/r,r)
         if D.dim() == 2:
-            return self.frozen(x) + pieces.sum(-2) @ D
+            return pieces.sum(-2) @ D + self.frozen(x)                # (the frozen product last, as in LowRank)
         z = torch.einsum("bij,...bj->...bi", D, pieces)                                   # (B,T,in/r,r)
         y = self.frozen(x + z.flatten(-2)).unflatten(-1, (-1, r))                         # (B,T,out/r,r)
         return (y + z.sum(-2, keepdim=True)).flatten(-2)
@@ -2627,7 +2630,7 @@ def data_type_of(cfg: Config, path: str) -> str:
     held = [kind for kind in ("wds_img", "jsonl", "utf-8") if Path(path).is_dir() and in_folder(path, kind)]
     if len(held) == 1 or "wds_img" in held:                           # (others beside tars describe them)
         return held[0]
-    flag = {cfg.make_binidx: "--make_binidx", cfg.val_file: "--val_file"}.get(path, "--data_file")
+    flag = {cfg.make_binidx: "--make_binidx", cfg.val_file: "--val_file", cfg.data_file: ""}.get(path) or "--data_file"
     if read := TABLES.get(suffix):
         raise Fatal(f"{flag} {path}: a table, which pandas turns into JSON lines: pandas.{read}({path!r})"
                     ".to_json('data.jsonl', orient='records', lines=True); --data_type sft reads these, and"
@@ -4578,6 +4581,12 @@ def load_wandb(cfg: Config) -> Any:
                     " `wandb sync` sends it later)") from None
 
 
+def end_wandb() -> None:
+    """Ends its run as failed, if one was begun and no Logger has ended it."""
+    if (wandb := sys.modules.get("wandb")) and wandb.run:
+        wandb.finish(exit_code=1)
+
+
 # ------------------------------------------------------------------------------------- the processes, and their devices
 
 
@@ -5384,12 +5393,12 @@ def main(argv: list[str] | None = None) -> int:
             dist.destroy_process_group()
         return 128 + stopped if stopped else 0
     except KeyboardInterrupt:
+        end_wandb()
         print("pissa_rwkv: stopped before training began", file=sys.stderr)
         return 130
     except Exception as e:
         JOINED[-1].tell_failure()
-        if (wandb := sys.modules.get("wandb")) and wandb.run:         # (else Logger ends its run)
-            wandb.finish(exit_code=1)
+        end_wandb()
         if not (error := in_one_line(e)):
             raise
     if not is_first():                                                # where all found the same, one line is enough:

@@ -400,6 +400,12 @@ def test_a_file_for_web_rwkv(version, tmp_path):
         assert not left
 
 
+def test_two_names_that_become_one_are_refused(tmp_path):
+    with pytest.raises(Fatal, match="two tensors would be called emb.weight"):
+        command.save_st(tmp_path / "m.st", [("emb.weight", torch.ones(2, 2)), ("EMB.weight", torch.ones(2, 2))])
+    assert not [*tmp_path.iterdir()]
+
+
 def test_more_tensors_than_the_header_has_room_for_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "HEADER", 64)
     with pytest.raises(Fatal, match="its header has no room for 1 tensors"):

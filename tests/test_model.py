@@ -464,7 +464,8 @@ def test_gradient_of_the_unit_vector():
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     torch.testing.assert_close(Unit.apply(x), torch.nn.functional.normalize(x, dim=-1))
     assert torch.autograd.gradcheck(Unit.apply, x.requires_grad_())
-    assert not Unit.apply(torch.zeros(2, 4)).any()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert not Unit.apply(torch.zeros(2, 4, dtype=dtype)).any()
 
 
 def relative_errors(f, inputs, dys):

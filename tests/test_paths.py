@@ -112,6 +112,7 @@ def test_products_are_computed_once(place):
     C, F = 64, 256
     for shape in ((C, C), (C, F)):
         assert products[shape] == all_kept[shape] < recomputed[shape]
+    assert products[F, C] == all_kept[F, C] == recomputed[F, C]       # the last of a block
     forward = "pissa_rwkv::wkv7_chunk"
     assert (all_kept[forward], products[forward], recomputed[forward]) == (2, 4, 4)
 
@@ -126,8 +127,27 @@ def test_what_is_computed_again_is_the_same_to_the_bit(version, place):
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     wanted = gradients("0")
-    for found in (gradients("1"), gradients("products"), gradients("1", passes=2)):
+    for found in (gradients(way, passes) for way in ("1", "products") for passes in (1, 2)):
         assert len(found) == len(wanted) > 40 and all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("options", ["--peft pissa", "--peft lora", "--peft bone", "--peft bone --bone_mode bat",
+                                     "--peft state"])
+def test_the_last_frozen_product_is_not_computed_again(options, place, tmp_path, monkeypatch):
+    """x070's, after which nothing is saved: a frozen matrix is read in forward, in backward, and where it is computed
+    again."""
+    reads, read = Counter(), P.FrozenLinear.weight.fget
+    for way in P.GRAD_CP:
+        run = P.build(P.parse(shlex.split(
+            f"--load_model {place}/x070.pth --data_file {place}/data.jsonl --proj_dir '{tmp_path / way}' --op chunk"
+            f" --rank 4 --ctx_len 24 --micro_bsz 1 --epoch_steps 1 --grad_cp {way} {options}")))
+        counted = property(lambda self, way=way: reads.update([way]) or read(self))
+        with monkeypatch.context() as patched:
+            patched.setattr(P.FrozenLinear, "weight", counted)
+            P.train_step(run, 1e-3)
+    layers, matrices = 2, 6
+    assert reads["products"] == reads["0"] > layers * matrices
+    assert reads["1"] == reads["0"] + layers * (matrices - 1)
 
 
 @pytest.mark.parametrize("way", P.GRAD_CP)

@@ -112,6 +112,17 @@ def test_a_run_that_fails_before_its_first_step_is_ended_as_failed(command, tmp_
     assert [end.exit_code for end in of_kind(read(file), "exit")] == [1] and wandb.run is None
 
 
+def test_ctrl_c_before_the_first_step_ends_it_as_failed(command, tmp_path, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(P, "load_model", stopped)
+    assert P.main(command("--epoch_steps 1")) == 130
+    file, = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
+    assert [end.exit_code for end in of_kind(read(file), "exit")] == [1] and wandb.run is None
+
+
 def one_line(capfd):
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pissa_rwkv: error:")]
     assert len(lines) == 1
