@@ -190,7 +190,8 @@ ENTRIES = {  # device -> who takes part in a shape: name, dtype, quant
 }
 QUICK = {  # those of them that --quick asks: on a GPU a shape takes a minute to compile
     "cpu": ENTRIES["cpu"],
-    "cuda": [*((name, "bf16", "none") for name in ("fla", "pissa_rwkv", FAST, FASTEST)), ("pissa_rwkv", "bf16", "nf4")],
+    "cuda": [*((name, "bf16", "none") for name in ("fla", "pissa_rwkv", KEPT, FAST, FASTEST)),
+             ("pissa_rwkv", "bf16", "nf4")],
 }
 
 

@@ -791,11 +791,11 @@ def test_disk_full_from_the_start(place, capfd, file_limit):
     assert [p.name for p in Path("run-never").iterdir()] == [P.OPENED_BY]
 
 
-@pytest.mark.parametrize("file, words", [("merged.pth", "size limit"), ("merged.st", os.strerror(errno.EFBIG))])
-def test_disk_full_while_merging(place, capfd, file_limit, file, words):
+@pytest.mark.parametrize("file", ["merged.pth", "merged.st"])
+def test_disk_full_while_merging(place, capfd, file_limit, file):
     file_limit(10_000)
     argv = shlex.split(MERGE.replace("merged.pth", file))
-    check_line(place, capfd, without_limit(lambda: merge.main(argv)), f"{file}|{words}", "merge.py")
+    check_line(place, capfd, without_limit(lambda: merge.main(argv)), f"{file}|size limit", "merge.py")
     assert not [*Path().glob("*merged.*")]
 
 
