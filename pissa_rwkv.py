@@ -1189,7 +1189,7 @@ def checkpointed(policy: Callable | None, block: Block, *inputs: Any) -> tuple[T
 
 
 def repeatable(block: Block) -> bool:
-    """Whether `recomputed` can take its place: not for a compiler, nor if the same random numbers are needed again."""
+    """Whether Recomputed can take its place: not for a compiler, nor if the same random numbers are needed again."""
     return not (block.draws or torch.compiler.is_compiling())
 
 
@@ -1206,60 +1206,64 @@ class Complete(Exception):
     """All that backward needs has been computed again."""
 
 
-def recomputed(
-    block: Block, x: Tensor, v_first: Tensor | None, state: BlockState, products: bool = False
-) -> tuple[Tensor, Tensor, BlockState]:
-    """Runs the block; backward runs it again. So does torch's checkpoint, but that also checks every tensor, for which
-    a step takes the host 1.3 times as long (bench/host.py).
+class Recomputed:
+    """A block that backward runs again. So does torch's checkpoint, but that also checks every tensor, for which a step
+    takes the host 1.3 times as long (bench/host.py).
 
     Of each tensor that an operation saves for backward only its number is kept. When backward asks for the first of
     them, the block runs a second time, up to the operation that saves the last. products: keep those that the second
     run needs.
     """
-    inputs = Saved.apply(torch.empty(0, requires_grad=True), x, v_first, state.att, state.wkv, state.ffn)
-    held: list[Tensor | None] = []                                    # by number; filled by the second run
-    kept: list[tuple[int, Tensor]] = []                               # products, and how many were saved before each
 
-    def keep(compute: Compute) -> Tensor:
-        kept.append((len(held), y := compute()))
+    def __init__(self, block: Block, products: bool = False):
+        self.block, self.products = block, products
+        self.held: list[Tensor | None] = []                           # by number; filled by the second run
+        self.kept: list[tuple[int, Tensor]] = []                      # products, and how many were saved before each
+
+    def __call__(
+        self, x: Tensor, v_first: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor, BlockState]:
+        """The first run."""
+        self.inputs = Saved.apply(torch.empty(0, requires_grad=True), x, v_first, state.att, state.wkv, state.ffn)
+        with saved_tensors_hooks(self.forget, self.recall), self.products_by(self.keep):
+            after = self.block(x, v_first, state)
+        if self.kept and self.kept[-1][0] == len(self.held):          # nothing is saved after it: the second run ends
+            self.kept.pop()                                           # before it
+        return after
+
+    def forget(self, t: Tensor) -> int:
+        self.held.append(None)
+        return len(self.held) - 1
+
+    def keep(self, compute: Compute) -> Tensor:
+        self.kept.append((len(self.held), y := compute()))
         return y.detach()
 
-    def take(compute: Compute) -> Tensor:
-        return kept.pop(0)[1] if kept else compute()
-
-    def products_by(way: Callable[[Compute], Tensor]) -> contextlib.AbstractContextManager:
-        return through(way) if products else contextlib.nullcontext()
-
-    def forget(t: Tensor) -> int:
-        held.append(None)
-        return len(held) - 1
-
-    def recall(number: int) -> Tensor:
-        if held[number] is None:
-            run_again()
-        t, held[number] = held[number], None
+    def recall(self, number: int) -> Tensor:
+        """In backward: the tensor that was forgotten under this number."""
+        if self.held[number] is None:
+            self.run_again()
+        t, self.held[number] = self.held[number], None
         return t
 
-    def run_again() -> None:
-        numbers = itertools.count()
+    def run_again(self) -> None:
+        x, v_first, *state = self.inputs.grad_fn.saved_tensors
+        hooks = saved_tensors_hooks(partial(self.hold, itertools.count()), lambda t: t)
+        with contextlib.suppress(Complete), torch.enable_grad(), hooks, self.products_by(self.take):
+            self.block(x, v_first, BlockState(*state))
 
-        def hold(t: Tensor) -> Tensor:
-            number = next(numbers)
-            held[number] = t = t.detach()
-            if number + 1 == len(held):
-                raise Complete
-            return t
+    def hold(self, numbers: Iterator[int], t: Tensor) -> Tensor:
+        number = next(numbers)
+        self.held[number] = t = t.detach()
+        if number + 1 == len(self.held):
+            raise Complete
+        return t
 
-        x, v_first, *state = inputs.grad_fn.saved_tensors
-        hooks = saved_tensors_hooks(hold, lambda t: t)
-        with contextlib.suppress(Complete), torch.enable_grad(), hooks, products_by(take):
-            block(x, v_first, BlockState(*state))
+    def take(self, compute: Compute) -> Tensor:
+        return self.kept.pop(0)[1] if self.kept else compute()
 
-    with saved_tensors_hooks(forget, recall), products_by(keep):
-        after = block(x, v_first, state)
-    if kept and kept[-1][0] == len(held):                             # nothing is saved after it: the second run ends
-        kept.pop()                                                    # before it
-    return after
+    def products_by(self, way: Callable[[Compute], Tensor]) -> contextlib.AbstractContextManager:
+        return through(way) if self.products else contextlib.nullcontext()
 
 
 def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
@@ -1271,13 +1275,13 @@ def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     """The input, and the products with the block's matrices: some 9 C numbers a token (10 C before x070)."""
     if not repeatable(block):
         return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
-    return recomputed(block, x, *rest, products=True)
+    return Recomputed(block, products=True)(x, *rest)
 
 
 def keep_input(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
     if not repeatable(block):                                         # (compilers of torch 2.10 and 2.11 need a policy)
         return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, *inputs)
-    return recomputed(block, *inputs)
+    return Recomputed(block)(*inputs)
 
 
 # From fast and large to slow and small.
