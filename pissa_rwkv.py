@@ -4249,12 +4249,15 @@ def train(run: Run) -> int:
     """The loop: set the learning rate, make a step, log it; at the end of an epoch save, validate and sample. Returns
     the signal that stopped it early, or 0."""
     cfg = run.cfg
+    before = evaluate(run.model, run.held_out, run.ranks) if run.held_out else math.nan
     if run.held_out:
-        say(f"held-out loss before: {evaluate(run.model, run.held_out, run.ranks):.4f}")
+        say(f"held-out loss before: {before:.4f}")
     run.model.train()
     file, pace = (sys.stderr, 0.1) if sys.stderr.isatty() else (Lines(), 30.0)            # seconds between two looks
     with (Logger(run) as log, Stop() as stop, tqdm(total=run.steps, initial=run.step, unit="step", file=file,
                                                    mininterval=pace, disable=run.ranks.rank > 0) as bar):
+        if run.held_out and log.lacks_validation:
+            log.step(step=run.step - 1, epoch=(run.step - 1) // run.epoch_steps, val_loss=before)
         while run.step < run.steps and not any(run.ranks.totals(stop.asked)):
             began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
             row = train_step(run, lr)
@@ -4529,13 +4532,16 @@ class Logger:
     def __init__(self, run: Run):
         self.run, self.wandb = run, run.wandb
         self.log, self.losses = run.folder / "train_log.txt", run.folder / "loss_data.jsonl"
+        self.lacks_validation = False                                 # of the last epoch: a kill came before it
         if run.ranks.rank > 0:
             return
         self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
         if self.losses.exists():                                      # lines of steps that will be repeated
             lines = self.losses.read_text("utf-8", errors="replace").splitlines()
-            kept = "".join(x + "\n" for x in lines if step_of(x) < run.step)
-            write_whole(self.losses, lambda file: file.write(kept.encode()))
+            kept = [x for x in lines if step_of(x) < run.step]
+            write_whole(self.losses, lambda file: file.write("".join(x + "\n" for x in kept).encode()))
+            after_epoch = run.step > run.first_step and run.step % run.epoch_steps == 0
+            self.lacks_validation = after_epoch and not (kept and "val_loss" in kept[-1])
 
     def __enter__(self) -> Logger:
         return self

@@ -601,6 +601,23 @@ def test_validation_and_sample(command, out, capsys, monkeypatch):
     assert f"\nline {P.generate(run.model, run.tokenizer, 'line ', 7)}\n" in said and said.count("\nline ") == 2
 
 
+def test_a_validation_that_a_kill_prevented_is_made_up_for(command, tmp_path, monkeypatch):
+    def held_out(name):
+        return [row for row in map(json.loads, (tmp_path / name / "loss_data.jsonl").read_text().splitlines())
+                if "val_loss" in row]
+
+    options = "--epoch_steps 2 --epoch_count 2 --val_split 0.3"
+    assert P.main(command(options, "whole")) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(P, "finish_epoch", lambda *_: patched.setattr(P, "evaluate", lambda *_: crash()))
+        with pytest.raises(Crash):
+            P.main(command(options, "killed"))
+    assert not held_out("killed")
+    for _ in range(2):                                                # (the second time there is nothing to do)
+        assert P.main(command(f"{options} --resume", "killed")) == 0
+        assert held_out("killed") == held_out("whole") and len(held_out("whole")) == 2
+
+
 def test_a_validation_file_is_held_out_whole(command, out, tmp_path, capsys):
     """And its type is told by its own name."""
     (tmp_path / "held.txt").write_text("a text that is nowhere else")
