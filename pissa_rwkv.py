@@ -1157,8 +1157,8 @@ class Block(nn.Module):
         return x, v_first, BlockState(h[:, -1].clone(), S, h2[:, -1].clone())  # (a view would keep all of h)
 
 
-# What --grad_cp keeps of a block for backward: first for compilers, as torch's policies, which are asked whether the
-# result of an operation is saved.
+# What --grad_cp keeps of a block for backward. Under a compiler torch's checkpoint sees to this, by policies, which are
+# asked whether the result of an operation is saved; otherwise Recomputed does.
 
 
 def policy(usual: CheckpointPolicy, context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
@@ -1182,15 +1182,15 @@ def save_products(C: int, context: Any, op: Any, *inputs: Any, **options: Any) -
 RunBlock = Callable[[Block, Tensor, Tensor | None, BlockState], tuple[Tensor, Tensor, BlockState]]
 
 
-def checkpointed(policy: Callable | None, block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """Runs the block; backward recomputes what the policy did not save, or without one everything."""
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if policy else {}
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=block.draws, **context)
+def checkpointed(policy: Callable, block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
+    """Runs the block; backward recomputes what the policy did not save."""
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=block.draws,
+                      context_fn=partial(create_selective_checkpoint_contexts, policy))
 
 
-def repeatable(block: Block) -> bool:
-    """Whether Recomputed can take its place: not for a compiler, nor if the same random numbers are needed again."""
-    return not (block.draws or torch.compiler.is_compiling())
+def random_state(x: Tensor) -> Any:
+    """The module of torch that has the random state of x's device."""
+    return torch.cuda if x.device.type == "cuda" else torch
 
 
 class Saved(torch.autograd.Function):
@@ -1220,10 +1220,10 @@ class Recomputed:
         self.held: list[Tensor | None] = []                           # by number; filled by the second run
         self.kept: list[tuple[int, Tensor]] = []                      # products, and how many were saved before each
 
-    def __call__(
-        self, x: Tensor, v_first: Tensor | None, state: BlockState
-    ) -> tuple[Tensor, Tensor, BlockState]:
+    def __call__(self, x: Tensor, v_first: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor, BlockState]:
         """The first run."""
+        if self.block.draws:
+            self.random = random_state(x).get_rng_state()
         self.inputs = Saved.apply(torch.empty(0, requires_grad=True), x, v_first, state.att, state.wkv, state.ffn)
         with saved_tensors_hooks(self.forget, self.recall), self.products_by(self.keep):
             after = self.block(x, v_first, state)
@@ -1249,7 +1249,10 @@ class Recomputed:
     def run_again(self) -> None:
         x, v_first, *state = self.inputs.grad_fn.saved_tensors
         hooks = saved_tensors_hooks(partial(self.hold, itertools.count()), lambda t: t)
-        with contextlib.suppress(Complete), torch.enable_grad(), hooks, self.products_by(self.take):
+        with (contextlib.suppress(Complete), torch.enable_grad(), hooks, self.products_by(self.take),
+              torch.random.fork_rng([x.device] * (x.device.type == "cuda"), self.block.draws, device_type="cuda")):
+            if self.block.draws:
+                random_state(x).set_rng_state(self.random)
             self.block(x, v_first, BlockState(*state))
 
     def hold(self, numbers: Iterator[int], t: Tensor) -> Tensor:
@@ -1273,15 +1276,14 @@ def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
     """The input, and the products with the block's matrices: some 9 C numbers a token (10 C before x070)."""
-    if not repeatable(block):
+    if torch.compiler.is_compiling():
         return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
     return Recomputed(block, products=True)(x, *rest)
 
 
 def keep_input(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
-    if not repeatable(block):                                         # (compilers of torch 2.10 and 2.11 need a policy)
-        return checkpointed(save_nothing if torch.compiler.is_compiling() else None, block, *inputs)
-    return Recomputed(block)(*inputs)
+    # (The compilers of torch 2.10 and 2.11 need a policy even here.)
+    return checkpointed(save_nothing, block, *inputs) if torch.compiler.is_compiling() else Recomputed(block)(*inputs)
 
 
 # From fast and large to slow and small.

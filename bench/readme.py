@@ -407,7 +407,7 @@ def reliability() -> str:
             f" {r['kills_while_writing']} of them while it wrote a file: {r['unreadable_files']} unreadable files,"
             f" {r['failed_resumes']} failed resumes, and of {r['finished_runs']} runs resumed to their end,"
             f" {r['diverged_runs']} whose losses or weights differ in any bit from the undisturbed run's. {source([r])}"
-            f"\n\n{crashes()}\n\n{damaged()}")
+            f"\n\n{crashes()}\n\n{damaged()}\n\n{drawn()}")
 
 
 def crashes() -> str:
@@ -435,6 +435,17 @@ def damaged() -> str:
             f" {runs['spare_mb']} MB. Of {files['flips']} checkpoints with a flipped bit and {files['cuts']} truncated"
             f" ones, {files['refused']} were refused, {files['same_values']} loaded with the same values,"
             f" {files['other_values']} with others. {source([runs])}")
+
+
+def drawn() -> str:
+    """What held for options drawn at random."""
+    r = record.read("combinations")[-1]
+    return (f"{r['draws']} commands, their options drawn at random, trained tiny models (`bench/combinations.py`):"
+            f" {r['refused']} were refused with one line. The others were tested: a run that is killed and resumed ends"
+            f" the same to the bit ({r['resumed']} times), and so does one with another `--grad_cp` ({r['kept']}); the"
+            f" merged model computes what the adapted one does ({r['merged']}); `--dry_run` counts right"
+            f" ({r['counted']}); two ranks find the losses of one ({r['shared']}). {r['wrong']} times this was not"
+            f" so, or something else went wrong. {source([r])}")
 
 
 def rank_kills() -> str:

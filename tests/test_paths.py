@@ -73,6 +73,14 @@ def test_every_way_has_the_same_losses(name, place, tmp_path):
         assert norms_again != norms                                   # (so it was compiled)
 
 
+def test_what_is_dropped_out_is_dropped_out_again(place, tmp_path):
+    lora = "--peft lora --lora_dropout"
+    dropped, whole = ({way: curve(place, tmp_path / f"{way} {p}", "x070", f"{lora} {p} --grad_cp {way}")
+                       for way in P.GRAD_CP} for p in (0.5, 0))
+    assert dropped["0"] == dropped["1"] == dropped["products"] and whole["0"] == whole["1"] == whole["products"]
+    assert all(x != y for x, y in zip(dropped["0"][0][1:], whole["0"][0][1:], strict=True))    # (B is 0 at first)
+
+
 def test_without_a_compiler_it_goes_on(place, tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("no working C++ compiler\nand a long story")
