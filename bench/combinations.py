@@ -143,11 +143,12 @@ class Case:
         found = reliability.results(self.folder / name)
         return {item: x for item, x in found.items() if not item.startswith(but)}
 
-    def refused(self, error: str) -> str:
-        """What is wrong with a run that was refused."""
-        status, _, again = self.run("dry", "--dry_run")
+    def refused(self, status: int, error: str) -> str:
+        """What is wrong with a run that did not end well."""
+        dry, _, again = self.run("dry", "--dry_run")
         late = "finite" in error                                      # (found by the steps themselves)
-        return "" if re.fullmatch("pissa_rwkv: error: .*", error) and (status == 2 or late) else f"{error} | {again}"
+        right = status == 2 and re.fullmatch("pissa_rwkv: error: .*", error) and (dry == 2 or late)
+        return "" if right else f"status {status}: {error}; dry run: {dry} {again}"
 
     def kept(self) -> str:
         """--grad_cp 0 and products lead to what 1 does, to the bit."""
@@ -222,7 +223,7 @@ def examine(number: int, folder: Path, count: collections.Counter) -> list[str]:
         status, _, error = case.run("out")
         count["refused"] += status == 2
         if status:
-            found = {"refused": case.refused(error)}
+            found = {"refused": case.refused(status, error)}
         else:
             found = {check.__name__: wrong for check in CHECKS if (wrong := check(case)) is not None}
             count.update(found.keys())
