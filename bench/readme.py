@@ -250,8 +250,11 @@ def sources(rows: list[dict]) -> str:
     commits, dates = (", ".join(dict.fromkeys(r[name] for r in rows)) for name in ("commit", "date"))
     low, high = (f(r["load"] for r in rows) for f in (min, max))
     r = rows[0]
-    return (f"({r['machine']}, {r['threads']} threads, load {low} to {high}, torch {r['torch']}, commit {commits}, "
-            f"{dates}.)")  # fmt: skip
+    return f"({r['machine']}, {threads(r)}, load {low} to {high}, torch {r['torch']}, commit {commits}, {dates}.)"
+
+
+def threads(r: dict) -> str:
+    return f"{r['threads']} thread{'s' * (r['threads'] != 1)}"
 
 
 def learnt() -> list[dict]:
@@ -398,7 +401,7 @@ def int8() -> str:
 
 def source(rows: list[dict]) -> str:
     r = rows[0]
-    return f"({r['machine']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}, {r['date']}.)"
+    return f"({r['machine']}, {threads(r)}, torch {r['torch']}, commit {r['commit']}, {r['date']}.)"
 
 
 def reliability() -> str:
