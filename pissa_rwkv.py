@@ -2369,8 +2369,7 @@ def rows_in(path: str) -> Iterator[tuple[str, Any]]:
         where = f"{path}: line {number}"
         try:
             row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as e:                     # half a surrogate pair is a ValueError too
+        except (ValueError, RecursionError) as e:
             raise Fatal(f"{where} is not valid JSON ({first_line(e)}): {line[:60]}") from None
         yield where, row
 
@@ -2414,6 +2413,7 @@ def chat(question: str, answer: str) -> str:
 
 
 SPEAKER = {"system": "System", "user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant"}
+TURNS_BEGIN = tuple(f"{who}:".encode() for who in dict.fromkeys(SPEAKER.values()))        # System: User: Assistant:
 
 
 def message(m: Any, where: str) -> tuple[str, str]:
@@ -2508,8 +2508,8 @@ def read_binidx(path: str, tokenizer: ByteTokenizer, cfg: Config) -> Corpus:
     idx, bin = Path(prefix + ".idx"), Path(prefix + ".bin")
     for file in (idx, bin):
         if not file.is_file():
-            raise Fatal(f"--data_file {path}: no such file {file}; binidx is a pair, .bin and .idx"
-                        " (a file of raw 16-bit tokens is --data_type uint16)")
+            raise Fatal(f"{flag_of(cfg, path)} {path}: no such file {file}; binidx is a pair, .bin and .idx (a file of"
+                        " raw 16-bit tokens is --data_type uint16)")
     data = idx.read_bytes()
     if data[:9] != IDX_MAGIC or len(data) < 34:
         raise Fatal(f"{idx}: not the index of a binidx corpus (it begins with {data[:9]!r}); --make_binidx writes one")
@@ -2624,6 +2624,12 @@ BY_SUFFIX |= {".bin": "binidx", ".idx": "binidx", ".npy": "numpy"}
 TABLES = {".csv": "read_csv", ".tsv": "read_table", ".parquet": "read_parquet", ".xlsx": "read_excel"}  # of pandas
 
 
+def flag_of(cfg: Config, path: str) -> str:
+    """The option that names a corpus."""
+    return next((f"--{name}" for name in ("val_file", "make_binidx") if path and getattr(cfg, name) == path),
+                "--data_file")
+
+
 def data_type_of(cfg: Config, path: str) -> str:
     """--data_type, or what the file's name says. (A .bin alone may be half of a binidx: it is not taken for uint16.)"""
     if cfg.data_type or not path:
@@ -2636,7 +2642,7 @@ def data_type_of(cfg: Config, path: str) -> str:
     held = [kind for kind in ("wds_img", "jsonl", "utf-8") if Path(path).is_dir() and in_folder(path, kind)]
     if len(held) == 1 or "wds_img" in held:                           # (others beside tars describe them)
         return held[0]
-    flag = {cfg.make_binidx: "--make_binidx", cfg.val_file: "--val_file", cfg.data_file: ""}.get(path) or "--data_file"
+    flag = flag_of(cfg, path)
     if read := TABLES.get(suffix):
         raise Fatal(f"{flag} {path}: a table, which pandas turns into JSON lines: pandas.{read}({path!r})"
                     ".to_json('data.jsonl', orient='records', lines=True); --data_type sft reads these, and"
@@ -2649,24 +2655,24 @@ def data_type_of(cfg: Config, path: str) -> str:
 
 def needs_tokenizer(cfg: Config) -> bool:
     """Not if the data are tokens that are all learnt: then nothing is text, and any tokenizer will do."""
-    kinds = {data_type_of(cfg, path) for path in (cfg.data_file, cfg.val_file) if path}
+    kinds = {data_type_of(cfg, path) for path in (cfg.data_file, cfg.val_file or cfg.data_file)}
     masked = cfg.loss_mask and MASK.get(cfg.loss_mask) is not learn_all
-    return bool(masked or cfg.sample_prompt or cfg.tokenizer or cfg.vocab_file or kinds - set(OF_TOKENS) or not kinds)
+    return bool(masked or cfg.sample_prompt or cfg.tokenizer or cfg.vocab_file or kinds - set(OF_TOKENS))
 
 
-def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:
-    refuse_device(path, flag)
+def read_any(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
+    refuse_device(path, flag_of(cfg, path))
     return pick(CORPUS, "--data_type", data_type_of(cfg, path))(path, tokenizer, cfg)
 
 
-def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer, flag: str = "--data_file") -> Corpus:
+def read_corpus(cfg: Config, path: str, tokenizer: ByteTokenizer) -> Corpus:
     """The corpus of a file, with every token checked against the vocabulary."""
-    corpus = read_any(cfg, path, tokenizer, flag)
+    corpus = read_any(cfg, path, tokenizer)
     for at, piece in pieces(corpus.tokens):
         bad = np.flatnonzero((piece < 0) | (piece >= tokenizer.vocab_size))
         if len(bad):
-            raise Fatal(f"{flag} {path}: token {piece[bad[0]]} at position {at + bad[0]} is outside the vocabulary"
-                        f" of {tokenizer.vocab_size}; was it made with another tokenizer?")
+            raise Fatal(f"{flag_of(cfg, path)} {path}: token {piece[bad[0]]} at position {at + bad[0]} is outside the"
+                        f" vocabulary of {tokenizer.vocab_size}; was it made with another tokenizer?")
     return corpus
 
 
@@ -2709,15 +2715,17 @@ def documents(corpus: Corpus, cfg: Config, learnable: Callable[[int, int], bool]
     spans = np.fromiter(itertools.chain.from_iterable(rows()), np.int64).reshape(-1, 2)   # (rows,2)
     if not len(spans):
         left = f" of those that --val_split {cfg.val_split:g} leaves or takes" if cfg.val_split else ""
-        raise Fatal(f"--data_file {cfg.data_file}: no document{left} has two tokens, so there is nothing to predict")
+        raise Fatal(f"{flag_of(cfg, cfg.data_file)} {cfg.data_file}: no document{left} has two tokens, so there is"
+                    " nothing to predict")
 
     @lru_cache(maxsize=2)
-    def order(turn: int) -> np.ndarray:
-        return np.random.default_rng([cfg.random_seed, turn]).permutation(len(spans))
+    def order(nth: int) -> np.ndarray:
+        """Of the nth pass."""
+        return np.random.default_rng([cfg.random_seed, nth]).permutation(len(spans))
 
     def span(row: int) -> tuple[int, int]:
-        turn, i = divmod(row, len(spans))
-        start, stop = spans[order(turn)[i] if cfg.data_shuffle else i].tolist()
+        nth, i = divmod(row, len(spans))
+        start, stop = spans[order(nth)[i] if cfg.data_shuffle else i].tolist()
         return start, stop
 
     return len(spans), span
@@ -2751,7 +2759,7 @@ def learn_assistant(text: bytes, cfg: Config) -> list[tuple[int, int]]:
     any line may begin one."""
     blank = rb"\n[ \t\r]*\n"
     after = rb"(?:(?:\A|\0)\s*|" + blank + rb")" if re.search(blank + rb"Assistant:", text) else rb"(?:^|\0)"
-    spans = between(re.compile(after + rb"(System:|User:|Assistant:)", re.M), b"Assistant:", text, through=True)
+    spans = between(re.compile(after + b"(" + b"|".join(TURNS_BEGIN) + b")", re.M), b"Assistant:", text, through=True)
     zeros = (text.find(b"\0", start, end) for start, end in spans)
     return [(start, zero + 1 or end) for (start, end), zero in zip(spans, zeros, strict=True)]
 
@@ -2854,11 +2862,11 @@ class Loader:
     def learnt_of(self, document: int) -> np.ndarray:
         """Which tokens of a document are learnt: those with a byte in a span of the mask; all, if there are none."""
         tokens = self.corpus.part(document, document + 1).tokens.tolist()
-        pieces = [*map(self.tokenizer.token_bytes, tokens)]
-        length = np.array([*map(len, pieces)])
+        said = [*map(self.tokenizer.token_bytes, tokens)]
+        length = np.array([*map(len, said)])
         ends, learnt = np.cumsum(length), np.zeros(len(tokens), bool)
         begins = ends - length
-        for start, stop in self.mask(b"".join(pieces), self.cfg):
+        for start, stop in self.mask(b"".join(said), self.cfg):
             learnt |= (begins < stop) & (ends > start)
         if not learnt[1:].any():
             if len(tokens) > 1:
@@ -2899,7 +2907,7 @@ class Loader:
         return Batch(*map(torch.from_numpy, (inputs, at, targets.reshape(-1)[at])))
 
     def padding(self) -> float:
-        """The share of padding in what is computed, estimated from about 1,000 rows."""
+        """The share of padding in what is computed, estimated from the steps of the first 1,000 rows."""
         steps = range(-(-min(self.pass_rows, 1000) // (self.together * self.bsz)))
         spans = [span for step in steps for span in self.longest_first(step, sys.maxsize)]
         lengths = np.array([stop - start - 1 for start, stop in spans]).reshape(-1, self.bsz)  # (micro-batches,bsz)
@@ -2911,11 +2919,11 @@ class Loader:
         learnt = sum(int(self.learnt(*span)[1:].sum()) for span in spans)
         share = learnt / sum(stop - start - 1 for start, stop in spans)
         length = np.diff(self.corpus.starts)
-        single, long = int((length < 2).sum()), int((length > self.cfg.ctx_len + 1).sum())
+        short, long = int((length < 2).sum()), int((length > self.cfg.ctx_len + 1).sum())
         said = [f"{len(length):,} documents, {length.sum():,} tokens, {self.pass_rows:,} rows a pass ({self.sampler}),"
                 f" {share:.1%} of the targets learnt"]
-        if single:
-            said.append(f"{single:,} documents of one token skipped")
+        if short and self.sampler != "get":                           # (get reads across documents)
+            said.append(f"{short:,} documents of fewer than two tokens skipped")
         if long and self.sampler != "get":
             said.append(f"{long:,} documents of up to {length.max():,} tokens cut after every {self.cfg.ctx_len:,}")
         if (padding := self.padding()) > 0.2:
@@ -3677,12 +3685,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: int = 1) ->
         part.unlink(missing_ok=True)
 
 
-class Stored(NamedTuple):
-    """The numbers of a tensor: the part data/<part> of a .pth."""
-
-    kind: type
-    part: str
-    count: int
+class Stored(tuple):
+    """What a .pth says about the numbers of a tensor, which are its part data/n."""
 
 
 class TensorPickler(pickle.Pickler):
@@ -3695,11 +3699,11 @@ class TensorPickler(pickle.Pickler):
     def reducer_override(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return NotImplemented
-        stored = Stored(HELD_IN_FILES[x.dtype], str(next(self.number)), x.numel())
+        stored = Stored(("storage", HELD_IN_FILES[x.dtype], str(next(self.number)), "cpu", x.numel()))
         return torch._utils._rebuild_tensor_v2, (stored, 0, tuple(x.shape), x.stride(), False, OrderedDict())
 
     def persistent_id(self, x: Any) -> Any:
-        return ("storage", x.kind, x.part, "cpu", x.count) if isinstance(x, Stored) else None
+        return tuple(x) if isinstance(x, Stored) else None
 
 
 LARGE = 2**30                                                         # bytes: a larger part gets an 8-byte size (zip64)
@@ -3977,7 +3981,9 @@ def prepare(cfg: Config) -> tuple[Plan, dict[str, Tensor]]:
     epoch_steps = cfg.epoch_steps or -(-loader.pass_rows // (loader.bsz * loader.together))
     base = fingerprint(tensors) if tensors else "new"
     if not cfg.dry_run:
-        check_alike(cfg, ranks, base=base, data=loader, held_out=held_out, epoch_steps=epoch_steps, dtype=str(dtype))
+        held_out_data = held_out and held_out.corpus.fingerprint
+        check_alike(cfg, ranks, base=base, data=loader.corpus.fingerprint, held_out=held_out_data,
+                    epoch_steps=epoch_steps, dtype=str(dtype))
     arch, tensors = with_time_state(arch, tensors, cfg)
     if tensors and (cfg.dry_run or cfg.grad_cp == "auto"):            # which count bytes from the shapes alone
         check_tensors(without_values(arch), tensors, cfg.load_model)
@@ -4064,7 +4070,7 @@ def load_data(cfg: Config, tokenizer: ByteTokenizer, batches: int) -> tuple[Load
     corpus = read_corpus(cfg, cfg.data_file, tokenizer)
     corpus, held_out = split(corpus, cfg.val_split) if cfg.val_split else (corpus, None)
     if cfg.val_file:
-        held_out = read_corpus(cfg, cfg.val_file, tokenizer, "--val_file")
+        held_out = read_corpus(cfg, cfg.val_file, tokenizer)
     loader = Loader(corpus, tokenizer, cfg, batches)
     if held_out:
         in_order = replace(cfg, data_file=cfg.val_file or cfg.data_file, dataload="pad", data_shuffle=False)
@@ -4082,8 +4088,7 @@ OF_A_MACHINE = """load_model data_file val_file vocab_file proj_dir adapter_load
 def check_alike(cfg: Config, ranks: Ranks, **own: Any) -> None:
     """All ranks need the same files and options: nothing would show later that a node has an old copy of a file."""
     options = {name: value for name, value in asdict(cfg).items() if name not in OF_A_MACHINE}
-    contents = {k: x.corpus.fingerprint if isinstance(x, Loader) else x for k, x in own.items()}
-    ranks.agree("alike", options | contents | {"program": __version__}, "give every rank the same files and options")
+    ranks.agree("alike", options | own | {"program": __version__}, "give every rank the same files and options")
 
 
 def without_values(arch: Arch, wkv: Callable | None = None, grad_cp: str = "0") -> RWKV:
@@ -4225,7 +4230,7 @@ def train_step(run: Run, lr: float) -> dict[str, Any]:
         clip = min(1.0, cfg.grad_clip / (norm + 1e-6)) if cfg.grad_clip else 1.0
         optimiser.step(lr, clip / run.loss_scale)
         run.bad_steps = 0
-        if run.model.head.weight.dtype == torch.float16 and run.step - run.scaled_at >= SCALE_GROWS:
+        if run.dtype == torch.float16 and run.step - run.scaled_at >= SCALE_GROWS:
             run.loss_scale, run.scaled_at = 2 * run.loss_scale, run.step
     else:
         optimiser.clear()
@@ -4330,15 +4335,17 @@ def finish_epoch(run: Run, epoch: int, anew: bool = True) -> None:
     """Writes an epoch's files: rwkv-<epoch>.pth (adapters and trained parts in fp32, or the whole model) and the merged
     model. resume.pth was written before and gives them all again, so a kill between the two loses nothing. An existing
     file is replaced, since a run that went back to resume.1.pth repeats an epoch; without `anew` it stays."""
-    cfg, method, last = run.cfg, ADAPTER[run.cfg.peft], run.step == run.steps
+    cfg, method = run.cfg, ADAPTER[run.cfg.peft]
     path, merged = run.folder / f"rwkv-{epoch}.pth", run.folder / f"rwkv-{epoch}-merged.pth"
-    masters = run.optimiser.masters() if saved_after(run, epoch) else {}                  # (rank 0's; others have {})
-    if masters and (anew or not path.exists()):
+    masters = run.optimiser.masters() if saved_after(run, epoch) else {}
+    if not masters:                                                   # (only rank 0 has them)
+        return
+    if anew or not path.exists():
         if method.whole:
             save(path, whole_model(run, masters))                     # others read it, so no description
         else:
             save(path, masters, run.about)
-    if masters and last and cfg.auto_merge and not method.whole and (anew or not merged.exists()):
+    if cfg.auto_merge and not method.whole and run.step == run.steps and (anew or not merged.exists()):
         save(merged, merge_files(cfg.peft, cfg.load_model, str(run.folder / "init_pissa.pth"), str(path)))
         say(f"merged: {merged}")
 
@@ -4347,7 +4354,7 @@ def whole_model(run: Run, masters: dict[str, Tensor]) -> Iterator[tuple[str, Ten
     """The base with what was trained, as a model file."""
     cfg = run.cfg
     base = read_pth(cfg.load_model, "--load_model") if cfg.load_model else run.model.state_dict()
-    held = QUANT[cfg.quant].merged_as(run.model.head.weight.dtype)
+    held = QUANT[cfg.quant].merged_as(run.dtype)
     return merge(base, {}, masters, ADAPTER[cfg.peft], 1.0, held, "the trained model")
 
 
@@ -4355,7 +4362,7 @@ def whole_model(run: Run, masters: dict[str, Tensor]) -> Iterator[tuple[str, Ten
 
 OPENED_BY = ".opened_by"                                              # in proj_dir: who opened it last, an agent a line
 
-# What `write_whole` leaves behind when a run is killed in it.
+# What a killed run leaves behind: the file that it was writing, the one that tried whether it can.
 LEFTOVER = re.compile(r"\.(probe|\.opened_by|(rwkv|resume|init_pissa|loss_data)\S*\.(pth|jsonl))\.\d+\.part")
 
 
@@ -4950,7 +4957,7 @@ def generate(
 TOLD = {"peft": "peft", "quant": "quant", "rank": "rank", "bone_mode": "mode"}  # option -> what a file calls it
 NOT_IN_CHAT = ("data_file", "val_file", "make_binidx", "dry_run", "resume", "auto_merge")
 # Someone else speaks: on any line, since some models write turns without blank lines. (learn_assistant is stricter.)
-TURN = re.compile(rb"\n(System|User|Assistant):")
+TURN = re.compile(b"\n(?:" + b"|".join(TURNS_BEGIN) + b")")
 
 
 def chat_config(cfg: Config, given: set[str]) -> Config:
@@ -5004,7 +5011,7 @@ def certain_length(text: bytes) -> int:
     """How many bytes of an unfinished answer are certainly its own: whole characters, without trailing white space, and
     without a line that is or may become another's turn."""
     head, newline, line = text.rpartition(b"\n")
-    may_be_turn = newline and any(role.startswith(line) for role in (b"System:", b"User:", b"Assistant:"))
+    may_be_turn = newline and any(role.startswith(line) for role in TURNS_BEGIN)
     own = (text[: m.start()] if (m := TURN.search(text)) else head if may_be_turn else text).rstrip()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(own)
@@ -5264,13 +5271,13 @@ def make_binidx(cfg: Config) -> None:
     if (kind := data_type_of(cfg, cfg.make_binidx)) not in ("jsonl", "sft"):
         raise Fatal(f"--make_binidx {cfg.make_binidx}: it converts jsonl and sft, and this is {kind}")
     tokenizer = load_tokenizer(cfg, cfg.vocab_size or (256 if cfg.tokenizer == "byte" else 65536))
-    corpus = read_corpus(cfg, cfg.make_binidx, tokenizer, "--make_binidx")
+    corpus = read_corpus(cfg, cfg.make_binidx, tokenizer)
     if corpus.tokens.max() > 65535:
         raise Fatal(f"--make_binidx {cfg.make_binidx}: token {corpus.tokens.max()} takes more than 16 bits; train on it"
                     " as it is")
     write_binidx(prefix, corpus)
     say(f"{prefix}.bin, {prefix}.idx: {len(corpus.starts) - 1:,} documents, {len(corpus.tokens):,} tokens;"
-        f" train with --data_file {prefix}")
+        f" train with --data_file {prefix}.bin")
 
 
 # ----------------------------------------------------------------------- the demonstration: the whole job, in miniature
@@ -5398,6 +5405,8 @@ def main(argv: list[str] | None = None) -> int:
             launch(cfg, argv)
         without_options = replace(cfg, **{name: getattr(Config, name) for name in OF_THE_DEMO}) == Config()
         stopped = demo(cfg) if without_options else train(build(cfg))
+        if stopped and without_options:
+            say("(not the demonstration itself: that begins anew, in another --proj_dir)")
         if stopped:
             # All wait for rank 0, which saves: once a rank has ended with a status, torchrun kills the others.
             JOINED[-1].totals(0)
@@ -5406,7 +5415,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + stopped if stopped else 0
     except KeyboardInterrupt:
         end_wandb()
-        print("pissa_rwkv: stopped before training began", file=sys.stderr)
+        print("pissa_rwkv: stopped", file=sys.stderr)
         return 130
     except Exception as e:
         JOINED[-1].tell_failure()

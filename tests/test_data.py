@@ -178,7 +178,9 @@ def test_summary_numbers():
     one_token = P.Corpus(np.array([*TOKENS, 0]), np.array([*STARTS, 12]))
     text = P.Loader(one_token, P.ByteTokenizer(), config(dataload="pad")).summary()
     assert text == ("4 documents, 12 tokens, 4 rows a pass (pad), 100.0% of the targets learnt;"
-                    " 1 documents of one token skipped; 1 documents of up to 5 tokens cut after every 3")
+                    " 1 documents of fewer than two tokens skipped; 1 documents of up to 5 tokens cut after every 3")
+    across = P.Loader(one_token, P.ByteTokenizer(), config(dataload="get")).summary()
+    assert across == "4 documents, 12 tokens, 4 rows a pass (get), 100.0% of the targets learnt"
     # The rows 5 6 7 8, 5 6 0 and 9 7 0 have 7 targets; learnt are 7, 0, and 7 0.
     assert loader(dataload="pad", loss_mask="se", mask_id=SE).summary() == (
         "3 documents, 11 tokens, 3 rows a pass (pad), 57.1% of the targets learnt;"
@@ -673,6 +675,22 @@ def test_make_binidx_is_the_same_corpus_as_its_jsonl(tmp_path, capsys):
     assert found.tokens.tolist() == wanted.tokens.tolist() and found.starts.tolist() == wanted.starts.tolist()
     documents = np.split(wanted.tokens, wanted.starts[1:-1])
     assert [world.decode(d[:-1].tolist()) for d in documents] == texts and all(d[-1] == 0 for d in documents)
+
+
+@pytest.mark.parametrize("name", ["notes.jsonl", "notes.txt.jsonl", "notes.npy.jsonl", "notes.bin.jsonl", "notes.json"])
+def test_make_binidx_says_what_to_train_with(tmp_path, capsys, name):
+    (tmp_path / name).write_text(json.dumps({"text": "converted"}))
+    (tmp_path / "notes.txt").write_text("something else")
+    assert P.main(["--make_binidx", str(tmp_path / name), "--tokenizer", "byte"]) == 0
+    told = re.search(r"train with --data_file (.*)$", capsys.readouterr().out)[1]
+    assert P.read_corpus(P.Config(), told, P.ByteTokenizer()).tokens.tolist() == [*b"converted", 0]
+
+
+@pytest.mark.parametrize("form", ["{}", "[{}]"])
+def test_only_what_is_read_of_a_row_must_be_text(tmp_path, form):
+    (tmp_path / "x.jsonl").write_text(form.format(r'{"text": "read", "id": "\ud800"}'))
+    found = P.read_corpus(P.Config(), str(tmp_path / "x.jsonl"), P.ByteTokenizer())
+    assert found.tokens.tolist() == [*b"read", 0]
 
 
 def test_what_a_file_is_is_read_off_its_name(tmp_path):

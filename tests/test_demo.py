@@ -2,6 +2,7 @@
 
 import io
 import re
+import signal
 import sys
 
 import pissa_rwkv as P
@@ -25,3 +26,12 @@ def test_demonstration(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{question}\n/reset\n" for question, _ in asked)))
     assert len(asked) == 4 and P.main([*command, "--accelerator", "cpu", "--sample_top_p", "0"]) == 0
     assert re.findall(r"^Assistant: (.+)$", capfd.readouterr().out, re.M) == [answer for _, answer in asked]
+
+
+def test_a_stopped_demonstration_begins_anew(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(P, "train", lambda run: signal.SIGINT)
+    command = ["--proj_dir", str(tmp_path / "out"), "--accelerator", "cpu"]
+    assert P.main(command) == 130
+    assert "begins anew, in another --proj_dir" in capfd.readouterr().out
+    assert P.main(command) == 2
+    assert "name another folder for the demonstration" in capfd.readouterr().err
