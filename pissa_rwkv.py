@@ -3958,6 +3958,7 @@ class Run(Plan):
     loss_scale: float = 1.0                                           # fp16: gradients would underflow without it
     scaled_at: int = 0                                                # the last step after which it was changed
     bad_steps: int = 0
+    after_epoch: bool = False                                         # resumed after its last step: is all else done?
     add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
     wandb: Any = None                                                 # --wandb: its run
 
@@ -4264,7 +4265,7 @@ def train(run: Run) -> int:
     with (Logger(run) as log, Stop() as stop, tqdm(total=run.steps, initial=run.step, unit="step", file=file,
                                                    mininterval=pace, disable=run.ranks.rank > 0) as bar):
         if run.held_out and log.lacks_validation:
-            log.step(step=run.step - 1, epoch=(run.step - 1) // run.epoch_steps, val_loss=before)
+            log.step(step=run.step - 1, epoch=run.step // run.epoch_steps - 1, val_loss=before)
         while run.step < run.steps and not any(run.ranks.totals(stop.asked)):
             began, lr = time.perf_counter(), lr_at(run.step, run.steps, cfg)
             row = train_step(run, lr)
@@ -4498,7 +4499,8 @@ def restore(run: Run, earlier: Earlier) -> None:
         if "rng_cuda" in state and run.device == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"][run.ranks.rank].clone())
     say(f"resumed at step {run.step} of {run.steps}")
-    if run.step > run.first_step and run.step % run.epoch_steps == 0:
+    run.after_epoch = run.step > run.first_step and described["step"] % old_steps == 0
+    if run.after_epoch:
         finish_epoch(run, run.step // run.epoch_steps - 1, anew=False)                    # killed before that, maybe
 
 
@@ -4545,12 +4547,13 @@ class Logger:
         if run.ranks.rank > 0:
             return
         self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
-        if self.losses.exists():                                      # lines of steps that will be repeated
+        kept = []
+        if self.losses.exists():                                      # without lines of steps that will be repeated
             lines = self.losses.read_text("utf-8", errors="replace").splitlines()
             kept = [x for x in lines if step_of(x) < run.step]
             write_whole(self.losses, lambda file: file.write("".join(x + "\n" for x in kept).encode()))
-            after_epoch = run.step > run.first_step and run.step % run.epoch_steps == 0
-            self.lacks_validation = after_epoch and not (kept and "val_loss" in kept[-1])
+        validated = f'"epoch": {run.step // run.epoch_steps - 1}, "val_loss"'
+        self.lacks_validation = run.after_epoch and not any(validated in x for x in kept)
 
     def __enter__(self) -> Logger:
         return self

@@ -91,9 +91,9 @@ def steps(out: Path, commit: str, qa: list[str] | None = None, models: list[str]
     checker = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     timed = ["--minutes", "{minutes}", *into]
     measure = [python, str(bench / "wkv.py"), "--device", "cuda", *timed]
-    six = ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    tests = ["env", "OMP_NUM_THREADS=2", python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *six,
-             "tests"]                                    # (six times all cores would mostly wait for each other)
+    twelve = ["-n", "12"] if importlib.util.find_spec("xdist") else []
+    tests = ["env", "OMP_NUM_THREADS=1", python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *twelve,
+             "tests"]                                    # (twelve times all cores would mostly wait for each other)
     of_models = ["--models", *models] if models else []
     learning = [python, str(bench / "curves.py"), "--size", "large", "--jobs", "4", *timed,
                 *(["--qa", qa[0], "--qa_held_out", qa[1]] if qa else [])]  # fmt: skip
@@ -101,7 +101,7 @@ def steps(out: Path, commit: str, qa: list[str] | None = None, models: list[str]
         "machine": Step(["nvidia-smi"], "nvidia-smi", 60),
         "build": Step([python, "-c", run + BUILD], "", 600),
         "tune": Step([python, str(bench / "fla_tune.py")], "", 240),
-        "tests": Step(tests, "", 400),
+        "tests": Step(tests, "", 180),                   # (what comes later needs the rest)
         # (Whether a function of the driver is there, libraries ask by calls that fail: no error of a kernel.)
         "memcheck": Step([*checker, "memcheck", "--report-api-errors", "no", python, "-c", run + SMALL],
                          "compute-sanitizer", 240),
@@ -112,7 +112,7 @@ def steps(out: Path, commit: str, qa: list[str] | None = None, models: list[str]
         "memory": Step([python, str(bench / "vram.py"), *of_models, *timed], "", 480, (), "vram"),
         "levers": Step([python, str(bench / "vram.py"), "--levers", "--models", "RWKV7-7.2B", *timed], "", 300, (),
                        "vram-levers"),
-        "step": Step([python, str(bench / "step.py"), "--quick", *of_models, *into], "", 500, (), "step-cuda"),
+        "step": Step([python, str(bench / "step.py"), "--quick", *of_models, *timed], "", 500, (), "step-cuda"),
         "learning": Step(learning, "", 500, (3,), "curves-large"),
         "wkv6": Step([*measure, "--recurrence", "wkv6"], "", 240, (3,), "wkv6-cuda"),
         "bench": Step(measure, "", 0, (3,), "wkv-cuda"),

@@ -612,7 +612,7 @@ def steps_table(device: str, rows: list[dict]) -> str:
                      f" {r['tokens_per_s']:,.0f} | {times}{memory} | {r['utilisation']:.0%} |")
     beside = f"times {peer.removesuffix(' none')} | " if there else ""
     head = f"| model, tokens | | tokens/s | {beside}memory, GB | utilisation |"
-    return "\n".join([head, "|---" * (5 + there) + "|", *lines]) + f"\n\n{source(rows)}" if lines else ""
+    return "\n".join([head, "|---" * (5 + there) + "|", *lines]) + f"\n\n{sources(rows)}" if lines else ""
 
 
 def host() -> str:

@@ -27,7 +27,12 @@ def circumstances(device: str = "cpu", commit: str = "") -> dict:
         machine = model[1].strip() if model else platform.processor()
     return {"device": device, "machine": machine, "driver": driver, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(), "commit": commit or head(),
-            "date": date.today().isoformat(), "load": round(os.getloadavg()[0], 1)}
+            "date": date.today().isoformat(), "load": load_now()}
+
+
+def load_now() -> float:
+    """The load average of the last minute."""
+    return round(os.getloadavg()[0], 1)
 
 
 def head() -> str:

@@ -14,7 +14,8 @@ Face's PEFT, at the same rank, recomputing too:
     fla         flash-linear-attention's RWKV-7                       GPU
 
 The contestants of a shape take turns step by step in one process, so that ratios hold on a machine with other work.
-Their packages are optional; who cannot run has a row that says why in `failed`.
+Their packages are optional; who cannot run has a row that says why in `failed`, and so has our own code where an option
+is not in effect.
 
 | of a row | what |
 |---|---|
@@ -23,6 +24,7 @@ Their packages are optional; who cannot run has a row that says why in `failed`.
 | | between: on a CPU Python and dispatch, on a GPU the time in which no kernel runs |
 | utilisation | 4 x the weights of the matrices x tokens/s (a forward, and a backward to the inputs alone; what is |
 | | recomputed does not count) over the operations/s of a large product of this dtype in this run |
+| op | the WKV operator of our own code |
 | peak | bytes of tensors at the step's peak, the model and the optimiser among them; null where compiled for a CPU, |
 | | and for a CUDA graph, whose memory the allocator does not count as taken |
 | faster_than | tokens/s over those of the others, each under "<name> <dtype> <quant>" |
@@ -32,6 +34,7 @@ Profiled are only the steps of our own code as it stands, whose functions have n
 
 import argparse
 import contextlib
+import math
 import os
 import statistics
 import sys
@@ -65,7 +68,24 @@ class Contestant(NamedTuple):
     step: Callable[[], float]
     held: Callable[[], Iterable[Tensor]]
     run: P.Run | None = None                                          # of our own
-    opaque: bool = False                                              # compiled, or a graph: its parts are not seen
+    op: str = ""                                                      # its WKV operator
+
+    @property
+    def opaque(self) -> bool:
+        """Compiled, or a graph: its parts are not seen."""
+        return bool(self.run and (self.run.cfg.compile or self.run.cfg.cuda_graph))
+
+    def gave_up(self, device: str) -> str:
+        """Which option of our own is not in effect, after the first steps; nothing if all are. (A run says so, and goes
+        on without: in a table it would be another's figure.)"""
+        if self.run is None:
+            return ""
+        cfg = self.run.cfg
+        if cfg.compile and self.run.model.run_block is P.GRAD_CP[cfg.grad_cp]:
+            return "--compile 1 is not in effect"
+        if cfg.cuda_graph and not getattr(self.run.add_gradient, "graphs", None):
+            return "--cuda_graph 1 is not in effect"
+        return vram.falls_back(cfg, self.op) if device == "cuda" else ""
 
 
 class RandomRows(P.FullRows):
@@ -102,7 +122,7 @@ def prepared(arch: P.Arch, cfg: P.Config) -> Contestant:
     """A run of ours on random weights and tokens."""
     _, device, compute = P.setup(cfg)
     with torch.device("meta"):
-        wkv7 = P.load_wkv(arch.version, arch.head_size, cfg.op, device)
+        op, wkv7 = P.find_wkv(arch.version, arch.head_size, cfg.op, device)
         rwkv = P.RWKV(arch, wkv7, cfg.grad_cp)
     P.fill(rwkv, vram.random_tensors(arch, device), "", device, compute, P.left_in_file(rwkv, cfg))
     P.add_adapters(rwkv, cfg, {}, {})
@@ -113,7 +133,7 @@ def prepared(arch: P.Arch, cfg: P.Config) -> Contestant:
     if cfg.cuda_graph:
         run.add_gradient = P.graphs(rwkv, cfg, device, P.ONE_RANK)
     held = [*rwkv.parameters(), *rwkv.buffers(), *optimiser.buffers()]
-    return Contestant(lambda: P.train_step(run, 1e-5)["loss"], lambda: held, run, cfg.compile or cfg.cuda_graph)
+    return Contestant(lambda: P.train_step(run, 1e-5)["loss"], lambda: held, run, op)
 
 
 def changed(words: list[str]) -> dict:
@@ -147,13 +167,16 @@ def with_peft(
     options: dict,
 ) -> Contestant:
     """As PEFT's documentation has it; adapters are fp32 there, whatever the model is in."""
+    arch = vram.arch_of(model)
+    with torch.device(device):
+        net = make(arch).to(DTYPES[dtype])                            # (its package may not be there)
+
     from peft import LoraConfig, get_peft_model
 
-    arch = vram.arch_of(model)
     adapters = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="pissa_niter_1",
                           target_modules=["r_proj", "k_proj", "v_proj", "o_proj", "ffn.key", "ffn.value"])
     with torch.device(device):
-        net = get_peft_model(make(arch).to(DTYPES[dtype]), adapters)
+        net = get_peft_model(net, adapters)
     net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     net.enable_input_require_grads()
     net.train()
@@ -302,8 +325,9 @@ def product_ceiling(device: str, dtype: torch.dtype) -> float:
     side = 8192 if device == "cuda" else 1024
     draw = torch.Generator(device).manual_seed(0)                     # (torch's own is unusable once a capture failed)
     x = torch.randn(side, side, device=device, generator=draw).to(dtype)
-    times = [wkv.seconds_of(lambda: x @ x, device) for _ in range(8)]
-    return 2 * side**3 / statistics.median(times[1:])
+    x @ x                                                             # (opens the library)
+    times = wkv.take_turns({"": lambda: x @ x}, device, 0.3)[""]      # (so long, as a GPU's clock rises under load)
+    return 2 * side**3 / statistics.median(times)
 
 
 def peak(c: Contestant, device: str) -> int | None:
@@ -331,21 +355,33 @@ def matrix_parameters(arch: P.Arch) -> int:
     return sum(p.numel() for n, p in named.items() if n != "emb.weight" and sum(size > 1 for size in p.shape) > 1)
 
 
+LOADING, COMPILING = 25, 90                                           # seconds; on a GPU, about
+
+
 def rows_of(
-    shape: tuple[str, int, int], entries: list[tuple[str, str, str]], device: str, seconds: float, options: list[str]
+    shape: tuple[str, int, int], entries: list[tuple[str, str, str]], device: str, seconds: float, options: list[str],
+    deadline: float = math.inf,
 ) -> list[dict]:
-    """A row for each contestant of a shape. options: NAME=VALUE, of our own."""
+    """A row for each contestant of a shape. options: NAME=VALUE, of our own. Whoever would not be ready in time to be
+    timed with the others before the deadline (of time.monotonic) has no row."""
     given = changed([word for pair in options for word in f"--{pair}".split("=", 1)])
     (model, bsz, ctx), rows, there = shape, {}, {}
     torch._dynamo.reset()                                             # (of another shape it would make one for any)
     ceiling = {dtype: product_ceiling(device, DTYPES[dtype]) for dtype in {dtype for _, dtype, _ in entries}}
     for entry in entries:
         name, dtype, quant = entry
+        ready = time.monotonic() + (COMPILING if "--compile" in name else LOADING)
+        if ready + (1 + len(there)) * seconds > deadline:
+            print(f"out of time: {' '.join(entry)} of {model}, {bsz} x {ctx} tokens", flush=True)
+            continue
         rows[entry] = {"name": name, "model": model, "bsz": bsz, "ctx": ctx, "dtype": dtype, "quant": quant,
                        "setting": " ".join(options) if name in OURS else "", "failed": ""}
         try:
             there[entry] = MAKERS[name](model, bsz, ctx, dtype, quant, device, given)
             rows[entry]["losses"] = [there[entry].step() for _ in range(2)]   # they also warm up
+            if why := there[entry].gave_up(device):
+                raise RuntimeError(why)
+            rows[entry] |= {"op": there[entry].op} if there[entry].run else {}
         except Exception as error:  # other people's code may raise anything
             there.pop(entry, None)
             rows[entry]["failed"] = contestants.one_line(error)
@@ -394,6 +430,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     p.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of pissa_rwkv, over the setting")
     p.add_argument("--seconds", type=float, help="for each contestant of a shape, at least three steps (20; GPU 4)")
+    p.add_argument("--minutes", type=float, default=1e6, help="begin nothing that would not end in this time")
     p.add_argument("--threads", type=int, help="CPU threads; on a machine with other work 1 is steadier")
     p.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
     p.add_argument("--commit", default="", help="name of the sources where git does not tell")
@@ -402,6 +439,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    deadline = time.monotonic() + 60 * args.minutes
     torch.set_num_threads(args.threads or torch.get_num_threads())
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as P.setup does, before CUDA begins
     about = record.circumstances(args.device, args.commit)
@@ -414,7 +452,7 @@ def main(argv: list[str] | None = None) -> int:
     entries = [e for e in there if e[0] in args.names and e[1] in args.dtypes]
     seconds, failed = args.seconds or {"cpu": 20, "cuda": 4}[args.device], 0
     for shape in sorted(wanted, key=lambda s: (list(vram.MODELS).index(s[0]), *s[1:])):
-        rows = rows_of(shape, entries, args.device, seconds, args.options)
+        rows = rows_of(shape, entries, args.device, seconds, args.options, deadline)
         print("{}, {} x {} tokens".format(*shape), *map(line, rows), sep="\n", flush=True)
         record.update(args.out / f"step-{args.device}.json", [row | about for row in rows], KEY)
         failed += any(row["failed"] for row in rows if row["name"] in ("pissa_rwkv", FAST))

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 import pissa_rwkv as P
+from wkv7_cuda import dequant
 
 
 class Model(NamedTuple):
@@ -123,6 +124,17 @@ def in_use() -> int:
     return int(found) * 2**20
 
 
+def falls_back(cfg: P.Config, op: str) -> str:
+    """What a run on a GPU does not do as it was asked to; nothing if all is as it should be. (A run says so and goes
+    on more slowly: in a table that would be another's figure.)"""
+    if op != (cfg.op or "cuda"):
+        return f"--op {cfg.op or 'cuda'} is not in effect: {op} is"
+    device = torch.device("cuda", torch.cuda.current_device())
+    if cfg.quant != "none" and dequant.library_for(device, P.warn) is None:
+        return "no kernel reads quantised matrices"
+    return ""
+
+
 def prepare(cfg: P.Config, device: str, dtype: torch.dtype) -> None:
     """What is done once in a process, and not for each matrix: libraries are opened, kernels compiled."""
     W = torch.randn(256, 256, device=device)
@@ -139,8 +151,11 @@ def measure(name: str, cfg: P.Config) -> dict:
     tensors = random_tensors(arch)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    op, wkv = P.find_wkv(arch.version, arch.head_size, cfg.op, device)
+    if why := falls_back(cfg, op):
+        raise SystemExit(f"{why}: no figure")
     with torch.device("meta"):
-        model = P.RWKV(arch, P.load_wkv(arch.version, arch.head_size, cfg.op, device), cfg.grad_cp)
+        model = P.RWKV(arch, wkv, cfg.grad_cp)
     P.fill(model, tensors, name, device, dtype, P.left_in_file(model, cfg))
     prepare(cfg, device, dtype)
     start = time.perf_counter()

@@ -30,12 +30,13 @@ without --again. Status 3: a contestant broke the CUDA context; run again and it
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -155,14 +156,31 @@ def both(f: Callable, case: list[Tensor]) -> object:
 # ---------------------------------------------------------------------------------------------------- time
 
 
+class Replay:
+    """A CUDA graph as a call. Timed are its kernels, not its launch."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph):
+        self.graph = graph
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def keep_busy() -> None:
+    """The GPU does nothing for some 0.1 ms: what is queued meanwhile, events too, then follows at once."""
+    torch.cuda._sleep(200_000)                                        # cycles
+
+
 def seconds_of(call: Callable[[], object], device: str) -> float:
-    """One call, from an idle device until the device has finished."""
+    """One call, from an idle device until the device has finished; of a Replay, from its first kernel."""
     if device == "cpu":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if isinstance(call, Replay):
+        keep_busy()
     begin.record()
     call()
     end.record()
@@ -195,21 +213,25 @@ def rotating(f: Callable, run: Callable, cases: list[list[Tensor]]) -> Callable[
     return lambda: run(f, next(turn))
 
 
-def captured(f: Callable, run: Callable, cases: list[list[Tensor]], pool: object) -> Callable[[], object]:
+def captured(f: Callable, run: Callable, cases: list[list[Tensor]], pool: object) -> Replay:
     """A CUDA graph that does it once on each set of inputs; its replay. Nobody reads what a replay computes, and none
     runs beside another: so all graphs of a shape can share the memory of one pool."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(usual)
     with torch.cuda.stream(side):
         for case in (cases[0], *cases):
             run(f, case)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        # (Kept until all are captured: in memory used twice, results would be written to lines that are in the cache.)
-        kept = [run(f, case) for case in cases]
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            # (Kept until all are captured: in memory used twice, results would be written to lines that are in the
+            # cache.)
+            kept = [run(f, case) for case in cases]
+    finally:
+        torch.cuda.set_stream(usual)                                  # (a capture that fails as it ends leaves its own)
     del kept
-    return graph.replay
+    return Replay(graph)
 
 
 def ceilings(device: str) -> dict:
@@ -279,12 +301,14 @@ def attempt(name: str, failed: dict[str, str], action: Callable, device: str) ->
 
 def check(name: str, error: Exception, device: str) -> None:
     """After an error: ContextLost if the GPU can no longer be used."""
+    if device == "cpu":
+        return
     try:
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        torch.cuda.synchronize()
     except Exception:
         raise ContextLost(name, contestants.one_line(error)) from error
+    with contextlib.suppress(RuntimeError):                           # (torch 2.11's allocator refuses for good once a
+        torch.cuda.empty_cache()                                      # capture has failed as it ended; all else works)
 
 
 def regime_rows(fs: dict[str, Callable], shape: tuple, dtype: torch.dtype, device: str, its: Recurrence) -> list[dict]:
@@ -337,7 +361,9 @@ def time_rows(fs: dict[str, Callable], shape: tuple, dtype: torch.dtype, device:
                 replay = attempt(name, notes, partial(captured, f, run, cases, pool), device)
                 if replay:
                     calls[name, f"{label}_graph"] = replay
-                rows[name] |= {"no_graph": notes[name]} if notes else {}
+                else:
+                    rows[name]["no_graph"] = notes[name]
+                    pool = torch.cuda.graph_pool_handle()             # (the other may count as being recorded still)
     calls = {key: call for key, call in calls.items() if key[0] not in failed}
     for (name, label), times in take_turns(calls, device, seconds).items():
         rows[name][label] = spread(times, len(cases) if label.endswith("_graph") else 1)
@@ -456,8 +482,13 @@ class Run:
         return self.contestants[dtype]
 
     def keep(self, rows: list[dict]) -> None:
-        about = self.about | {"load": record.circumstances(self.device, self.args.commit)["load"]}
-        record.update(self.path, [row | about for row in rows], KEY)
+        record.update(self.path, [row | self.about | {"load": record.load_now()} for row in rows], KEY)
+
+    def give_up(self, job: Job, names: Iterable[str], reason: str) -> None:
+        """Rows that say why these contestants have no others of this job, so that the next run leaves them out."""
+        shape, dtype, regimes = job
+        self.keep([{"op": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "regime": regime,
+                    "failed": reason} for name in names for regime in (self.its.regimes if regimes else [""])])
 
     def do(self, job: Job) -> None:
         fs = left_to_do(job, self.ready(job[1]), self.old(), self.device)
@@ -466,14 +497,15 @@ class Run:
         try:
             rows = rows_of(job, fs, self.device, self.args.seconds, self.ceiling, self.its)
         except ContextLost as lost:
-            shape, dtype, regimes = job
-            name, reason = lost.args
-            self.keep([{"op": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "regime": regime,
-                        "failed": reason} for regime in (self.its.regimes if regimes else [""])])
+            self.give_up(job, lost.args[:1], lost.args[1])
             raise
         except Exception as error:  # of no single contestant; what went wrong once may not the next time
             print(f"{name_of(job)}: {contestants.one_line(error)}", flush=True)
-            return check(name_of(job), error, self.device)
+            try:
+                return check(name_of(job), error, self.device)
+            except ContextLost as lost:                               # but this would end every run at the same place
+                self.give_up(job, fs, lost.args[1])
+                raise
         self.keep(rows)
         floor = "" if job[2] else f", floor {rows[0]['rates']['both']['floor_ms']:.3f} ms"
         self.show([name_of(job) + floor, *map(line, rows)])

@@ -616,6 +616,20 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(command, tmp_path, mo
     for _ in range(2):                                                # (the second time there is nothing to do)
         assert P.main(command(f"{options} --resume", "killed")) == 0
         assert held_out("killed") == held_out("whole") and len(held_out("whole")) == 2
+    log = tmp_path / "killed" / "loss_data.jsonl"
+    log.write_text("".join(log.read_text().splitlines(True)[:3]))     # up to the first epoch's: the rest is lost
+    assert P.main(command(f"{options} --resume", "killed")) == 0
+    assert held_out("killed") == held_out("whole")
+
+
+def test_no_validation_is_made_up_where_no_epoch_had_ended(command, out, monkeypatch):
+    """A step in the middle of an epoch may become the end of a shorter one."""
+    options, step = "--epoch_count 2 --val_split 0.3 --save_steps 1", P.train_step
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(P, "train_step", lambda run, lr: crash() if run.step == 5 else step(run, lr))
+        P.main(command(f"{options} --epoch_steps 4"))
+    assert P.main(command(f"{options} --epoch_steps 2 --resume")) == 0   # 5 steps of 4 are 2 of 2
+    assert [(row["step"], row["epoch"]) for row in steps(out) if "val_loss" in row] == [(3, 1)]
 
 
 def test_a_validation_file_is_held_out_whole(command, out, tmp_path, capsys):
