@@ -52,15 +52,13 @@ def save_st(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
         8 bytes: the length of the header;  the header, in JSON;  the numbers of all tensors, end to end
     """
-    unused = {name.lower() for name in P.UNUSED}
-
     def write(file: IO[bytes]) -> None:
         header, end = {"__metadata__": {"format": "pt"}}, 0
         file.seek(HEADER)
         for name, t in itertools.starmap(for_web_rwkv, tensors):
             if name in header:
                 raise Fatal(f"--output {path}: two tensors would be called {name}; write a .pth")
-            if not t.isfinite().all() and name not in unused:
+            if not t.isfinite().all() and name not in P.UNUSED:
                 raise Fatal(f"--output {path}: {name} has numbers beyond fp16's 65504; write a .pth")
             file.write(t.reshape(-1).view(torch.uint8).numpy())
             header[name] = {"dtype": "F16", "shape": [*t.shape], "data_offsets": [end, end + t.nbytes]}
@@ -138,15 +136,16 @@ def write_lora(args: argparse.Namespace) -> None:
     A quantised base is refused: there W' - W holds what quantising changed as well, and that is of full rank.
     """
     pick({".pth": save}, "--type pissa2lora: --output ends in", Path(args.output).suffix)
+    init, about_init = P.read_described(args.lora_init, "--lora_init")
     trained, about = P.read_described(args.lora_checkpoint, "--lora_checkpoint")
-    quant = about.get("quant", args.quant or "none")
+    quant = (about_init | about).get("quant", args.quant or "none")
     if pick(QUANT, "--quant", quant).lossy:
         raise Fatal(f"--type pissa2lora: {args.lora_checkpoint} was trained on a base held as {quant}, and what that"
                     " changed is not a LoRA; --type pissa merges it")
     merged = merge_files("pissa", args.base_model, args.lora_init, args.lora_checkpoint, args.lora_alpha, args.quant,
                          QUANT)
     modules = [name.removesuffix(".lora_A") for name in trained if name.endswith(".lora_A")]
-    lora = as_lora(P.read_described(args.lora_init, "--lora_init")[0], trained, modules)
+    lora = as_lora(init, trained, modules)
     again = P.merge(P.read_pth(args.base_model, "--base_model"), {}, lora, P.ADAPTER["lora"])
     rank, off, adapted = len(lora[f"{modules[0]}.lora_A"]), 0.0, {f"{module}.weight" for module in modules}
     for (name, wanted), (_, found) in zip(merged, again, strict=True):

@@ -327,7 +327,7 @@ def options_given(argv: list[str], peft: str) -> set[str]:
     """The options that a command line names, including those in the JSON of --pissa_config and the like."""
     given = vars(parser().parse_known_args(argv)[0])
     inside = ((JSON_OPTIONS[option], read_json(option, given.get(option, ""))) for option in json_options(peft))
-    return {*given, *(keys[key] for keys, values in inside for key in values if key in keys)}
+    return {*given, *(keys[x] for keys, values in inside for x, y in values.items() if x in keys and y is not None)}
 
 
 def json_options(peft: str) -> list[str]:
@@ -359,7 +359,7 @@ def parse(argv: list[str]) -> Config:
     if unknown and unknown[0][:1] != "-":                             # (the shell has made several words of one)
         raise Fatal(f"{unknown[0]!r} belongs to no option: put a pattern, or a name with spaces, in quotes")
     if unknown:
-        known = [*given, "fla", *WITHOUT_EFFECT, *(f.metadata["also"] for f in fields(Config))]
+        known = [*given, "fla", *WITHOUT_EFFECT, *filter(None, (f.metadata["also"] for f in fields(Config)))]
         name = unknown[0].lstrip("-").partition("=")[0]
         meant = {key: f"--{ours}" for keys in JSON_OPTIONS.values() for key, ours in keys.items() if "_" in key}
         meant["lora"] = "--peft lora"                                 # (as RWKV-LM-LoRA has it, and --lora_r)
@@ -1275,7 +1275,8 @@ def keep_all(block: Block, *inputs: Any) -> tuple[Tensor, Tensor, BlockState]:
 
 
 def keep_products(block: Block, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, BlockState]:
-    """The input, and the products with the block's matrices: some 9 C numbers a token (10 C before x070)."""
+    """The input, and the products with the block's matrices that are needed again: some 9 C numbers a token with
+    adapters, 10 C without (before x070 11.5 C)."""
     if torch.compiler.is_compiling():
         return checkpointed(partial(save_products, x.shape[-1]), block, x, *rest)
     return Recomputed(block, products=True)(x, *rest)
@@ -1404,6 +1405,8 @@ def new_arch(cfg: Config) -> Arch:
     """The sizes of a new model: from the flags, the rest as RWKV-LM chooses them for this width."""
     C, N, version = cfg.n_embd or 768, cfg.head_size or 64, cfg.version or "x070"
     time_mix, channel_mix = pick(TIME_MIX, "--version", version), CHANNEL_MIX[version]
+    if N < 2:
+        raise Fatal(f"--head_size {N}: expected at least 2, and 64 for the fast operators")
     if C % N or cfg.dim_att not in (0, C):
         raise Fatal(f"--n_embd {C}: expected a multiple of --head_size {N}, equal to --dim_att {cfg.dim_att or C}")
     if cfg.pre_ffn and cfg.n_layer == 1:
@@ -1753,10 +1756,10 @@ class Adapter(nn.Module):
         """Whether the numbers in a file fit a matrix (out,in)."""
         return True
 
-    @staticmethod
-    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
-        """Where training begins, for W (out,in) in fp32."""
-        return {}
+    @classmethod
+    def start(cls, W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
+        """Where training begins, for W (out,in) in fp32: at 0, unless a kind says otherwise."""
+        return {name: W.new_zeros(shape) for name, shape in cls.shapes(W.shape, cfg).items()}
 
     @staticmethod
     def residual(W: Tensor, taken: dict[str, Tensor]) -> Tensor:
@@ -1917,10 +1920,6 @@ class BoneLinear(Adapter):
         r = disha.shape[-2]
         bone, bat = (r, shape[0]), (shape[1] // r, r, r)
         return disha.shape == bone or disha.shape == bat and shape[0] % r == shape[1] % r == 0
-
-    @staticmethod
-    def start(W: Tensor, cfg: Config, draw: torch.Generator) -> dict[str, Tensor]:
-        return {x: W.new_zeros(shape) for x, shape in BoneLinear.shapes(W.shape, cfg).items()}
 
     def forward(self, x: Tensor) -> Tensor:
         D, r = self.disha, self.disha.shape[-2]
@@ -3012,7 +3011,9 @@ def chunk_loss(
     copying = ()
     if model.arch.head_qk:
         copying = model.votes(x).flatten(0, 1)[chunk.learnt], chunk.inputs[chunk.learnt // x.shape[1]]    # (M,T) both
-    return HeadLoss.apply(x.flatten(0, 1)[chunk.learnt], model.head.weight, chunk.targets, n, *copying), states
+    # (HeadLoss would make the gradient of a W that is trained, even while gradients are off.)
+    W = model.head.weight if torch.is_grad_enabled() else model.head.weight.detach()
+    return HeadLoss.apply(x.flatten(0, 1)[chunk.learnt], W, chunk.targets, n, *copying), states
 
 
 def truncated(model: RWKV, chunks: list[Batch], n: int | Tensor) -> Iterator[Tensor]:
@@ -3217,8 +3218,8 @@ class CodedNumbers(Numbers):
 
     def all_levels(self) -> Tensor:
         """256, ascending: the `dynamic_levels`, with -1 in place of the smallest negative one."""
-        half, one = magnitudes(1), torch.ones(1)
-        return torch.cat([-one, -half[1:].flip(0), 0 * one, half, one])
+        levels = dynamic_levels(torch.device("cpu"))
+        return torch.cat([-torch.ones(1), levels[:126], levels[127:]])
 
     def read(self, part: slice) -> Tensor:
         levels = self.levels[self.codes[part].int()]                                      # (n)
@@ -3432,7 +3433,8 @@ class ZeroAdamW:
         return f"{len(self.named)} tensors of {self.numbers} numbers ({names.hexdigest()[:8]})"
 
     def whole(self, numbers: Numbers) -> Tensor | None:
-        """For rank 0: these numbers of all ranks, without padding, in host memory. (All ranks call it.)"""
+        """For rank 0: these numbers of all ranks, without padding, in host memory, or where they are if all are there.
+        (All ranks call it.)"""
         if numbers.plain and not self.stage:
             return numbers.held[: self.numbers]
         # All ranks together give at most a part at a time; each, a multiple of what shares a scale.
@@ -3448,7 +3450,7 @@ class ZeroAdamW:
     def masters(self) -> dict[str, Tensor]:
         """For rank 0: name -> fp32 master weight, in the parameter's shape. (All ranks call it.)"""
         master = self.whole(self.master)
-        return {} if master is None else {name: master[self.where[name]].view(p.shape) for name, p in self.named}
+        return {} if self.ranks.rank > 0 else {name: master[self.where[name]].view(p.shape) for name, p in self.named}
 
     def state(self) -> dict[str, Tensor | None]:
         """For rank 0: what `load` takes, on any number of ranks and at any stage. (All ranks call it.)"""
@@ -4979,6 +4981,8 @@ def chat_config(cfg: Config, given: set[str]) -> Config:
             raise Fatal("--adapter_load is missing: the rwkv-<N>.pth of the adapters that --chat is to put on the base")
         return replace(cfg, peft="none")
     _, about = read_described(cfg.adapter_load, "--adapter_load")
+    if not about and (init := with_init(cfg).adapter_init):           # (saved again elsewhere, it loses what it says)
+        about = {k: v for k, v in read_described(init, "--adapter_init")[1].items() if k == "quant"}
     told = {option: about[item] for option, item in TOLD.items() if item in about}
     layer = pick(ADAPTER, f"{cfg.adapter_load}: peft", told.get("peft", cfg.peft)).layer
     if layer.unsaid_scale is None and {"rank", "scale"} <= about.keys():

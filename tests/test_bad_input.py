@@ -374,6 +374,7 @@ MODEL = [  # (what is wrong, options, words in the line)
 OPTIONS = [
     ("unknown flag", "--rnak 8", "--rnak|did you mean --rank"),
     ("unknown flag with =", "--lr-init=1", "--lr-init|did you mean --lr_init"),
+    ("a flag without a name", "--=1", "unknown option --=1; --help"),
     ("stray word", "m.pth", "m.pth"),
     ("not a whole number", "--rank many", "--rank|many"),
     ("not a number", "--lr_init fast", "--lr_init|fast"),
@@ -474,6 +475,7 @@ NEW_MODEL = [
     ("negative layers", "--n_layer -1", "--n_layer -1"),
     ("negative width", "--n_embd -64", "--n_embd -64"),
     ("negative heads", "--head_size -64", "--head_size -64"),
+    ("heads of one channel", "--head_size 1", "--head_size 1|at least 2"),
     ("negative dim_ffn", "--dim_ffn -4", "--dim_ffn -4"),
     ("vocabulary below the data", "--vocab_size 10", "vocabulary of 10"),
     ("vocabulary of huge tokens", "--data_file huge.npy", "huge.npy|vocabulary of 1048576"),

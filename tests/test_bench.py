@@ -212,6 +212,50 @@ def test_contestants_take_turns():
     assert spread == pytest.approx({"ms": 5.25, "low": 1.5, "high": 9.0, "n": 20})
 
 
+def test_a_replay_is_timed_without_its_launch_and_a_call_with_it(monkeypatch):
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record, self.synchronize = lambda: said.append("event"), lambda: said.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    for name, value in dict(Event=Event, synchronize=lambda: said.append("idle"), _sleep=lambda n: said.append("busy"),
+                            ).items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    call = lambda: said.append("call")  # noqa: E731
+    replay = wkv.Replay(SimpleNamespace(replay=call))
+    assert wkv.seconds_of(call, "cuda") == wkv.seconds_of(replay, "cuda") == 2e-3
+    assert said == ["idle", "event", "call", "event", "wait", "idle", "busy", "event", "call", "event", "wait"]
+
+
+def test_only_a_gpu_that_cannot_be_waited_for_is_lost(monkeypatch):
+    def refuse():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    wkv.check("chunk", ValueError("not captured"), "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    with pytest.raises(wkv.ContextLost):
+        wkv.check("chunk", ValueError("not captured"), "cuda")
+
+
+def test_a_gpu_that_nobody_in_particular_lost_ends_no_second_run_at_the_same_job(tmp_path, monkeypatch):
+    def rows_of(*_):
+        raise RuntimeError("an illegal memory access")
+
+    def check(name, error, device):
+        raise wkv.ContextLost(name, str(error))
+
+    monkeypatch.setattr(wkv, "rows_of", rows_of)
+    monkeypatch.setattr(wkv, "check", check)
+    assert [bench(tmp_path), bench(tmp_path)] == [3, 0]
+    assert {row["failed"] for row in record.load(tmp_path / "wkv-cpu.json")} == {"an illegal memory access"}
+
+
 def test_every_number_of_segments_is_tried_once_and_the_best_is_named(monkeypatch):
     """By kernels whose forward takes a microsecond for a segment's chunks each, and one for each segment."""
     assert segments.numbers_of_segments(1) == {1: 1} and segments.numbers_of_segments(5) == {1: 5, 2: 3, 3: 2}
@@ -423,6 +467,34 @@ def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
         assert sum(row["parts"].values()) == pytest.approx(row["step"]["ms"])
     assert 4 * (2 * 1024 * 64 + blocks) < rows[0]["peak"] < 12 * (2 * 1024 * 64 + blocks) and rows[1]["peak"] > 0
     assert "No module named 'peer'" in capsys.readouterr().out
+
+
+def test_what_is_not_in_effect_has_no_figure(tmp_path, monkeypatch, small):
+    """A run goes on without; its row would be another's."""
+    monkeypatch.setattr(step.P, "compiled", lambda run_block, device: run_block)
+    monkeypatch.setitem(step.ENTRIES, "cpu", [(step.FAST, "fp32", "none"), (step.GRAPH, "fp32", "none")])
+    options = ["--device", "cpu", "--ctx", "16", "--seconds", "0.001", "--out", str(tmp_path), "--commit", "c"]
+    assert step.main(options) == 1
+    assert [row["failed"] for row in record.load(tmp_path / "step-cpu.json")] == [
+        "RuntimeError: --compile 1 is not in effect", "RuntimeError: --cuda_graph 1 is not in effect"]
+
+
+def test_on_a_gpu_only_what_was_asked_for_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(vram.dequant, "library_for", lambda device, say: None)
+    cfg = vram.P.Config()
+    assert vram.falls_back(cfg, "cuda") == vram.falls_back(vram.P.replace(cfg, op="chunk"), "chunk") == ""
+    assert vram.falls_back(cfg, "triton") == "--op cuda is not in effect: triton is"
+    assert vram.falls_back(vram.P.replace(cfg, quant="nf4"), "cuda") == "no kernel reads quantised matrices"
+
+
+def test_who_would_not_be_ready_in_time_is_left_out(tmp_path, monkeypatch, small, capsys):
+    monkeypatch.setattr(step, "COMPILING", 1e6)
+    monkeypatch.setitem(step.ENTRIES, "cpu", [("pissa_rwkv", "fp32", "none"), (step.FAST, "fp32", "none")])
+    assert step.main(["--device", "cpu", "--ctx", "16", "--seconds", "0.001", "--minutes", "60", "--out", str(tmp_path),
+                      "--commit", "c"]) == 0  # fmt: skip
+    assert [row["name"] for row in record.load(tmp_path / "step-cpu.json")] == ["pissa_rwkv"]
+    assert f"out of time: {step.FAST} fp32 none" in capsys.readouterr().out
 
 
 def test_what_a_step_takes_of_the_host(tmp_path, monkeypatch):

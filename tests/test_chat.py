@@ -202,6 +202,18 @@ def loaded(argv):
     return P.load_chat(P.chat_config(cfg := P.parse(argv), P.options_given(argv, cfg.peft)))
 
 
+def test_what_adapters_saved_again_no_longer_say_their_init_does(place, tmp_path):
+    """Else the base would not be held as training held it: merge.py asks both, too."""
+    run = f"--load_model {place}/m.pth --data_file {place}/d.jsonl --rank 4 --op torch --ctx_len 24 --epoch_steps 1"
+    assert P.main([*run.split(), "--quant", "nf4", "--proj_dir", str(tmp_path)]) == 0
+    adapters = tmp_path / "rwkv-0.pth"
+    wanted = loaded(["--chat", "--load_model", f"{place}/m.pth", "--adapter_load", str(adapters), "--op", "torch"])[0]
+    torch.save(torch.load(adapters), adapters)
+    chat = f"--chat --load_model {place}/m.pth --adapter_load {adapters} --rank 4 --op torch"
+    found = loaded(chat.split())[0]
+    assert torch.equal(*(m.blocks[0].att.key.frozen.codes for m in (wanted, found)))
+
+
 def test_a_scale_that_no_short_alpha_gives(place, tmp_path):
     tensors, about = P.read_described(place / "lora" / "rwkv-0.pth", "")
     about["scale"] = 32 / 3 / about["rank"]

@@ -130,6 +130,8 @@ def test_flags_of_other_programs_are_answered_with_ours(flag, meant):
 def test_json_null_leaves_the_default():
     assert parse("""--peft bone --bone_config '{"bone_r": 8, "r": null}'""").rank == 8
     assert parse("""--pissa_config '{"pissa_load": null, "pissa_r": 8}'""").adapter_load == ""
+    given = P.options_given(["--pissa_config", '{"pissa_load": null, "pissa_r": 8}'], "pissa")
+    assert given == {"pissa_config", "rank"}
 
 
 def test_as_a_program_it_lets_waiting_threads_sleep(tmp_path):

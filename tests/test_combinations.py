@@ -48,12 +48,36 @@ def a_traceback(monkeypatch):
     monkeypatch.setattr(P, "end_epoch", lambda *inputs: {}["no such key"])
 
 
-FAULTS = {"kept": wrong_ways, "resumed": forgotten_moments, "merged": another_scale, "traceback": a_traceback}
+def another_count(monkeypatch):
+    monkeypatch.setattr(P, "dry_run", lambda plan: P.say("would train 7 of 8 numbers"))
 
 
-@pytest.mark.parametrize("check", FAULTS)
-def test_a_planted_fault_is_seen(check, place, monkeypatch):
-    FAULTS[check](monkeypatch)
+def half_a_gradient(monkeypatch):
+    """Of one rank: the two are processes of their own, without the fault."""
+    reduce = P.ZeroAdamW.reduce
+    monkeypatch.setattr(P.ZeroAdamW, "reduce", lambda self: (self.grad.mul_(0.5), reduce(self))[1])
+    monkeypatch.setattr(combinations, "SHARED", 1.0)
+
+
+def nothing_finite(monkeypatch):
+    monkeypatch.setitem(P.GRAD_CP, "1", lambda block, x, *rest: P.keep_input(block, x * torch.nan, *rest))
+
+
+def all_refused(monkeypatch):
+    def refuse(cfg):
+        raise P.Fatal("no reason at all")
+
+    monkeypatch.setattr(P, "check", refuse)
+
+
+FAULTS = [("kept", wrong_ways), ("resumed", forgotten_moments), ("merged", another_scale), ("traceback", a_traceback),
+          ("counted", another_count), ("shared", half_a_gradient), ("refused", nothing_finite),
+          ("refused", all_refused)]
+
+
+@pytest.mark.parametrize("check, plant", FAULTS)
+def test_a_planted_fault_is_seen(check, plant, place, monkeypatch):
+    plant(monkeypatch)
     wrong, count, number = [], collections.Counter(), 2000
     while count["draws"] < 6 and not wrong:
         wrong, number = combinations.examine(number, place, count), number + 1

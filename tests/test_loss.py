@@ -33,6 +33,18 @@ def held(request, monkeypatch):
     monkeypatch.setattr(pissa_rwkv, "LOGITS_HELD", request.param)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_without_gradients_none_is_made_of_the_head(monkeypatch, model_file, grad):
+    """Not even of one that is trained: in validation it would take as long as all else."""
+    model, made = load_model(model_file()), []
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda x, **more: made.append(x.shape) or zeros_like(x, **more))
+    tokens = torch.arange(8)[None]
+    with torch.set_grad_enabled(grad):
+        pissa_rwkv.chunk_loss(model, Batch(tokens[:, :-1], torch.arange(7), tokens[0, 1:]), 7, None)
+    assert (model.head.weight.shape in made) == grad
+
+
 def test_value_and_gradients_are_the_formulas_for_any_number_of_logits_held(held):
     x, W, targets = inputs()
     value, with_l2_wrap = plain(x, W, targets, n)

@@ -447,6 +447,14 @@ def test_pissa_written_as_a_lora_merges_to_the_same_weights(dtype, spacing, mode
     assert said[1] == f"{max((x - W).abs().max() / W.abs().max() for x, W in matrices):.0e}"
 
 
+def test_a_quantised_base_is_refused_though_only_the_init_tells(model_file, tmp_path, capsys):
+    run = finished(tmp_path / "run", model_file(), quant="nf4")
+    torch.save(torch.load(run.checkpoint), run.checkpoint)            # (by a program that drops its description)
+    lora, write, _ = as_lora(run)
+    assert command.main(write) == 2 and not lora.checkpoint.exists()
+    assert "held as nf4" in capsys.readouterr().err
+
+
 def test_apart_is_a_distance_whatever_its_sign():
     assert command.apart(torch.tensor([1.0, -3.0]), torch.tensor([1.5, 2.0])) == 2.5
 

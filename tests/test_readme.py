@@ -42,7 +42,7 @@ def test_tables_of_a_gpu_measured_in_part(monkeypatch):
     cell = {"kind": "measured", "model": "RWKV7-1.5B", "quant": "int8", "setting": "", "total": 3.21e9}
     step = {"name": "pissa_rwkv", "model": "RWKV7-1.5B", "bsz": 8, "ctx": 1024, "dtype": "bf16", "quant": "none",
             "setting": "", "failed": "", "tokens_per_s": 1e5, "faster_than": {"pissa_rwkv bf16 none": 1.0},
-            "peak": None, "utilisation": 0.4}
+            "peak": None, "utilisation": 0.4, "load": 0.5}
     curve = {"device": "cuda", "modes": ["cuda_precise", "cuda"], "steps": 7, "seeds": [0, 1],
              "between_modes": [1, 2], "between_seeds": [3, 4]}
     kernel = {"matrix": [768, 512], "quant": "nf4", "dtype": "bfloat16", "kernel_us": 1.234, "kernel_gb_s": 3210.0,
