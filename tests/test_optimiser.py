@@ -93,6 +93,13 @@ def test_layerwise_learning_rates_and_decay_are_by_name_and_shape(layerwise_lr):
     assert all(torch.equal(p, theirs[name]) for name, p in mine.items())
 
 
+@pytest.mark.parametrize("rank, dtype", [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16)])
+def test_only_rank_0_has_masters_though_all_ranks_hold_them(rank, dtype):
+    """As plain data parallel does: or all ranks would write the files."""
+    optimiser = ZeroAdamW(parameters(dtype).items(), Config(), ranks=P.Unheard(rank, 2), stage=0)
+    assert optimiser.masters().keys() == (SHAPES.keys() if rank == 0 else set())
+
+
 def test_bf16_parameters_are_roundings_of_fp32_masters_that_move_at_a_small_learning_rate():
     cfg = Config(weight_decay=0.1, layerwise_lr=False)
     mine = parameters(torch.bfloat16)
