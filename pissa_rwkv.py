@@ -3960,7 +3960,7 @@ class Run(Plan):
     loss_scale: float = 1.0                                           # fp16: gradients would underflow without it
     scaled_at: int = 0                                                # the last step after which it was changed
     bad_steps: int = 0
-    after_epoch: bool = False                                         # resumed after its last step: is all else done?
+    after_epoch: bool = False                                         # resumed where an epoch had just ended
     add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
     wandb: Any = None                                                 # --wandb: its run
 
