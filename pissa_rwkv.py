@@ -5202,12 +5202,13 @@ class Rehearsal:
 
     def largest_bsz(self, room: int) -> int:
         """The largest micro-batch that takes at most `room` bytes; 0: not even one row does."""
-        taken = lru_cache(lambda bsz: self.memory(bsz).total)
-        fits, too_many, bsz = 0, math.inf, 1
-        while fits + 1 < too_many:                                    # Newton's steps: bytes grow nearly linearly
-            fits, too_many = (bsz, too_many) if taken(bsz) <= room else (fits, bsz)
-            guess = bsz + (room - taken(bsz)) // max(1, taken(bsz + 1) - taken(bsz))
-            bsz = min(max(guess, fits + 1), too_many - 1, 8 * bsz)    # (while loading takes most, a row adds nothing)
+        fits, too_many, bsz, before = 0, math.inf, 1, (0, self.held)
+        while fits + 1 < too_many:                                    # the secant method: bytes grow nearly linearly
+            taken = self.memory(bsz).total
+            fits, too_many = (bsz, too_many) if taken <= room else (fits, bsz)
+            a_row = max(1, (taken - before[1]) / (bsz - before[0]))   # (while loading takes most, a row adds nothing)
+            guess = bsz + int((room - taken) // a_row)
+            before, bsz = (bsz, taken), min(max(guess, fits + 1), too_many - 1, 8 * bsz)
         return fits
 
 

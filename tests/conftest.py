@@ -38,10 +38,27 @@ def pretend_gpu(monkeypatch):
     return pretend
 
 
+@pytest.fixture
+def without_codegen(monkeypatch):
+    """without_codegen(): torch.compile traces as ever, and chooses what to keep for backward, but what it traced is
+    run by PyTorch: to generate C++ and to compile that takes most of its time. (Some tests do.)"""
+    traced = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    return lambda: monkeypatch.setattr(torch, "compile", traced)
+
+
+LONGEST = ("test_demo", "test_paths", "test_ranks", "test_wkv_triton", "test_ptx", "test_vram", "test_quant")  # a minute
+
+
 def pytest_configure(config):
     """Only `-m gpu` sees a GPU: all other tests say what happens on a CPU, also where there is one."""
     if config.option.markexpr.strip() != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA reads it when it is first asked for
+    config.option.loadscopereorder = False  # xdist would begin with the files that have most tests
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, or one process would work on one when the others are done."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 RANKS = dict(w=8, a=12, v=16, g=20)  # all different, so that a mix-up is an error of shapes

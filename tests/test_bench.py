@@ -441,8 +441,9 @@ def small(monkeypatch):
     monkeypatch.setattr(step, "product_ceiling", lambda device, dtype: 1e10)
 
 
-def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys):
+def test_a_step_beside_its_peers(tmp_path, monkeypatch, small, capsys, without_codegen):
     """Steps train; rates, ratios and parts belong together; a peer that is not there has a row that says so."""
+    without_codegen()
     monkeypatch.setattr(step, "MAKERS", step.MAKERS | {"rwkv7-hf": plain, "fla": absent})
     entries = [("pissa_rwkv", "fp32", "none"), ("pissa_rwkv", "bf16", "nf4"), ("rwkv7-hf", "fp32", "none"),
                (step.FAST, "fp32", "none"), ("fla", "fp32", "none")]
