@@ -41,12 +41,12 @@ def pretend_gpu(monkeypatch):
 @pytest.fixture
 def without_codegen(monkeypatch):
     """without_codegen(): torch.compile traces as ever, and chooses what to keep for backward, but what it traced is
-    run by PyTorch: to generate C++ and to compile that takes most of its time. (Some tests do.)"""
+    run by PyTorch: to generate C++ and to compile that takes most of its time. (One test does.)"""
     traced = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     return lambda: monkeypatch.setattr(torch, "compile", traced)
 
 
-LONGEST = ("test_demo", "test_paths", "test_ranks", "test_wkv_triton", "test_ptx", "test_vram", "test_quant")  # a minute
+LONGEST = "test_demo", "test_paths", "test_ranks", "test_wkv_triton", "test_ptx", "test_vram", "test_quant"  # a minute
 
 
 def pytest_configure(config):
