@@ -3961,6 +3961,7 @@ class Run(Plan):
     scaled_at: int = 0                                                # the last step after which it was changed
     bad_steps: int = 0
     after_epoch: bool = False                                         # resumed where an epoch had just ended
+    logged: int = 0                                                   # if resumed: what `step` was in resume.pth
     add_gradient: Callable[[RWKV, Batch, int, float, Config], Tensor] = add_gradient
     wandb: Any = None                                                 # --wandb: its run
 
@@ -4490,7 +4491,7 @@ def restore(run: Run, earlier: Earlier) -> None:
     run.optimiser.load(state)
     for item in COUNTERS:
         setattr(run, item, described[item])
-    old_steps, old_rows = described["epoch_steps"], described["rows"]
+    run.logged, old_steps, old_rows = run.step, described["epoch_steps"], described["rows"]
     if old_steps != run.epoch_steps:                                  # the same part of an epoch, and so of the data
         run.step = run.scaled_at = run.step * run.epoch_steps // old_steps
         say(f"an epoch had {old_steps} steps and has {run.epoch_steps} now: step {described['step']} is now {run.step}")
@@ -4551,8 +4552,12 @@ class Logger:
         self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
         kept = []
         if self.losses.exists():                                      # without lines of steps that will be repeated
-            lines = self.losses.read_text("utf-8", errors="replace").splitlines()
-            kept = [x for x in lines if step_of(x) < run.step]
+            kept, done = self.losses.read_text("utf-8", errors="replace").splitlines(), (run.logged or run.step) - 1
+            steps = [*map(step_of, kept)]
+            if done in steps:                                         # (earlier ones may have been counted otherwise)
+                kept = kept[: len(steps) - steps[::-1].index(done)]
+            else:
+                kept = [x for x, step in zip(kept, steps, strict=True) if step < done]
             write_whole(self.losses, lambda file: file.write("".join(x + "\n" for x in kept).encode()))
         validated = f'"epoch": {run.step // run.epoch_steps - 1}, "val_loss"'
         self.lacks_validation = run.after_epoch and not any(validated in x for x in kept)

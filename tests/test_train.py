@@ -629,7 +629,19 @@ def test_no_validation_is_made_up_where_no_epoch_had_ended(command, out, monkeyp
         patched.setattr(P, "train_step", lambda run, lr: crash() if run.step == 5 else step(run, lr))
         P.main(command(f"{options} --epoch_steps 4"))
     assert P.main(command(f"{options} --epoch_steps 2 --resume")) == 0   # 5 steps of 4 are 2 of 2
-    assert [(row["step"], row["epoch"]) for row in steps(out) if "val_loss" in row] == [(3, 1)]
+    assert [(row["step"], row["epoch"]) for row in steps(out) if "val_loss" in row] == [(3, 0), (3, 1)]
+
+
+def test_what_was_logged_stays_where_steps_are_counted_anew(command, out, monkeypatch):
+    options, step = "--epoch_count 2 --save_steps 1", P.train_step
+    for epoch_steps, last in ((6, 9), (2, 3)):                        # (9 of 6 are 3 of 2)
+        with monkeypatch.context() as patched, pytest.raises(Crash):
+            patched.setattr(P, "train_step", lambda run, lr, last=last: crash() if run.step == last else step(run, lr))
+            P.main(command(f"{options} --epoch_steps {epoch_steps} --resume"))
+    with open(out / "loss_data.jsonl", "a") as file:                  # what a crash may leave: a step that is not in
+        file.write('{"step": 3, "loss": 1.0}\n{"st')                  # resume.pth, and a part of a line
+    assert P.main(command(f"{options} --epoch_steps 2 --resume")) == 0
+    assert [row["step"] for row in steps(out)] == [*range(9), 3]
 
 
 def test_a_validation_file_is_held_out_whole(command, out, tmp_path, capsys):
