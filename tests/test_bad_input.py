@@ -69,6 +69,7 @@ def write_models(good):
     model("shape", blocks_0_att_value_weight=lambda t: t[:32])
     model("narrow", blocks_0_att_key_weight=lambda t: t[:32])
     model("flat-r_k", blocks_1_att_r_k=lambda t: t.flatten())
+    model("heads-of-64", blocks_1_att_r_k=lambda t: torch.ones(2, 64))
     model("flat-v1", blocks_1_att_v1=lambda t: t.flatten())
     model("integers", **{key: lambda t: t.int()})
     model("sparse", **{key: lambda t: t.to_sparse()})
@@ -86,6 +87,7 @@ def write_models(good):
     torch.save({"weight": torch.zeros(2)}, "other.pth")
     torch.save(random_tensors(n_embd=128), "wide.pth")
     torch.save(random_tensors(seed=9), "another.pth")
+    torch.save(random_tensors(head_size=32), "heads-of-32.pth")
     model("float8", **{key: lambda t: t.to(torch.float8_e4m3fn)})
     model("meta", **{key: lambda t: t.to("meta")})
     model("repeated", emb_weight=lambda t: torch.zeros(1, 1).expand(2**30, 64))
@@ -358,6 +360,7 @@ MODEL = [  # (what is wrong, options, words in the line)
     ("a layer missing", "--load_model gap.pth", "gap.pth|[0, 2]"),
     ("wrong shape", "--load_model shape.pth", "shape.pth|blocks.0.att.value.weight|[32, 64]|[64, 64]"),
     ("layer 0 too narrow", "--load_model narrow.pth", "narrow.pth"),
+    ("more heads than fit", "--load_model heads-of-64.pth", "heads-of-64.pth|64 wide|2 heads of 64"),
     ("r_k with one dimension", "--load_model flat-r_k.pth", "flat-r_k.pth|r_k"),
     ("v1 with one dimension", "--load_model flat-v1.pth", "flat-v1.pth|v1"),
     ("integers", "--load_model integers.pth", "integers.pth|int32"),
@@ -402,6 +405,7 @@ OPTIONS = [
     ("a start fitted to no quantisation", "--qpissa_iters 2", "--qpissa_iters 2|--quant none"),
     ("a start of LoRA fitted", "--qpissa_iters 2 --quant nf4 --peft lora", "--qpissa_iters 2|--peft lora"),
     ("unknown op", "--op metal", "--op metal|'chunk'"),
+    ("op cpu for narrow heads", "--load_model heads-of-32.pth --op cpu", "--op cpu|of 64 channels|have 32|use chunk"),
     ("op cuda without a GPU", "--op cuda", "--op cuda|GPU"),
     ("unknown strategy", "--strategy fsdp", "--strategy fsdp|'ddp'"),
     ("unknown precision", "--precision fp8", "--precision fp8|'bf16'"),
@@ -475,6 +479,7 @@ NEW_MODEL = [
     ("negative layers", "--n_layer -1", "--n_layer -1"),
     ("negative width", "--n_embd -64", "--n_embd -64"),
     ("negative heads", "--head_size -64", "--head_size -64"),
+    ("only channel mixing", "--version x060 --pre_ffn 1", "--pre_ffn 1|no memory|--n_layer 2"),
     ("heads of one channel", "--head_size 1", "--head_size 1|at least 2"),
     ("negative dim_ffn", "--dim_ffn -4", "--dim_ffn -4"),
     ("vocabulary below the data", "--vocab_size 10", "vocabulary of 10"),
@@ -619,6 +624,10 @@ RESULTS = [
     ("resume with another seed", "--proj_dir run --resume --random_seed 7", "run/|seed 0|seed"),
     ("epoch 2 after nothing", "--epoch_begin 2", "--epoch_begin 2 goes on from out/|.pth: no such file; leave"),
     ("epoch 3 after epoch 0", "--proj_dir run --epoch_begin 3", "run/rwkv-2.pth|no such file; beside it|rwkv-0.pth"),
+    ("epoch 1 of another init", "--epoch_begin 1 --adapter_init run/init_pissa.pth", "_init run/|leave it out"),
+    ("epoch 1 of another run", f"--proj_dir run --epoch_begin 1 {LOAD.replace('run/', 'run-seed/')}",
+     "run/init_pissa.pth|epochs before --epoch_begin 1|another --proj_dir"),
+    ("results without resume.pth", "--proj_dir merged --resume", "merged|no resume.pth|--epoch_begin"),
     ("epoch 0 again", "--proj_dir run --epoch_begin 0", "--proj_dir run"),
     ("adapters of another base", f"--load_model another.pth {LOAD} --adapter_init run/init_pissa.pth", "run/|base"),
     ("dry run with these", f"--dry_run --load_model another.pth {LOAD} --adapter_init run/init_pissa.pth", "run/|base"),
@@ -724,6 +733,31 @@ def run(place, capfd, options, words, good=GOOD):
 @pytest.mark.parametrize(("options", "words"), rows(MODEL, OPTIONS, DATA, RESULTS))
 def test_bad_input(place, capfd, options, words):
     run(place, capfd, options, words)
+
+
+def test_a_file_that_may_not_be_read(place, capfd, monkeypatch):
+    """(Who runs the tests may be root, to whom nothing is forbidden.)"""
+    def forbidden(path, *rest, **options):
+        if path == Path("m.pth"):
+            raise PermissionError(13, "Permission denied")
+        return open(path, *rest, **options)
+
+    monkeypatch.setattr(P, "open", forbidden, raising=False)
+    run(place, capfd, "", "--load_model m.pth|cannot be read (Permission denied)")
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"RANK": "first"}, "RANK=first|expected a number"), ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK=1 and WORLD_SIZE=1")])
+def test_an_environment_that_torchrun_never_makes(place, capfd, monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(P, "is_first", lambda: True)                  # (others wait, and say nothing)
+    run(place, capfd, "", words)
+
+
+def test_the_demonstration_on_two_ranks(place, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_line(place, capfd, lambda: P.main(["--proj_dir", "out/demo"]), "demonstration is for one process")
 
 
 def test_an_operator_of_another_device(place, capfd, monkeypatch):

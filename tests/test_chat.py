@@ -291,6 +291,13 @@ def test_what_contradicts_the_adapters_is_refused(kind, words, place, capsys):
     assert f"{kind}/rwkv-0.pth was made with " in (said := capsys.readouterr().err) and "leave the flag out" in said
 
 
+def test_a_command_that_is_none_is_no_question(place, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/forget\n"))
+    assert P.main(["--chat", "--load_model", f"{place}/m.pth", "--op", "torch"]) == 0
+    out, err = capsys.readouterr()
+    assert not out and "/forget: unknown; choose from /reset and /exit" in err
+
+
 def test_a_model_that_computes_nan(tmp_path, monkeypatch, capsys):
     """Its numbers are finite, and what it makes of them is not."""
     tensors = random_tensors(vocab_size=128)

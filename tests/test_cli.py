@@ -222,6 +222,27 @@ def test_the_pile_of_flags_means_what_it_says(capsys):
     assert (cfg.peft, cfg.rank, cfg.svd_niter, cfg.adapter_load) == ("pissa", 32, 4, "")
 
 
+@pytest.mark.parametrize("cuda, why", [("13.0", "may be too old for CUDA 13.0 (13 needs 580)"), (None, "is not used")])
+def test_a_driver_that_torch_cannot_use_is_named(cuda, why, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for there, variable in ((True, False), (False, False), (True, True)):
+        monkeypatch.setattr(P, "DRIVERS", (P.__file__,) if there else ("/nowhere",))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if variable:                                                  # (whoever set it may want none)
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert P.setup(P.Config())[1] == "cpu"
+        said = capsys.readouterr().out
+        assert said.strip().endswith(why) and "finds no GPU" in said if there and not variable else not said
+
+
+def test_streams_that_are_closed_lead_nowhere(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    P.open_streams()
+    assert sys.stdin.read() == "" and sys.stdout.write("x") and sys.stderr.write("x")
+
+
 def test_importing_does_nothing(tmp_path):
     code = "import pissa_rwkv, merge"
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,

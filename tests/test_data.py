@@ -93,6 +93,7 @@ def test_get_takes_windows_anywhere_in_the_stream():
     assert {start for start, _ in taken} == set(range(8))  # 0 .. 11 - 4: the first and the last window too
     assert all(stop - start == 4 for start, stop in taken)
     assert get.pass_rows == 3  # 11 tokens by 3
+    assert loader(dataload="get", ctx_len=10).span(7) == (0, 11)  # the only one there is
 
 
 def test_the_default_sampler_is_get_only_for_one_long_document():
@@ -175,12 +176,12 @@ def test_a_step_has_the_same_rows_in_less_padding(last):
 
 
 def test_summary_numbers():
-    one_token = P.Corpus(np.array([*TOKENS, 0]), np.array([*STARTS, 12]))
-    text = P.Loader(one_token, P.ByteTokenizer(), config(dataload="pad")).summary()
-    assert text == ("4 documents, 12 tokens, 4 rows a pass (pad), 100.0% of the targets learnt;"
+    short = P.Corpus(np.array([*TOKENS, 0, 7, 0]), np.array([*STARTS, 12, 14]))  # and documents of one token and two
+    text = P.Loader(short, P.ByteTokenizer(), config(dataload="pad", micro_bsz=1)).summary()
+    assert text == ("5 documents, 14 tokens, 5 rows a pass (pad), 100.0% of the targets learnt;"
                     " 1 documents of fewer than two tokens skipped; 1 documents of up to 5 tokens cut after every 3")
-    across = P.Loader(one_token, P.ByteTokenizer(), config(dataload="get")).summary()
-    assert across == "4 documents, 12 tokens, 4 rows a pass (get), 100.0% of the targets learnt"
+    across = P.Loader(short, P.ByteTokenizer(), config(dataload="get")).summary()
+    assert across == "5 documents, 14 tokens, 4 rows a pass (get), 100.0% of the targets learnt"
     # The rows 5 6 7 8, 5 6 0 and 9 7 0 have 7 targets; learnt are 7, 0, and 7 0.
     assert loader(dataload="pad", loss_mask="se", mask_id=SE).summary() == (
         "3 documents, 11 tokens, 3 rows a pass (pad), 57.1% of the targets learnt;"
@@ -675,6 +676,15 @@ def test_make_binidx_is_the_same_corpus_as_its_jsonl(tmp_path, capsys):
     assert found.tokens.tolist() == wanted.tokens.tolist() and found.starts.tolist() == wanted.starts.tolist()
     documents = np.split(wanted.tokens, wanted.starts[1:-1])
     assert [world.decode(d[:-1].tolist()) for d in documents] == texts and all(d[-1] == 0 for d in documents)
+
+
+def test_tokens_beyond_16_bits_are_no_binidx(tmp_path, monkeypatch, capsys):
+    tokenizer = P.ByteTokenizer(2**17)
+    tokenizer.encode = lambda text: [2**16]
+    monkeypatch.setattr(P, "load_tokenizer", lambda cfg, vocab_size: tokenizer)
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}')
+    assert P.main(["--make_binidx", f"{tmp_path}/x.jsonl"]) == 2
+    assert "x.jsonl: token 65536 takes more than 16 bits" in capsys.readouterr().err and len([*tmp_path.iterdir()]) == 1
 
 
 @pytest.mark.parametrize("name", ["notes.jsonl", "notes.txt.jsonl", "notes.npy.jsonl", "notes.bin.jsonl", "notes.json"])

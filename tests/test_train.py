@@ -498,6 +498,13 @@ def test_three_bad_steps_in_a_row_end_the_run(command, out, bad_steps, capfd):
     assert about["step"] == 4 and all(t.isfinite().all() for t in saved.values() if t.is_floating_point())
 
 
+def test_a_run_without_a_good_step_has_learnt_nothing(command, out, bad_steps, capsys):
+    bad_steps({0, 1})
+    assert P.main(command("--epoch_steps 2")) == 2
+    assert "no step had a finite loss and gradient; nothing was learnt" in capsys.readouterr().err
+    assert files(out) == ["init_pissa.pth"]
+
+
 def test_single_bad_steps_do_not_end_it(command, out, bad_steps):
     bad_steps({0, 1, 3, 4, 6})
     assert P.main(command("--epoch_steps 8")) == 0
@@ -630,6 +637,12 @@ def test_no_validation_is_made_up_where_no_epoch_had_ended(command, out, monkeyp
         P.main(command(f"{options} --epoch_steps 4"))
     assert P.main(command(f"{options} --epoch_steps 2 --resume")) == 0   # 5 steps of 4 are 2 of 2
     assert [(row["step"], row["epoch"]) for row in steps(out) if "val_loss" in row] == [(3, 0), (3, 1)]
+
+
+def test_other_rows_per_step_are_said(command, capsys):
+    assert P.main(command("--epoch_steps 2 --save_steps 1")) == 0
+    assert P.main(command("--epoch_steps 2 --epoch_count 2 --accumulate_grad_batches 3 --resume")) == 0
+    assert "a step had 2 rows and has 6 now: the data continue at row 12" in capsys.readouterr().out
 
 
 def test_what_was_logged_stays_where_steps_are_counted_anew(command, out, monkeypatch):
