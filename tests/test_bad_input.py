@@ -276,6 +276,8 @@ def write_runs():
     torch.save({f"blocks.{i}.att.time_state": torch.zeros(1, 128, 128) for i in range(2)}, "wide-state.pth")
     torch.save({"blocks.0.att.key.bone": torch.zeros(4, 64)}, "bone.pth")
     torch.save({"blocks.0.att.key.bone": torch.zeros(4, 128)}, "wide-bone.pth")
+    torch.save({"blocks.0.att.key.bone": torch.zeros(64)}, "flat-bone.pth")
+    torch.save({f"blocks.0.att.key.lora_{x}": torch.zeros(s) for x, s in {"A": (0, 64), "B": (64, 0)}.items()}, "0.pth")
 
 
 @pytest.fixture(scope="module")
@@ -706,6 +708,8 @@ MERGES = [
     ("half a state", "--type state --state_checkpoint half-state.pth", "missing blocks.1.att.time_state"),
     ("a state of another width", "--type state --state_checkpoint wide-state.pth", "time_state|[1, 128, 128]|64 wide"),
     ("bone of another width", "--type bone --lora_checkpoint wide-bone.pth", "[64, 64]|disha [4, 128]"),
+    ("bone of one dimension", "--type bone --lora_checkpoint flat-bone.pth", "[64, 64]|disha [64]"),
+    ("LoRA of rank 0", "--type lora --lora_checkpoint 0.pth --lora_alpha 8", "[64, 64]|lora_A [0, 64]"),
     ("an alpha for bone", "--type bone --lora_checkpoint bone.pth --lora_alpha 8", "--lora_alpha 8"),
     ("unknown quant", "--quant nf5", "--quant nf5|'legacy_int8'|did you mean nf4"),
     ("another quant than the run's", "--quant nf4", "--quant nf4|run/rwkv-0.pth|--quant none"),

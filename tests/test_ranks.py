@@ -276,6 +276,19 @@ def test_the_store_of_a_restarted_job():
     assert server.num_keys() > 3 * 3                                  # (it has kept them all)
 
 
+def test_who_does_not_join_is_named(monkeypatch):
+    monkeypatch.setattr(P, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 3)]))
+    with pytest.raises(P.Fatal, match="did not find each other: rank 1, 2 did not join within 0.1 s"):
+        P.join(P.Config(dist_timeout=0.1), "cpu")
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(P.Fatal, match="process 2 of this machine finds 1 GPUs; start one process per GPU"):
+        P.join(P.Config(), "cuda")
+
+
 class Agreeing(reliability.threading.Thread):
     """One rank: looks whether its address is in the store already, leaves it there, and reads those of all."""
 

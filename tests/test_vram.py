@@ -115,6 +115,13 @@ def test_a_prediction_for_a_gpu_needs_none_and_adds_up():
     assert rehearsal.largest_bsz(10**8) == 0
 
 
+def test_graphs_have_memory_of_their_own():
+    cfg, arch = vram.setting("none", {"ctx_len": 64}), P.replace(vram.arch_of("RWKV7-0.1B"), n_layer=2)
+    without, with_graphs = (P.Rehearsal(P.replace(cfg, cuda_graph=on), arch, "cuda", torch.bfloat16).memory(1)
+                            for on in (False, True))
+    assert with_graphs.activations == 2 * without.activations and with_graphs[:2] == without[:2]
+
+
 def test_auto_keeps_as_much_as_fits(tmp_path, capsys):
     cfg, arch = vram.setting("none", {"ctx_len": 256}), P.replace(vram.arch_of("RWKV7-0.1B"), n_layer=4)
     rehearsal, taken = P.Rehearsal(cfg, arch, "cuda", torch.bfloat16), {}
