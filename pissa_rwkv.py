@@ -4552,8 +4552,8 @@ class Logger:
         self.append(self.log, f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{asdict(run.cfg)}")
         kept = []
         if self.losses.exists():                                      # without lines of steps that will be repeated
-            kept, done = self.losses.read_text("utf-8", errors="replace").splitlines(), (run.logged or run.step) - 1
-            steps = [*map(step_of, kept)]
+            kept = self.losses.read_text("utf-8", errors="replace").splitlines()
+            steps, done = [*map(step_of, kept)], (run.logged or run.step) - 1
             if done in steps:                                         # (earlier ones may have been counted otherwise)
                 kept = kept[: len(steps) - steps[::-1].index(done)]
             else:
